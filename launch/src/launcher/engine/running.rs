@@ -11,7 +11,7 @@ use super::{
     requests::Purpose,
     tracker::Action,
 };
-use checkpoint::keeper;
+use checkpoint::keeper::{self, SnapshotId};
 use nix::sys::signal::Signal;
 use std::{collections::BTreeMap, time::Duration};
 
@@ -209,7 +209,8 @@ impl Engine {
         let Some(tracker) = &self.tracker else {
             return;
         };
-        let Some(newest) = tracker.newest else {
+        let is_due = |&id: &SnapshotId| self.checkpoints.is_due(id);
+        let Some(newest) = tracker.newest.filter(is_due) else {
             return;
         };
         let nodes = tracker.rank_nodes();

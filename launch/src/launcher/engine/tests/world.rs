@@ -158,7 +158,8 @@ fn host(machine: usize) -> Host {
 }
 
 fn address(machine: usize) -> IpAddr {
-    IpAddr::from([10, 0, 0, machine as u8 + 1])
+    let [.., high, low] = (machine as u32 + 1).to_be_bytes();
+    IpAddr::from([10, 0, high, low])
 }
 
 impl World {
@@ -503,6 +504,27 @@ impl World {
     fn keeper_heartbeats(&mut self) {
         for keeper in self.talking_keepers() {
             let event = keeper::Event::Heartbeat { ranks: Vec::new() };
+            self.tell(Event::Keeper { keeper, event });
+        }
+    }
+
+    /// Every keeper reports that its ranks have made progress.
+    pub(super) fn pulse(&mut self, progress: u64) {
+        for keeper in self.talking_keepers() {
+            let sim = &self.keepers[&self.links[&keeper]];
+            let ranks = sim.memberships.last().map(|(topology, node)| {
+                let ranks = topology.nodes[*node].ranks.iter();
+                let status = |&rank: &usize| RankStatus {
+                    rank,
+                    pid: 1,
+                    step: 0,
+                    progress,
+                    silent_ms: 0,
+                };
+                ranks.map(status).collect()
+            });
+            let ranks = ranks.unwrap_or_default();
+            let event = keeper::Event::Heartbeat { ranks };
             self.tell(Event::Keeper { keeper, event });
         }
     }
