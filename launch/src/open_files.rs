@@ -1,6 +1,6 @@
 //! Open files that the processes of a run need, against the limit of this machine.
 //!
-//! A process at its limit cannot connect or accept, and a run would hang without a word.
+//! A process at its limit cannot connect or accept, and a run would hang without an error.
 
 use crate::hint::hinted;
 use anyhow::{Result, anyhow};

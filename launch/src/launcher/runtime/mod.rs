@@ -46,8 +46,8 @@ use std::{
 };
 
 const TICK: Duration = Duration::from_millis(20);
-/// Most events that wait for the engine, before those wait who report them: some seconds of the
-/// reports of thousands of keepers.
+/// Most events that wait for the engine, before their senders wait: some seconds of the reports of
+/// thousands of keepers.
 const MAX_EVENTS: usize = 1 << 16;
 
 /// Facts that carrying out commands needs.

@@ -18,8 +18,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// This program, even if its file was replaced since it started.
-pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 /// The time within which the disk must return the reports of ranks that failed together. The caller
 /// sends heartbeats, so it cannot wait for each of them.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -51,7 +49,7 @@ pub(super) struct RankProcesses {
 enum Starting {
     Rank(AssignedRank),
     Standby,
-    /// It is killed when it comes.
+    /// Nothing: the launcher has changed its mind, and kills the process when it comes.
     Unwanted,
 }
 
@@ -276,9 +274,9 @@ impl RankProcesses {
 
     /// Also kills the standby processes.
     pub(super) fn kill_all(&mut self) {
-        self.starting
-            .iter_mut()
-            .for_each(|starting| *starting = Starting::Unwanted);
+        for starting in &mut self.starting {
+            *starting = Starting::Unwanted;
+        }
         self.kill();
         let standby = std::mem::take(&mut self.standby);
         self.end(standby);

@@ -26,7 +26,7 @@ impl<T> Queue<T> {
         Queue::bounded(usize::MAX)
     }
 
-    /// Returns a queue that makes those wait who push more than `capacity` items ahead.
+    /// Returns a queue of `capacity` items. A sender waits while it is full.
     pub(super) fn bounded(capacity: usize) -> Queue<T> {
         let shared = Shared {
             state: Mutex::new(State {
@@ -109,7 +109,11 @@ mod tests {
         let queue = Queue::bounded(4);
         let longest = std::thread::scope(|scope| {
             let sender = queue.clone();
-            scope.spawn(move || (0..ITEMS).for_each(|item| sender.push(item)));
+            scope.spawn(move || {
+                for item in 0..ITEMS {
+                    sender.push(item);
+                }
+            });
             let mut longest = 0;
             for expected in 0..ITEMS {
                 longest = longest.max(queue.shared.state.lock().items.len());
