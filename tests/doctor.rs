@@ -209,3 +209,64 @@ fn a_run_folder_that_cannot_be_written_is_named() {
         ],
     );
 }
+
+#[test]
+fn ranks_of_several_machines_are_not_started_on_one() {
+    let experiment = Experiment::new();
+    let output = finish(&mut doctor(&experiment, &["small.yaml", "-n", "4096"]));
+    let printed = text(&output);
+    for expected in [
+        "warn ranks: 4096 ranks are more than this machine's",
+        "none was started, and only this machine was examined",
+        "open files: ",
+    ] {
+        assert!(printed.contains(expected), "{printed}");
+    }
+    assert!(!printed.contains("all_reduce"), "{printed}");
+}
+
+/// Returns a command whose processes may open this many files.
+fn with_open_files(command: &Command, limit: u64) -> Command {
+    let mut limited = Command::new("sh");
+    limited
+        .args(["-c", &format!("ulimit -n {limit} && exec \"$@\""), "sh"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    limited.current_dir(command.get_current_dir().unwrap());
+    limited
+}
+
+#[test]
+fn a_limit_of_open_files_that_is_too_low_is_named_at_once() {
+    let experiment = Experiment::new();
+    let changes = ["train.global_batch=64", "train.micro_batch=1"];
+    let limited = |ranks| with_open_files(&experiment.train(ranks, &changes), 100);
+    assert_fault(
+        &mut limited(64),
+        &[
+            "needs up to ",
+            " open files, and the limit is 100",
+            "hint: run 'ulimit -n ",
+            "LimitNOFILE",
+        ],
+    );
+    experiment.assert_no_orphans();
+    let doctor = doctor(&experiment, &["small.yaml", "-n", "64"]);
+    assert_fault(
+        &mut with_open_files(&doctor, 100),
+        &[
+            "fail open files: ",
+            "and the limit is 100",
+            "fix: run 'ulimit -n ",
+        ],
+    );
+    // The soft limit is raised to the hard one.
+    let command = experiment.train(2, &["train.steps=2"]);
+    let mut soft = Command::new("sh");
+    soft.args(["-c", "ulimit -S -n 20 && exec \"$@\"", "sh"])
+        .arg(command.get_program())
+        .args(command.get_args())
+        .current_dir(experiment.path(""));
+    let output = finish(&mut soft);
+    assert!(output.status.success(), "{}", text(&output));
+}

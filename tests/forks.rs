@@ -14,8 +14,8 @@ const LONG: [&str; 3] = [
     "checkpoint.every=0",
     "snapshot.every=1",
 ];
-/// Time within which the launcher notices the end of a process, and others follow.
-const NOTICE_TIME: Duration = Duration::from_millis(100);
+/// The launcher looks every 20 ms, and other tests share the processors.
+const NOTICE_TIME: Duration = Duration::from_millis(500);
 
 fn standard_input(pid: &str) -> PathBuf {
     std::fs::read_link(format!("/proc/{pid}/fd/0")).unwrap_or_default()
@@ -102,8 +102,7 @@ fn standbys_are_forked_and_a_killed_rank_is_noticed_at_once() {
     });
     signal(&own, "TERM");
     assert_eq!(launcher.wait().unwrap().code(), Some(143));
-    // Other tests share the processors.
-    assert!(noticed < 5 * NOTICE_TIME, "{noticed:?}");
+    assert!(noticed < NOTICE_TIME, "{noticed:?}");
     experiment.assert_no_orphans();
 }
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     io::{IoSlice, IoSliceMut, stdin},
     mem::MaybeUninit,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
 };
 use torch_ext::{Forked, fork_orphan};
 
@@ -29,7 +29,6 @@ pub(crate) const MAX_REPLY_BYTES: usize = 1024;
 /// A message of the server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Reply {
-    /// Everything is loaded.
     Ready,
     /// Process id of the copy for the oldest order without a reply.
     Forked(i32),
@@ -87,10 +86,10 @@ fn reply(reply: &Reply) -> Result<()> {
 ///
 /// # Errors
 /// If the server is gone.
-pub(crate) fn order(server: impl AsFd, input: BorrowedFd) -> rustix::io::Result<bool> {
+pub(crate) fn order(server: impl AsFd, input: impl AsFd) -> rustix::io::Result<bool> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    let inputs = [input];
+    let inputs = [input.as_fd()];
     control.push(SendAncillaryMessage::ScmRights(&inputs));
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
     // A message needs at least a byte.

@@ -27,6 +27,7 @@ mod local_ranks;
 mod machine_memory;
 #[cfg(test)]
 mod mutated;
+mod open_files;
 mod plan;
 mod prepare;
 mod progress;
@@ -61,6 +62,7 @@ use std::{
 
 fn main() -> ExitCode {
     torch_ext::skip_teardown_at_exit();
+    open_files::raise();
     let cli = Cli::parse();
     if !matches!(cli.command, Command::Train(_)) {
         // Before anything that a signal has to end. Training sets handlers first.

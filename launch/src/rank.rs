@@ -3,6 +3,7 @@
 use crate::{
     cli::TrainArgs,
     config_diff, config_file, environment, hint, machine_memory,
+    open_files::{self, RunSize},
     progress::TrainingView,
     protocol::{Assignment, FailureKind, FailureReport, RankInput, failure_path, flight_path},
     rank_log, run_lock,
@@ -127,6 +128,13 @@ pub(crate) fn run(args: &TrainArgs, start: &RankStart) -> Result<ExitCode> {
         return report_if(env.local_rank == 0, refused);
     }
     if assignment.is_none()
+        && let Err(refused) = open_files::refuse_too_many(
+            RunSize::new(&config, env.world_size, env.local_world_size).rank(),
+        )
+    {
+        return report_if(env.local_rank == 0, refused);
+    }
+    if assignment.is_none()
         && let Err(refused) = config_diff::refuse_changes(&config, &args.accept_changes)
     {
         return report_on_rank_0(env, refused);
@@ -201,6 +209,13 @@ fn report_if(reports: bool, error: anyhow::Error) -> Result<ExitCode> {
     }
 }
 
+/// Refuses a run of which a process on this machine may open too many files.
+fn refuse_open_files(config: &Config, env: &RankEnv) -> Result<()> {
+    let size = RunSize::new(config, env.world_size, env.local_world_size);
+    let needs = [size.rank(), size.keeper()];
+    needs.into_iter().try_for_each(open_files::refuse_too_many)
+}
+
 fn internal_error(panic: &(dyn Any + Send)) -> anyhow::Error {
     let text = match panic.downcast_ref::<String>() {
         Some(text) => text.as_str(),
@@ -269,6 +284,10 @@ struct Training<'a> {
 impl Training<'_> {
     fn train(self, config: Config) -> Result<RankEnd> {
         let env = self.start.env;
+        if self.start.assignment().is_some() {
+            // The limits of an agent's machine differ from the launcher's.
+            refuse_open_files(&config, env)?;
+        }
         // Before set_cpu_affinity, which reduces the processors that this rank sees.
         tch::set_num_threads(threads(env)? as i32);
         let device = parallel::accelerator(&config.run.device, env.local_rank)?;

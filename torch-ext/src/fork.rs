@@ -15,7 +15,7 @@ const ADOPTION_POLL: Duration = Duration::from_micros(100);
 pub enum Forked {
     /// The process that asked for the copy, which has this process id.
     Original(i32),
-    /// The copy.
+    /// A process of its own, with everything that the original has loaded.
     Copy,
 }
 

@@ -1,10 +1,8 @@
 //! Checks of a machine: libraries, memory, limits, devices and disk.
 
 use super::finding::Finding;
-use nix::sys::{
-    resource::{Resource, getrlimit},
-    statvfs::statvfs,
-};
+use crate::open_files::{self, Need, RunSize};
+use nix::sys::statvfs::statvfs;
 use parallel::Backend;
 use std::{net::TcpListener, path::Path, process::Command};
 use trainer::{EqualRanks, RankMemory, config::Config};
@@ -30,8 +28,13 @@ pub(super) fn libtorch() -> Finding {
     Finding::ok("libtorch", detail)
 }
 
+/// Number of processors that this process may use.
+pub(super) fn num_processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 pub(super) fn processors(ranks: usize) -> Finding {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = num_processors();
     let plural = if ranks == 1 { "" } else { "s" };
     let detail = format!("{cores} for {ranks} rank{plural} of this machine");
     if cores < ranks {
@@ -127,20 +130,30 @@ pub(super) fn shared_memory(config: Option<&Config>, ranks: usize, mpi_launch: b
     Finding::ok("shared memory", detail)
 }
 
-pub(super) fn open_files(ranks: usize) -> Finding {
-    let (soft, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok(limits) => limits,
-        Err(error) => return Finding::warn("open files", error.to_string(), "see 'ulimit -n'"),
+pub(super) fn open_files(config: Option<&Config>, ranks: RankCounts) -> Finding {
+    let RankCounts { local, total } = ranks;
+    let size = match config {
+        Some(config) => RunSize::new(config, total, local),
+        None => RunSize {
+            ranks: total,
+            local_ranks: local,
+            peers: total,
+            machines: total.div_ceil(local.max(1)),
+            keepers: 0,
+            node_ranks: 0,
+        },
     };
-    // Every rank has connections to all others, in several groups.
-    let needed = 256 + 32 * ranks as u64;
-    let detail = format!("limit {soft} per process (hard limit {hard})");
-    if soft < needed {
-        Finding::fail(
+    let Need { process, files } = size.largest();
+    let Some(limit) = open_files::limit() else {
+        return Finding::warn(
             "open files",
-            detail,
-            format!("ulimit -n {}", hard.min(65536).max(needed)),
-        )
+            "the limit cannot be read",
+            open_files::fix(files),
+        );
+    };
+    let detail = format!("{process} needs up to {files}, and the limit is {limit}");
+    if limit < files {
+        Finding::fail("open files", detail, open_files::fix(files))
     } else {
         Finding::ok("open files", detail)
     }

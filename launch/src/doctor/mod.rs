@@ -33,6 +33,10 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
             problems += usize::from(finding.failed());
         }
     }
+    if detected.is_none() && !fits(args) {
+        not_started(args).print();
+        return Ok(conclude(problems));
+    }
     let backend = config
         .as_ref()
         .map_or(parallel::Backend::Auto, |config| config.run.backend);
@@ -50,6 +54,25 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         }
     }
     Ok(conclude(problems))
+}
+
+/// True if this machine has a processor for each rank.
+fn fits(args: &DoctorArgs) -> bool {
+    args.nproc_per_node <= machine::num_processors()
+}
+
+fn not_started(args: &DoctorArgs) -> Finding {
+    let ranks = args.nproc_per_node;
+    let processors = machine::num_processors();
+    Finding::warn(
+        "ranks",
+        format!(
+            "{ranks} ranks are more than this machine's {processors} processors: none was started, \
+             and only this machine was examined"
+        ),
+        "give -n the ranks of one machine; to examine several, start doctor under mpirun, srun or \
+         torchrun",
+    )
 }
 
 fn conclude(problems: usize) -> ExitCode {
@@ -75,9 +98,17 @@ fn check_machine(
     detected: Option<&DetectedRank>,
 ) -> Vec<Finding> {
     let env = detected.map(|detected| &detected.env);
+    let total = args.nproc_per_node;
+    // More ranks than processors are those of several machines.
+    let per_node = config.and_then(|config| config.parallel.ranks_per_node);
+    let local = if fits(args) {
+        total
+    } else {
+        per_node.unwrap_or(machine::num_processors()).min(total)
+    };
     let ranks = RankCounts {
-        local: env.map_or(args.nproc_per_node, |env| env.local_world_size),
-        total: env.map_or(args.nproc_per_node, |env| env.world_size),
+        local: env.map_or(local, |env| env.local_world_size),
+        total: env.map_or(total, |env| env.world_size),
     };
     let mpi_launch = env.is_some_and(|env| env.mpi_launch == MpiLaunch::Yes);
     let mut findings = vec![
@@ -85,7 +116,7 @@ fn check_machine(
         machine::processors(ranks.local),
         machine::memory(config, ranks),
         machine::shared_memory(config, ranks.local, mpi_launch),
-        machine::open_files(ranks.local),
+        machine::open_files(config, ranks),
     ];
     findings.extend(machine::port(args.master_port));
     findings.push(machine::gpus(config));

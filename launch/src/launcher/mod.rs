@@ -19,6 +19,7 @@ use crate::{
     config_diff, config_file, environment,
     hint::WithHint,
     machine_memory,
+    open_files::{self, RunSize},
     protocol::store_secret,
     registry::KeeperRegistry,
     run_lock,
@@ -53,6 +54,8 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     plan.set_ranks_per_node(&mut config, args.spare_nodes)?;
     config_file::refuse_problems_and_data(&args.config, &config, world_size)?;
     machine_memory::refuse_too_large(&config, plan.ranks_per_machine, world_size)?;
+    let size = RunSize::new(&config, world_size, plan.ranks_per_machine);
+    open_files::refuse_too_many(size.largest())?;
     config_diff::refuse_changes(&config, &args.accept_changes)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");

@@ -28,9 +28,14 @@ impl Checkpoints {
         self.writing.is_none() && self.due.is_none()
     }
 
-    /// Returns true if `newest`, the newest complete snapshot, is to be written now.
+    /// True if `newest`, the newest complete snapshot, is to be written now.
+    pub(crate) fn is_due(&self, newest: SnapshotId) -> bool {
+        self.writing.is_none() && self.due.is_some_and(|due| due <= newest)
+    }
+
+    /// Begins to write `newest`. Returns false if it is not due.
     pub(crate) fn begin(&mut self, newest: SnapshotId) -> bool {
-        if self.writing.is_some() || self.due.is_none_or(|due| due > newest) {
+        if !self.is_due(newest) {
             return false;
         }
         self.due = None;

@@ -3,6 +3,7 @@
 use crate::registry::KeeperEntry;
 use checkpoint::keeper::{Inventory, Secret};
 use std::{
+    cell::Cell,
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     time::Duration,
@@ -36,6 +37,8 @@ pub(crate) struct Keeper {
     pub(crate) last_heard: Duration,
     /// Its last answer about what it holds.
     pub(crate) inventory: Option<Inventory>,
+    /// The node that it had when it was last looked up.
+    last_node: Cell<usize>,
 }
 
 /// A node with ranks.
@@ -83,6 +86,7 @@ impl Keepers {
             reconnects: 0,
             last_heard: Duration::ZERO,
             inventory: None,
+            last_node: Cell::default(),
         };
         self.all.insert(id, keeper);
         id
@@ -108,6 +112,7 @@ impl Keepers {
             reconnects: 0,
             last_heard: Duration::ZERO,
             inventory: None,
+            last_node: Cell::default(),
         };
         self.all.insert(id, keeper);
         id
@@ -179,10 +184,15 @@ impl Keepers {
         leftover.find(is_there).copied()
     }
 
-    /// Returns the node of a keeper that has one.
+    /// Returns the node of a keeper that has one. Keepers report often and rarely move, so the last
+    /// answer is tried first.
     pub(crate) fn node_of(&self, id: KeeperId) -> Option<usize> {
-        let mut seats = self.seats.iter();
-        seats.position(|seat| seat.keeper == Some(id))
+        let last = &self.get(id)?.last_node;
+        let is_there = |seat: &Seat| seat.keeper == Some(id);
+        if !self.seats.get(last.get()).is_some_and(is_there) {
+            last.set(self.seats.iter().position(is_there)?);
+        }
+        Some(last.get())
     }
 
     /// Returns a node's keeper if it can be asked.

@@ -42,7 +42,7 @@ mod tests;
 mod tracker;
 
 use crate::registry::KeeperRegistry;
-use checkpoint::keeper::Secret;
+use checkpoint::keeper::{self, Secret};
 use checkpoints::Checkpoints;
 use command::{Command, KeeperRequest};
 use ending::Ending;
@@ -65,6 +65,10 @@ use tracker::Tracker;
 
 /// The limit of a request that moves or checks whole snapshots.
 pub(crate) const LONG_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// The time for which a look may wait after signs of life, of which thousands of keepers send more
+/// than the engine could look at one by one.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Number of times that the engine connects again to a keeper that does not answer.
 const MAX_RECONNECTS: usize = 2;
@@ -104,6 +108,8 @@ pub(crate) struct Engine {
     settings: Settings,
     /// Time since the launcher's start.
     now: Duration,
+    /// The time of the last look at what is known.
+    looked: Duration,
     commands: Vec<Command>,
     requests: Requests,
     /// Replies that no stage has taken yet.
@@ -157,6 +163,7 @@ impl Engine {
             world_size: settings.world_size,
             settings,
             now: Duration::ZERO,
+            looked: Duration::ZERO,
             commands: Vec::new(),
             requests: Requests::default(),
             replies: Vec::new(),
@@ -190,12 +197,29 @@ impl Engine {
     /// Takes an event, or only notices that time has passed. Returns what is to be done.
     pub(crate) fn handle(&mut self, now: Duration, event: Option<Event>) -> Vec<Command> {
         self.now = now;
+        let may_wait = event.as_ref().is_some_and(|event| self.may_wait(event));
         if let Some(event) = event {
             self.learn(event);
         }
-        self.notice_silence();
-        while self.advance() {}
+        if !may_wait || now >= self.looked + LOOK_INTERVAL {
+            self.looked = now;
+            self.notice_silence();
+            while self.advance() {}
+        }
         std::mem::take(&mut self.commands)
+    }
+
+    /// True for what keepers and agents report all the time. It is learned at once; the stage looks
+    /// at it soon enough.
+    fn may_wait(&self, event: &Event) -> bool {
+        match event {
+            Event::Keeper { event, .. } => !matches!(event, keeper::Event::StopRequested { .. }),
+            Event::Heartbeat { .. } => true,
+            Event::Reply { id, reply: Ok(_) } => {
+                matches!(self.requests.purpose(*id), Some(Purpose::Notify(_)))
+            }
+            _ => false,
+        }
     }
 
     /// True once the launcher is to exit.

@@ -5,6 +5,9 @@ use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, os::unix::process::ExitStatusExt, process::ExitStatus};
 
+/// Most failures in a machine's report.
+const MAX_FAILURES: usize = 16;
+
 /// A rank that exited with an error or was killed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct FailedRank {
@@ -33,6 +36,15 @@ impl FailedRank {
         let signal = code.or(status.signal())?;
         let mut signals = STOPS.iter();
         signals.any(|&stop| stop as i32 == signal).then_some(signal)
+    }
+
+    /// Orders failures by what they tell of the cause. Ranks that were asked to end tell nothing,
+    /// and the peers of a killed rank only that it is gone.
+    fn precedence(&self) -> (bool, bool, u64) {
+        let at = self.report.as_ref().map_or(u64::MAX, |report| report.at);
+        let is_killed = self.signal().is_some() && self.report.is_none();
+        let is_cause = is_killed || self.lost.is_some();
+        (self.stop_signal().is_some(), !is_cause, at)
     }
 
     pub(crate) fn reason(&self) -> String {
@@ -81,7 +93,25 @@ pub(crate) fn first_cause(failed: &[FailedRank]) -> Option<&FailedRank> {
 pub(crate) struct RankReport {
     pub(crate) number: u64,
     pub(crate) running: usize,
+    /// The ranks that failed first.
     pub(crate) failed: Vec<FailedRank>,
+    /// Number of ranks that failed after these.
+    pub(crate) more_failed: usize,
+}
+
+impl RankReport {
+    /// Returns a report of bounded size: hundreds of ranks fail together when one does.
+    pub(crate) fn new(number: u64, running: usize, mut failed: Vec<FailedRank>) -> RankReport {
+        failed.sort_by_key(FailedRank::precedence);
+        let more_failed = failed.len().saturating_sub(MAX_FAILURES);
+        failed.truncate(MAX_FAILURES);
+        RankReport {
+            number,
+            running,
+            failed,
+            more_failed,
+        }
+    }
 }
 
 /// A machine's share of the ranks.
@@ -163,6 +193,13 @@ impl Ranks {
         failed
     }
 
+    /// Number of failed ranks besides those of [`Ranks::failed`].
+    pub(crate) fn more_failed(&self) -> usize {
+        let shares = self.machines.values();
+        let reports = shares.filter_map(|share| share.report.as_ref());
+        reports.map(|report| report.more_failed).sum()
+    }
+
     /// Machines that have not confirmed the last command, or still have ranks.
     pub(crate) fn busy_machines(&self) -> Vec<usize> {
         let is_busy = |share: &Share| {
@@ -184,5 +221,53 @@ impl Ranks {
         let machines = self.machines.iter();
         let present = machines.filter(|(_, share)| share.lost.is_none());
         present.map(|(&machine, _)| machine).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::FailureKind;
+
+    fn exited(rank: usize, at: u64) -> FailedRank {
+        FailedRank {
+            rank,
+            status: 1 << 8,
+            report: Some(FailureReport {
+                pid: 1,
+                at,
+                message: "a peer is gone".into(),
+                kind: FailureKind::Peer,
+            }),
+            lost: None,
+        }
+    }
+
+    #[test]
+    fn a_report_has_the_cause_and_counts_what_it_leaves_out() {
+        let killed = FailedRank {
+            rank: 200,
+            status: Signal::SIGKILL as i32,
+            report: None,
+            lost: None,
+        };
+        let stopped = |rank| FailedRank {
+            rank,
+            status: (128 + Signal::SIGTERM as i32) << 8,
+            report: None,
+            lost: None,
+        };
+        let mut failed: Vec<FailedRank> = (0..100).map(stopped).collect();
+        failed.extend((100..200).map(|rank| exited(rank, 1000 - rank as u64)));
+        let first = RankReport::new(1, 0, failed.clone());
+        assert_eq!((first.failed.len(), first.more_failed), (16, 184));
+        let cause = |report: &RankReport| first_cause(&report.failed).unwrap().rank;
+        assert_eq!(cause(&first), 199, "the earliest report");
+        failed.push(killed);
+        let report = RankReport::new(1, 0, failed);
+        assert_eq!((report.failed.len(), report.more_failed), (16, 185));
+        assert_eq!(cause(&report), 200);
+        let few = RankReport::new(1, 0, vec![exited(3, 1)]);
+        assert_eq!((few.failed.len(), few.more_failed), (1, 0));
     }
 }

@@ -79,6 +79,16 @@ impl Requests {
         self.outstanding.remove(&id)
     }
 
+    /// Returns the purpose of an outstanding request.
+    pub(crate) fn purpose(&self, id: RequestId) -> Option<Purpose> {
+        self.outstanding.get(&id).map(|request| request.purpose)
+    }
+
+    /// Purposes of all outstanding requests.
+    pub(crate) fn purposes(&self) -> impl Iterator<Item = Purpose> {
+        self.outstanding.values().map(|request| request.purpose)
+    }
+
     /// True if a request for one of these purposes is outstanding.
     pub(crate) fn any(&self, is_wanted: impl Fn(Purpose) -> bool) -> bool {
         let mut outstanding = self.outstanding.values();
@@ -102,10 +112,10 @@ impl Requests {
     }
 
     fn take_all(&mut self, is_taken: impl Fn(&Outstanding) -> bool) -> Vec<Outstanding> {
-        let outstanding = std::mem::take(&mut self.outstanding).into_iter();
-        let (taken, left) = outstanding.partition(|entry| is_taken(&entry.1));
-        self.outstanding = left;
-        let taken: BTreeMap<RequestId, Outstanding> = taken;
-        taken.into_values().collect()
+        let outstanding = self.outstanding.iter();
+        let taken = outstanding.filter(|(_, request)| is_taken(request));
+        let taken: Vec<RequestId> = taken.map(|(&id, _)| id).collect();
+        let taken = taken.iter();
+        taken.filter_map(|id| self.outstanding.remove(id)).collect()
     }
 }

@@ -11,7 +11,7 @@ use super::{
     requests::Purpose,
     tracker::Action,
 };
-use checkpoint::keeper;
+use checkpoint::keeper::{self, SnapshotId};
 use nix::sys::signal::Signal;
 use std::{collections::BTreeMap, time::Duration};
 
@@ -118,6 +118,10 @@ impl Engine {
             }
         }
         failed.retain(|failed| failed.stop_signal().is_none());
+        let more = failed.len() + self.ranks.more_failed() - 1;
+        if more > 0 {
+            self.log(format!("{more} more ranks failed"));
+        }
         Some(Failure::of_ranks(&failed, &self.settings.dir))
     }
 
@@ -205,7 +209,8 @@ impl Engine {
         let Some(tracker) = &self.tracker else {
             return;
         };
-        let Some(newest) = tracker.newest else {
+        let is_due = |&id: &SnapshotId| self.checkpoints.is_due(id);
+        let Some(newest) = tracker.newest.filter(is_due) else {
             return;
         };
         let nodes = tracker.rank_nodes();

@@ -12,6 +12,7 @@ use super::{
     requests::{Purpose, Recipient},
 };
 use checkpoint::keeper::{SnapshotId, recover::Candidate};
+use std::collections::BTreeMap;
 
 #[derive(Debug)]
 enum Step {
@@ -188,16 +189,14 @@ impl Engine {
         }
         // Before a newer snapshot is complete: until then this one cannot be overwritten.
         self.notify_all(|| KeeperRequest::Pin(newest));
-        let mut shares: Vec<KeeperShare> = Vec::new();
+        let mut held: BTreeMap<KeeperId, Vec<usize>> = BTreeMap::new();
         for (rank, &keeper) in holders.iter().enumerate() {
-            match shares.iter_mut().find(|share| share.keeper == keeper) {
-                Some(share) => share.ranks.push(rank),
-                None => shares.push(KeeperShare {
-                    keeper,
-                    ranks: vec![rank],
-                }),
-            }
+            held.entry(keeper).or_default().push(rank);
         }
+        let held = held.into_iter();
+        let shares = held
+            .map(|(keeper, ranks)| KeeperShare { keeper, ranks })
+            .collect();
         // A slow disk has no deadline.
         let purpose = Purpose::WriteCheckpoint(newest);
         let id = self.requests.issue(Recipient::Disk, purpose, None);

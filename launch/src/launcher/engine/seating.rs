@@ -12,7 +12,7 @@ use super::{
     setting_up::SettingUp,
     settings::REMINDER_INTERVAL,
 };
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 /// The time within which a started keeper must answer.
 pub(super) const KEEPER_START_TIMEOUT: Duration = Duration::from_secs(40);
@@ -515,10 +515,17 @@ impl Engine {
 
     /// Asks all keepers to end. Returns false while some have not, or are still starting.
     pub(super) fn keepers_have_stopped(&mut self) -> bool {
+        let stopping = self
+            .requests
+            .purposes()
+            .filter_map(|purpose| match purpose {
+                Purpose::StopKeeper(id) => Some(id),
+                _ => None,
+            });
+        let stopping: BTreeSet<KeeperId> = stopping.collect();
         for id in self.keepers.ready() {
-            let purpose = Purpose::StopKeeper(id);
-            if !self.requests.any(|outstanding| outstanding == purpose) {
-                self.ask(id, purpose, KeeperRequest::Stop);
+            if !stopping.contains(&id) {
+                self.ask(id, Purpose::StopKeeper(id), KeeperRequest::Stop);
             }
         }
         let is_own = |id| {

@@ -6,7 +6,7 @@ use super::{
     failure::Failure,
     requests::{Purpose, Recipient},
     running::Running,
-    tracker::Tracker,
+    tracker::{Tracker, rank_nodes},
 };
 use crate::{
     protocol::{AssignedKeeper, Assignment},
@@ -16,7 +16,11 @@ use checkpoint::{
     Redundancy,
     keeper::{DEFAULT_CHUNK_BYTES, Node, Topology},
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
 
 #[derive(Debug)]
 pub(super) struct SettingUp {
@@ -115,7 +119,8 @@ impl Engine {
     pub(super) fn is_recorded(&self) -> bool {
         let keepers = self.keepers.entries();
         let mut addresses = keepers.iter().map(|keeper| keeper.address);
-        addresses.all(|address| self.recorded.contains(&address))
+        let recorded: BTreeSet<SocketAddr> = self.recorded.iter().copied().collect();
+        addresses.all(|address| recorded.contains(&address))
     }
 
     pub(super) fn store_registry(&mut self, registry: Option<KeeperRegistry>) {
@@ -158,11 +163,14 @@ impl Engine {
 
     /// Returns the machine of each rank: that of its keeper, if there is one.
     fn rank_machines(&self, topology: &Topology) -> Vec<usize> {
-        let machine_of = |rank: usize| match topology.node_of(rank) {
-            Some(node) if self.has_keepers() => self.keepers.seats[node].machine,
-            _ => rank / self.settings.ranks_per_machine,
-        };
-        (0..self.world_size).map(machine_of).collect()
+        if !self.has_keepers() {
+            let ranks = 0..self.world_size;
+            return ranks
+                .map(|rank| rank / self.settings.ranks_per_machine)
+                .collect();
+        }
+        let nodes = rank_nodes(topology).into_iter();
+        nodes.map(|node| self.keepers.seats[node].machine).collect()
     }
 
     fn start_ranks(&mut self, topology: &Topology, machines: &[usize]) {
@@ -171,37 +179,27 @@ impl Engine {
             assigned.entry(machine).or_default().push(rank);
         }
         let number = self.ranks.start(assigned.clone());
+        let nodes = rank_nodes(topology);
         for (machine, ranks) in assigned {
-            let ranks = ranks.into_iter();
-            let assignments = ranks.map(|rank| self.assignment(rank, machines, topology));
+            let locals = ranks.iter().enumerate();
+            let assignments = locals.map(|(local_rank, &rank)| Assignment {
+                rank,
+                world_size: self.world_size,
+                local_rank,
+                local_world_size: ranks.len(),
+                store: self.settings.store,
+                address: self.machines.address(machine),
+                generation: self.generation,
+                keeper: self.assigned_keeper(nodes[rank]),
+                skipped_batches: self.history.skipped_batches.clone(),
+                config: self.settings.stored_config.clone(),
+            });
             let assignments = assignments.collect();
             self.commands.push(Command::StartRanks {
                 machine,
                 number,
                 assignments,
             });
-        }
-    }
-
-    fn assignment(&self, rank: usize, machines: &[usize], topology: &Topology) -> Assignment {
-        let machine = machines[rank];
-        let on_same_machine = |ranks: &[usize]| {
-            let same = ranks.iter().filter(|&&other| other == machine);
-            same.count()
-        };
-        let node = topology.node_of(rank);
-        let keeper = node.and_then(|node| self.assigned_keeper(node));
-        Assignment {
-            rank,
-            world_size: self.world_size,
-            local_rank: on_same_machine(&machines[..rank]),
-            local_world_size: on_same_machine(machines),
-            store: self.settings.store,
-            address: self.machines.address(machine),
-            generation: self.generation,
-            keeper,
-            skipped_batches: self.history.skipped_batches.clone(),
-            config: self.settings.stored_config.clone(),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Follows the keepers' reports of one generation: which snapshots are complete, and whether ranks
 //! make progress. Events in, actions out; times are those since the launcher's start.
 
-use checkpoint::keeper::{Event, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
+use checkpoint::keeper::{Event, Node, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,
@@ -36,15 +36,11 @@ struct RankReport {
     received: Duration,
 }
 
-/// The last time that any rank made progress, and the sum of all ranks' counters then.
-struct LastProgress {
-    at: Duration,
-    total: u64,
-}
-
 /// The snapshots and ranks of one generation.
 pub(crate) struct Tracker {
     pub(crate) topology: Topology,
+    /// The node of each rank.
+    rank_nodes: Vec<usize>,
     pending: BTreeMap<SnapshotId, PendingSnapshot>,
     /// Snapshots newer than the newest complete one that will never be complete.
     abandoned: BTreeSet<SnapshotId>,
@@ -56,7 +52,9 @@ pub(crate) struct Tracker {
     /// The newest complete snapshot.
     pub(crate) newest: Option<SnapshotId>,
     ranks: BTreeMap<usize, RankReport>,
-    last_progress: LastProgress,
+    /// The sum of all ranks' counters of progress, and the last time that it changed.
+    progress: u64,
+    progress_at: Duration,
     /// The longest time between two signs of progress.
     longest_pause: Duration,
     /// The number of steps done.
@@ -80,8 +78,8 @@ pub(crate) enum Action {
 
 impl Tracker {
     pub(crate) fn new(topology: Topology, now: Duration) -> Tracker {
-        let last_progress = LastProgress { at: now, total: 0 };
         Tracker {
+            rank_nodes: rank_nodes(&topology),
             topology,
             pending: BTreeMap::new(),
             abandoned: BTreeSet::new(),
@@ -89,7 +87,8 @@ impl Tracker {
             wanted: BTreeSet::new(),
             newest: None,
             ranks: BTreeMap::new(),
-            last_progress,
+            progress: 0,
+            progress_at: now,
             longest_pause: Duration::ZERO,
             step: 0,
         }
@@ -152,7 +151,7 @@ impl Tracker {
 
     fn commit_if_complete(&mut self, id: SnapshotId) -> Action {
         let is_complete = |pending: &PendingSnapshot| {
-            pending.parts.len() == self.topology.ranks()
+            pending.parts.len() == self.rank_nodes.len()
                 && pending.protected.len() >= self.topology.nodes.len()
         };
         if !self.pending.get(&id).is_some_and(is_complete) {
@@ -178,9 +177,8 @@ impl Tracker {
     }
 
     /// Returns the node of each rank.
-    pub(crate) fn rank_nodes(&self) -> Vec<usize> {
-        let node_of = |rank| self.topology.node_of(rank).unwrap_or(0);
-        (0..self.topology.ranks()).map(node_of).collect()
+    pub(crate) fn rank_nodes(&self) -> &[usize] {
+        &self.rank_nodes
     }
 
     /// Removes and returns a snapshot that has been incomplete for too long.
@@ -212,22 +210,21 @@ impl Tracker {
     }
 
     fn on_heartbeat(&mut self, ranks: Vec<RankStatus>, received: Duration) {
+        let before = self.progress;
         for status in ranks {
             self.step = self.step.max(status.step);
             let rank = status.rank;
-            self.ranks.insert(rank, RankReport { status, received });
-        }
-        let counters = self.ranks.values().map(|report| report.status.progress);
-        let total = counters.sum();
-        let last = &mut self.last_progress;
-        if total != last.total {
-            if last.total > 0 {
-                self.longest_pause = self.longest_pause.max(received.saturating_sub(last.at));
+            self.progress += status.progress;
+            if let Some(last) = self.ranks.insert(rank, RankReport { status, received }) {
+                self.progress -= last.status.progress;
             }
-            *last = LastProgress {
-                at: received,
-                total,
-            };
+        }
+        if self.progress != before {
+            if before > 0 {
+                let pause = received.saturating_sub(self.progress_at);
+                self.longest_pause = self.longest_pause.max(pause);
+            }
+            self.progress_at = received;
         }
     }
 
@@ -252,9 +249,22 @@ impl Tracker {
             Some(seconds) => Duration::from_secs_f64(seconds),
             None => MIN_STEP_TIMEOUT.max(10 * self.longest_pause),
         };
-        let pause = now.saturating_sub(self.last_progress.at);
-        (self.last_progress.total > 0 && pause > limit).then_some(pause)
+        let pause = now.saturating_sub(self.progress_at);
+        (self.progress > 0 && pause > limit).then_some(pause)
     }
+}
+
+/// Returns the node of each rank.
+pub(crate) fn rank_nodes(topology: &Topology) -> Vec<usize> {
+    let mut table = vec![0; topology.ranks()];
+    for (node, Node { ranks, .. }) in topology.nodes.iter().enumerate() {
+        for &rank in ranks {
+            if let Some(entry) = table.get_mut(rank) {
+                *entry = node;
+            }
+        }
+    }
+    table
 }
 
 #[cfg(test)]

@@ -145,7 +145,7 @@ impl Disk {
         };
         if let Err(error) = std::thread::Builder::new().spawn(run) {
             let reply = Err(Failed::Refused(format!("cannot start a thread: {error}")));
-            self.events.push(Event::Reply { id, reply });
+            self.events.push_now(Event::Reply { id, reply });
         }
     }
 }

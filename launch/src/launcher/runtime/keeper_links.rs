@@ -119,7 +119,7 @@ impl KeeperLinks {
         let spawned = std::thread::Builder::new().spawn(move || connector.run(id, &orders));
         if let Err(error) = spawned {
             let reply = Err(Failed::Lost(format!("cannot start a thread: {error}")));
-            self.events.push(Event::Reply { id, reply });
+            self.events.push_now(Event::Reply { id, reply });
         }
     }
 
@@ -133,7 +133,7 @@ impl KeeperLinks {
     pub(super) fn ask(&self, id: RequestId, keeper: KeeperId, request: KeeperRequest) {
         let Some(link) = self.links.get(&keeper) else {
             let reply = Err(Failed::Lost("it is not connected".into()));
-            self.events.push(Event::Reply { id, reply });
+            self.events.push_now(Event::Reply { id, reply });
             return;
         };
         let is_long = matches!(
@@ -153,7 +153,7 @@ impl KeeperLinks {
         };
         if let Err(error) = std::thread::Builder::new().spawn(ask) {
             let reply = Err(Failed::Refused(format!("cannot start a thread: {error}")));
-            self.events.push(Event::Reply { id, reply });
+            self.events.push_now(Event::Reply { id, reply });
         }
     }
 

@@ -230,22 +230,18 @@ impl Machine {
 
     fn rank_report(&mut self) -> Option<RankReport> {
         let running = self.ranks.running();
-        let mut failed = self.ranks.failed();
-        failed.extend(self.start_error.clone());
         let counts = RankCounts {
             number: self.number,
             running,
-            failed: failed.len(),
+            failed: self.ranks.num_failed() + usize::from(self.start_error.is_some()),
         };
         if self.reported == Some(counts) {
             return None;
         }
         self.reported = Some(counts);
-        Some(RankReport {
-            number: self.number,
-            running,
-            failed,
-        })
+        let mut failed = self.ranks.failed();
+        failed.extend(self.start_error.clone());
+        Some(RankReport::new(self.number, running, failed))
     }
 
     /// Serves a new launcher: the next report contains everything again.

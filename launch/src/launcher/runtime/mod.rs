@@ -46,6 +46,9 @@ use std::{
 };
 
 const TICK: Duration = Duration::from_millis(20);
+/// Most events that wait for the engine, before their senders wait: some seconds of the reports of
+/// thousands of keepers.
+const MAX_EVENTS: usize = 1 << 16;
 
 /// Facts that carrying out commands needs.
 pub(crate) struct RuntimeSettings<'a> {
@@ -75,7 +78,7 @@ impl Listening {
     /// # Errors
     /// If this machine cannot listen at the address.
     pub(crate) fn start(join: Option<Join>, secret: &Secret) -> Result<Listening> {
-        let events = Queue::new();
+        let events = Queue::bounded(MAX_EVENTS);
         let Some(join) = join else {
             return Ok(Listening {
                 events,
@@ -143,6 +146,7 @@ impl<'a> Runtime<'a> {
         loop {
             for command in engine.handle(clock.now(), event) {
                 if let Some(status) = self.carry_out(command) {
+                    self.events.close();
                     self.agents.end(status);
                     exit = ExitCode::from(status);
                 }

@@ -18,13 +18,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// This program, even if its file was replaced since it started.
-pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 /// The time within which the disk must return the reports of ranks that failed together. The caller
 /// sends heartbeats, so it cannot wait for each of them.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes of a rank's report that are read.
 const MAX_REPORT_BYTES: u64 = 16 << 20;
+/// Most characters of a rank's message that the launcher gets.
+const MAX_MESSAGE_CHARS: usize = 64 << 10;
 /// The time in which killed processes must end when the launcher does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -49,7 +49,7 @@ pub(super) struct RankProcesses {
 enum Starting {
     Rank(AssignedRank),
     Standby,
-    /// It is killed when it comes.
+    /// Nothing: the launcher has changed its mind, and kills the process when it comes.
     Unwanted,
 }
 
@@ -218,6 +218,14 @@ impl RankProcesses {
         live.count()
     }
 
+    pub(super) fn num_failed(&mut self) -> usize {
+        let statuses = self.children.iter_mut();
+        let statuses = statuses.filter_map(|process| process.child.try_wait().ok()?);
+        statuses.filter(|status| !status.success()).count()
+    }
+
+    /// Returns the ranks that have failed, with the reports that they left. Reads each of these
+    /// once.
     pub(super) fn failed(&mut self) -> Vec<FailedRank> {
         let mut failed = Vec::new();
         let deadline = Instant::now() + REPORT_TIMEOUT;
@@ -266,9 +274,9 @@ impl RankProcesses {
 
     /// Also kills the standby processes.
     pub(super) fn kill_all(&mut self) {
-        self.starting
-            .iter_mut()
-            .for_each(|starting| *starting = Starting::Unwanted);
+        for starting in &mut self.starting {
+            *starting = Starting::Unwanted;
+        }
         self.kill();
         let standby = std::mem::take(&mut self.standby);
         self.end(standby);
@@ -324,7 +332,11 @@ fn read_report(dir: &Path, rank: usize, pid: u32, deadline: Instant) -> Option<F
     // A disk that hangs gets no more threads to block.
     let left = deadline.checked_duration_since(Instant::now())?;
     let text = parallel::within(left, move || run_file::read(&path, MAX_REPORT_BYTES)).ok()?;
-    let report: FailureReport = serde_json::from_slice(&text).ok()?;
+    let mut report: FailureReport = serde_json::from_slice(&text).ok()?;
+    if let Some((end, _)) = report.message.char_indices().nth(MAX_MESSAGE_CHARS) {
+        report.message.truncate(end);
+        report.message += " ... (the rank's log has the rest)";
+    }
     (report.pid == pid).then_some(report)
 }
 

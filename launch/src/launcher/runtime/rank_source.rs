@@ -1,6 +1,6 @@
 //! The source of rank processes: the fork server of this machine, or new processes without it.
 
-use super::{processes::OWN_PROGRAM, rank_child::RankChild};
+use super::rank_child::RankChild;
 use crate::{
     environment,
     fork_server::{self, MAX_REPLY_BYTES, Reply},
@@ -27,6 +27,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// This program, even if its file was replaced since it started.
+pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 /// Most orders without a reply.
 const MAX_ORDERS: usize = 16;
 /// The time in which the server must have loaded everything. New processes would load as slowly.
@@ -186,7 +188,7 @@ impl ForkServer {
     /// Orders a process. Returns false if the server has to catch up first.
     fn order(&mut self) -> Result<bool> {
         let (reader, stdin) = pipe().context("cannot make a rank's standard input")?;
-        let is_sent = fork_server::order(&self.socket, reader.as_fd());
+        let is_sent = fork_server::order(&self.socket, &reader);
         if !is_sent.or_else(|error| Err(self.gone(error)))? {
             return Ok(false);
         }
@@ -242,5 +244,66 @@ impl Drop for ForkServer {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::Signal;
+    use rustix::net::{SendFlags, send};
+
+    fn sleeping() -> Child {
+        Command::new("sleep").arg("60").spawn().unwrap()
+    }
+
+    /// Returns a server whose side of the socket is the test's.
+    fn played() -> (ForkServer, OwnedFd) {
+        let flags = SocketFlags::CLOEXEC;
+        let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let (socket, other) = pair.unwrap();
+        let server = ForkServer {
+            process: sleeping(),
+            socket,
+            began: Instant::now(),
+            is_ready: false,
+            orders: VecDeque::new(),
+        };
+        (server, other)
+    }
+
+    fn say(other: &OwnedFd, reply: &Reply) {
+        let text = serde_json::to_vec(reply).unwrap();
+        send(other, &text, SendFlags::empty()).unwrap();
+    }
+
+    #[test]
+    fn a_server_that_loads_slowly_holds_nothing_up() {
+        let (mut server, other) = played();
+        let began = Instant::now();
+        let deadline = began + Duration::from_secs(60);
+        assert!(server.next(3, deadline).unwrap().is_none());
+        assert!(server.orders.is_empty() && began.elapsed() < Duration::from_secs(30));
+        let mut process = sleeping();
+        let pid = process.id();
+        say(&other, &Reply::Ready);
+        say(&other, &Reply::Forked(pid as i32));
+        let rank = server.next(3, deadline).unwrap().expect("it is forked");
+        assert_eq!((rank.id(), server.orders.len()), (pid, 2));
+        rank.signal(Signal::SIGKILL);
+        process.wait().unwrap();
+        drop(other);
+        let error = server.next(2, deadline).err().unwrap().to_string();
+        assert!(error.starts_with("it ended"), "{error}");
+    }
+
+    #[test]
+    fn a_process_of_another_parent_is_refused() {
+        let (mut server, other) = played();
+        let deadline = Instant::now() + Duration::from_secs(60);
+        say(&other, &Reply::Ready);
+        say(&other, &Reply::Forked(1));
+        let error = server.next(1, deadline).err().unwrap().to_string();
+        assert_eq!(error, "its processes are not adopted by this one");
     }
 }

@@ -1,6 +1,6 @@
 //! Starts a keeper on this machine, and kills one that an earlier launcher or agent started.
 
-use super::processes::OWN_PROGRAM;
+use super::rank_source::OWN_PROGRAM;
 use crate::keeper::{KeeperSettings, Ready};
 use anyhow::{Context, Result};
 use checkpoint::run_folder::RunFolder;

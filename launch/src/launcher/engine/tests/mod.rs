@@ -2,6 +2,7 @@
 
 mod random;
 mod repairs;
+mod scale;
 mod situations;
 mod takeover;
 mod world;

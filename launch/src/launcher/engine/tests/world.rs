@@ -158,7 +158,8 @@ fn host(machine: usize) -> Host {
 }
 
 fn address(machine: usize) -> IpAddr {
-    IpAddr::from([10, 0, 0, machine as u8 + 1])
+    let [.., high, low] = (machine as u32 + 1).to_be_bytes();
+    IpAddr::from([10, 0, high, low])
 }
 
 impl World {
@@ -507,6 +508,27 @@ impl World {
         }
     }
 
+    /// Every keeper reports that its ranks have made progress.
+    pub(super) fn pulse(&mut self, progress: u64) {
+        for keeper in self.talking_keepers() {
+            let sim = &self.keepers[&self.links[&keeper]];
+            let ranks = sim.memberships.last().map(|(topology, node)| {
+                let ranks = topology.nodes[*node].ranks.iter();
+                let status = |&rank: &usize| RankStatus {
+                    rank,
+                    pid: 1,
+                    step: 0,
+                    progress,
+                    silent_ms: 0,
+                };
+                ranks.map(status).collect()
+            });
+            let ranks = ranks.unwrap_or_default();
+            let event = keeper::Event::Heartbeat { ranks };
+            self.tell(Event::Keeper { keeper, event });
+        }
+    }
+
     /// Returns the keepers whose events reach the launcher.
     fn talking_keepers(&self) -> Vec<KeeperId> {
         let keepers = self.keepers.values();
@@ -565,11 +587,7 @@ impl World {
             failed,
             ..
         } = &self.machines[machine];
-        let report = RankReport {
-            number: *number,
-            running: ranks.len(),
-            failed: failed.clone(),
-        };
+        let report = RankReport::new(*number, ranks.len(), failed.clone());
         self.later(ROUND_TRIP, Event::Ranks { machine, report });
     }
 
