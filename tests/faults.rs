@@ -371,7 +371,10 @@ fn wait_for_rank_processes(experiment: &Experiment, launcher: &Child) {
     let own = launcher.id().to_string();
     let is_rank = |pid: &String| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        *pid != own && line.starts_with(b"moerun\0train\0")
+        let input = std::fs::read_link(format!("/proc/{pid}/fd/0")).unwrap_or_default();
+        // That of the process that forks the ranks is a socket.
+        let has_pipe = input.to_string_lossy().starts_with("pipe:");
+        *pid != own && line.starts_with(b"moerun\0train\0") && has_pipe
     };
     let started = Instant::now();
     while !experiment.processes().iter().any(is_rank) {

@@ -1,24 +1,22 @@
 //! The folder of a run's checkpoints: which of them are verified, and which are set aside.
 //!
 //! [`newest`] is the only place that decides which checkpoint is the newest. It reads the data, so
-//! a damaged checkpoint with a high number is neither resumed from nor counted by [`retain`].
+//! a damaged checkpoint with a high number is neither resumed from nor counted by
+//! [`retain`](crate::retain).
 
 use crate::{
     Checkpoint, Error,
-    manifest::MANIFEST,
+    manifest::{MANIFEST, ParsedManifest},
     names::{DAMAGED, LEFTOVER_SUFFIXES, REMOVING, is_damaged_suffix, step_of, suffix_of},
     run_folder::RunFolder,
+    verified::{self, Summary},
 };
-use parking_lot::Mutex;
 use std::{
     cmp::Reverse,
-    collections::BTreeMap,
     fmt::{Display, Formatter},
-    fs::Metadata,
     io::ErrorKind,
-    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    time::{SystemTime, UNIX_EPOCH},
+    sync::Arc,
 };
 
 /// The part of a checkpoint that is read to verify it.
@@ -179,19 +177,28 @@ fn verify_while(
 /// # Errors
 /// If it is damaged, of another format, or cannot be read.
 pub fn verify(path: &Path, depth: Depth) -> Result<Verified, Error> {
+    let summary = summarize(path, depth)?;
+    Ok(Verified {
+        path: path.to_path_buf(),
+        step: summary.step,
+        note: summary.note.clone(),
+    })
+}
+
+/// Verifies a checkpoint and summarizes it. Of one that this process has verified before, it reads
+/// nothing.
+pub(crate) fn summarize(path: &Path, depth: Depth) -> Result<Arc<Summary>, Error> {
+    if let Some(known) = verified::recall(path) {
+        return Ok(known);
+    }
     let inspection = Inspection::open(path)?;
-    if depth == Depth::Data && !inspection.is_known() {
+    if depth == Depth::Data {
         for file in 0..inspection.checkpoint().manifest().files.len() {
             inspection.checkpoint().verify_file(file)?;
         }
         inspection.remember();
     }
-    let checkpoint = inspection.checkpoint();
-    Ok(Verified {
-        path: path.to_path_buf(),
-        step: checkpoint.manifest().step,
-        note: checkpoint.note(),
-    })
+    Ok(inspection.summary)
 }
 
 /// Compares the manifest with itself and with the lengths of the files.
@@ -202,17 +209,8 @@ pub(crate) fn check_lengths(path: &Path) -> Result<(), Error> {
 /// A checkpoint that is being verified, possibly by several ranks that share the files.
 pub struct Inspection {
     checkpoint: Checkpoint,
-    fingerprint: Fingerprint,
+    summary: Arc<Summary>,
 }
-
-/// The identity, length and times of each file, the manifest first.
-type Fingerprint = Vec<[i128; 4]>;
-
-/// The checkpoints that this process verified. Only positive answers are kept.
-static VERIFIED: Mutex<BTreeMap<PathBuf, Fingerprint>> = Mutex::new(BTreeMap::new());
-
-/// Nanoseconds after which a change of a file has another time.
-const TICK_NS: i128 = 50_000_000;
 
 impl Inspection {
     /// Opens a checkpoint, and compares the lengths of its files with the manifest. Of one without
@@ -221,22 +219,29 @@ impl Inspection {
     /// # Errors
     /// If it is damaged, of another format, or cannot be read.
     pub fn open(path: &Path) -> Result<Inspection, Error> {
-        let manifest = path.join(MANIFEST);
-        let checkpoint = Checkpoint::open(path)?;
-        let read = std::fs::symlink_metadata(&manifest);
-        let mut fingerprint = vec![identity(
-            &read.map_err(Error::io("cannot read", &manifest))?,
-        )];
-        for (number, entry) in checkpoint.manifest().files.iter().enumerate() {
-            let file = checkpoint.open_file(number)?;
-            let read = file.metadata();
-            let read = read.map_err(Error::io("cannot read", &path.join(&entry.name)))?;
-            fingerprint.push(identity(&read));
-        }
-        checkpoint.check_unprotected()?;
+        Inspection::with_manifest(path, &Checkpoint::manifest_text(path)?)
+    }
+
+    /// As [`Inspection::open`], with the text of the manifest.
+    ///
+    /// # Errors
+    /// As [`Inspection::open`].
+    pub fn with_manifest(path: &Path, text: &[u8]) -> Result<Inspection, Error> {
+        let inspection = Inspection::of(Checkpoint::with_manifest(path, text)?)?;
+        inspection.checkpoint.check_unprotected()?;
+        Ok(inspection)
+    }
+
+    /// As [`Inspection::open`], with a manifest that this process has just written.
+    pub(crate) fn of_written(path: &Path, manifest: ParsedManifest) -> Result<Inspection, Error> {
+        Inspection::of(Checkpoint::with_parsed(path, manifest)?)
+    }
+
+    fn of(checkpoint: Checkpoint) -> Result<Inspection, Error> {
+        let summary = Arc::new(Summary::of(&checkpoint)?);
         Ok(Inspection {
             checkpoint,
-            fingerprint,
+            summary,
         })
     }
 
@@ -247,56 +252,24 @@ impl Inspection {
 
     /// True if this process has verified the checkpoint before and no file has changed since.
     pub fn is_known(&self) -> bool {
-        let verified = VERIFIED.lock();
-        verified.get(&key(self.checkpoint.path())) == Some(&self.fingerprint)
+        verified::is_known(self.checkpoint.path(), &self.summary)
     }
 
     /// Remembers that all files had the right checksums, unless one has only just changed: the
     /// times of files have ticks, and another change in the same tick would not show.
     pub fn remember(&self) {
-        let times = self.fingerprint.iter().map(|[.., changed]| *changed);
-        let newest = times.max().unwrap_or(0);
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now = since_epoch.map_or(0, |time| time.as_nanos() as i128);
-        if now - newest > TICK_NS {
-            self.insert();
-        }
+        verified::remember_read(self.checkpoint.path(), &self.summary);
     }
 
-    fn insert(&self) {
-        let fingerprint = self.fingerprint.clone();
-        let mut verified = VERIFIED.lock();
-        verified.insert(key(self.checkpoint.path()), fingerprint);
+    /// Remembers that the files, now in the folder `path`, were read back when they were written.
+    pub(crate) fn remember_written(self, path: &Path) {
+        verified::remember_written(path, self.summary);
     }
 
     /// Returns the checkpoint, for reading its tensors.
     pub fn into_checkpoint(self) -> Checkpoint {
         self.checkpoint
     }
-}
-
-/// Remembers a checkpoint whose files were read back when they were written.
-pub(crate) fn remember_verified(path: &Path) {
-    // If it cannot be opened now, the next reader verifies it.
-    if let Ok(inspection) = Inspection::open(path) {
-        inspection.insert();
-    }
-}
-
-fn key(path: &Path) -> PathBuf {
-    std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf())
-}
-
-fn identity(file: &Metadata) -> [i128; 4] {
-    let time = |seconds: i64, nanoseconds: i64| {
-        i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
-    };
-    [
-        i128::from(file.ino()),
-        i128::from(file.len()),
-        time(file.mtime(), file.mtime_nsec()),
-        time(file.ctime(), file.ctime_nsec()),
-    ]
 }
 
 /// Renames the damaged checkpoints among `refused` to `step-NNNNNNNN.damaged`. Only the owner of
@@ -397,63 +370,6 @@ fn with_sizes(root: &Path, paths: &[PathBuf]) -> Result<Vec<Leftover>, Error> {
     Ok(paths.iter().map(leftover).collect())
 }
 
-/// Removes checkpoints under `root` but for the newest `keep` of those up to step `step`, of which
-/// one was just written.
-///
-/// Only verified checkpoints count, so that a damaged one never makes a good one go. Later ones,
-/// which another run left in the folder, neither count nor are removed. A checkpoint whose tensors
-/// that `counts` selects by name have more elements than those of all newer ones stays: it has
-/// parameters that no other has. Returns these, newest first.
-///
-/// # Errors
-/// If the folder cannot be read, or a checkpoint cannot be removed.
-pub fn retain(
-    root: &Path,
-    keep: usize,
-    step: u64,
-    counts: impl Fn(&str) -> bool,
-) -> Result<Vec<PathBuf>, Error> {
-    let mut candidates = listing(root)?.candidates;
-    candidates.retain(|(candidate, _)| *candidate <= step);
-    let mut spared = Vec::new();
-    let mut kept = 0;
-    let mut most = 0;
-    for (_, path) in candidates {
-        let counted = kept < keep.max(1);
-        // A checkpoint to remove need not be read: enough newer ones were verified.
-        let depth = if counted { Depth::Data } else { Depth::Lengths };
-        let is_verified = verify(&path, depth).is_ok();
-        let Some(opened) = is_verified.then(|| Checkpoint::open(&path).ok()).flatten() else {
-            continue;
-        };
-        let elements = opened.manifest().elements(&counts);
-        if counted {
-            kept += 1;
-            most = most.max(elements);
-        } else if elements > most {
-            most = elements;
-            spared.push(path);
-        } else {
-            remove(root, &path)?;
-        }
-    }
-    Ok(spared)
-}
-
-/// Removes a checkpoint. It first gets the name of a leftover, so that it is never a checkpoint of
-/// which a part is missing.
-fn remove(root: &Path, path: &Path) -> Result<(), Error> {
-    let name = path.file_name().and_then(|name| name.to_str());
-    let Some((folder, name)) = RunFolder::open_inside(root)?.zip(name) else {
-        return Ok(());
-    };
-    let removing = format!("{name}.{REMOVING}");
-    folder.remove(&removing)?;
-    folder.rename(name, &removing)?;
-    VERIFIED.lock().remove(&key(path));
-    folder.remove(&removing)
-}
-
 fn is_absent(error: &std::io::Error) -> bool {
     matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
@@ -496,7 +412,7 @@ pub fn listing(root: &Path) -> Result<Listing, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Shard, Staging, TensorSlice};
+    use crate::{Shard, Staging, TensorSlice, retain};
     use serde_json::Value;
     use std::os::unix::fs::symlink;
     use tch::Tensor;
@@ -587,9 +503,9 @@ mod tests {
     fn another_format_is_not_set_aside() {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 20);
-        std::fs::write(path.join(MANIFEST), r#"{"format": 3}"#).unwrap();
+        std::fs::write(path.join(MANIFEST), r#"{"format": 4}"#).unwrap();
         let refused = newest(root.path(), Depth::Data).unwrap().refused;
-        assert!(refused[0].reason.contains("newer than 2"));
+        assert!(refused[0].reason.contains("newer than 3"));
         assert!(set_damaged_aside(root.path(), &refused).unwrap().is_empty());
         assert_eq!(names(root.path()), ["step-00000020"]);
         // A run that writes the step does not overwrite it.

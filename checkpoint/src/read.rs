@@ -4,11 +4,13 @@ use crate::{
     Error, TensorSlice,
     assemble::Contents,
     checksum::FileChecksum,
-    format::{ImageHeader, Shard, TensorIndex, kind_of},
+    format::{ImageHeader, TensorIndex, kind_of},
     manifest::{FileEntry, MANIFEST, Manifest, ParsedManifest},
     memory::with_tensor_bytes,
     names::step_of,
     run_folder::RunFolder,
+    shard_names,
+    verified::FileIdentity,
 };
 use std::{
     collections::BTreeMap,
@@ -62,24 +64,41 @@ impl Checkpoint {
     /// # Errors
     /// If the manifest is missing, damaged, or of another format.
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
-        let folder = RunFolder::open(path)?;
-        let text = read_manifest(&folder)?;
+        Checkpoint::with_manifest(path, &Checkpoint::manifest_text(path)?)
+    }
+
+    /// Reads the text of the manifest in the folder `path`, for [`Checkpoint::with_manifest`].
+    ///
+    /// # Errors
+    /// If it is missing or cannot be read.
+    pub fn manifest_text(path: &Path) -> Result<Vec<u8>, Error> {
+        read_manifest(&RunFolder::open(path)?)
+    }
+
+    /// As [`Checkpoint::open`], with the text of the manifest, which another process may have read.
+    ///
+    /// # Errors
+    /// If the manifest is damaged or of another format, or the folder cannot be opened.
+    pub fn with_manifest(path: &Path, text: &[u8]) -> Result<Checkpoint, Error> {
         let file = path.join(MANIFEST);
-        let ParsedManifest { manifest, checksum } = Manifest::parse(&text, &file)?;
-        let named = step_of(path);
-        if let Some(named) = named.filter(|&step| step != manifest.step) {
-            let reason = format!(
-                "it is of step {}, its folder of step {named}",
-                manifest.step
-            );
+        let parsed = Manifest::parse(text, &file)?;
+        let step = parsed.manifest.step;
+        if let Some(named) = step_of(path).filter(|&named| named != step) {
+            let reason = format!("it is of step {step}, its folder of step {named}");
             return Err(Error::damaged(&file, reason));
         }
+        Checkpoint::with_parsed(path, parsed)
+    }
+
+    /// Opens the folder `path` of a manifest that was checked.
+    pub(crate) fn with_parsed(path: &Path, parsed: ParsedManifest) -> Result<Checkpoint, Error> {
+        let ParsedManifest { manifest, checksum } = parsed;
         Ok(Checkpoint {
             path: path.to_path_buf(),
             manifest,
             checksum,
             shards: BTreeMap::new(),
-            source: Source::Folder(folder),
+            source: Source::Folder(RunFolder::open(path)?),
         })
     }
 
@@ -112,15 +131,15 @@ impl Checkpoint {
         let state = first.map(|header| header.state.clone());
         let expected = first.map_or(0, |header| header.tensors);
         let numbered = headers.iter().enumerate();
-        let shards = numbered.map(|(part, header)| Shard {
-            file: FileEntry {
+        let shards = numbered.map(|(part, header)| {
+            let file = FileEntry {
                 name: format!("part {part}"),
                 bytes: 0,
                 crc32c: 0,
-            },
-            slices: header.slices.clone(),
+            };
+            (file, header.slices.as_slice())
         });
-        let contents = Contents::assemble(&path, shards.collect(), expected)?;
+        let contents = Contents::assemble(&path, shards, expected)?;
         Ok(Checkpoint {
             path,
             manifest: contents.into_manifest(step, state.unwrap_or_default()),
@@ -189,26 +208,47 @@ impl Checkpoint {
     /// # Errors
     /// If it is missing, has another length, or is no regular file of the folder.
     pub(crate) fn open_file(&self, number: usize) -> Result<File, Error> {
-        let FileEntry { name, bytes, .. } = &self.manifest.files[number];
-        let path = self.path.join(name);
-        let Source::Folder(folder) = &self.source else {
-            return Err(Error::mismatch(&path, "a snapshot has no files"));
-        };
-        let file = match folder.open_file(name) {
-            Err(error) if error.is_not_found() => {
-                return Err(Error::damaged(&path, "it is missing"));
-            }
-            opened => opened?,
-        };
+        let (folder, entry) = self.file_entry(number)?;
+        let path = self.path.join(&entry.name);
+        let file = shard_names::open(folder, &entry.name);
+        let file = file.map_err(|error| missing_is_damage(error, &path))?;
         let metadata = file.metadata().map_err(Error::io("cannot read", &path))?;
-        if metadata.len() == *bytes {
-            return Ok(file);
+        check_len(metadata.len(), entry, &path)?;
+        Ok(file)
+    }
+
+    /// Returns the identity of the file with this number, and compares its length with the
+    /// manifest. Does not open it.
+    ///
+    /// # Errors
+    /// If it is missing, has another length, or is no regular file of the folder.
+    pub(crate) fn file_identity(&self, number: usize) -> Result<FileIdentity, Error> {
+        let (folder, entry) = self.file_entry(number)?;
+        let path = self.path.join(&entry.name);
+        let status = shard_names::status(folder, &entry.name);
+        let status = status.map_err(|error| missing_is_damage(error, &path))?;
+        check_len(u64::try_from(status.st_size).unwrap_or(0), entry, &path)?;
+        Ok(FileIdentity::of(&status))
+    }
+
+    /// Returns the identity of the manifest's file.
+    ///
+    /// # Errors
+    /// If it is missing, or no regular file of the folder.
+    pub(crate) fn manifest_identity(&self) -> Result<FileIdentity, Error> {
+        let status = self.folder()?.file_status(MANIFEST)?;
+        Ok(FileIdentity::of(&status))
+    }
+
+    fn folder(&self) -> Result<&RunFolder, Error> {
+        match &self.source {
+            Source::Folder(folder) => Ok(folder),
+            Source::Snapshot { .. } => Err(Error::mismatch(&self.path, "a snapshot has no files")),
         }
-        let reason = format!(
-            "the file has {} bytes, the manifest says {bytes}",
-            metadata.len()
-        );
-        Err(Error::damaged(&path, reason))
+    }
+
+    fn file_entry(&self, number: usize) -> Result<(&RunFolder, &FileEntry), Error> {
+        Ok((self.folder()?, &self.manifest.files[number]))
     }
 
     /// Returns a slice of a tensor in host memory, in whatever slices it was saved.
@@ -352,6 +392,22 @@ impl Checkpoint {
             file,
         })
     }
+}
+
+fn missing_is_damage(error: Error, path: &Path) -> Error {
+    if error.is_not_found() {
+        return Error::damaged(path, "it is missing");
+    }
+    error
+}
+
+fn check_len(found: u64, entry: &FileEntry, path: &Path) -> Result<(), Error> {
+    let expected = entry.bytes;
+    if found == expected {
+        return Ok(());
+    }
+    let reason = format!("the file has {found} bytes, the manifest says {expected}");
+    Err(Error::damaged(path, reason))
 }
 
 /// Reads the manifest in the folder of a checkpoint.
@@ -661,7 +717,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = save(root.path(), 1);
         for (format, expected) in [
-            (9, "format 9 is newer than 2"),
+            (9, "format 9 is newer than 3"),
             (1, "format 1 is older than 2"),
         ] {
             rewrite_manifest(&path, |manifest| manifest["format"] = json!(format));

@@ -327,12 +327,21 @@ impl RunFolder {
         }
     }
 
-    fn require(&self, name: &str, kind: EntryKind) -> Result<(), Error> {
+    /// Returns the status of the regular file `name`, and does not open it.
+    ///
+    /// # Errors
+    /// If there is none, or it is a link or no regular file.
+    pub(crate) fn file_status(&self, name: &str) -> Result<FileStat, Error> {
+        self.require(name, EntryKind::File)
+    }
+
+    fn require(&self, name: &str, kind: EntryKind) -> Result<FileStat, Error> {
         let path = self.entry(name)?;
-        match self.kind(name)? {
-            Some(found) if found == kind => Ok(()),
-            Some(found) => Err(Error::mismatch(&path, found.refusal())),
-            None => Err(failed("cannot open", &path)(Errno::ENOENT)),
+        let found = fstatat(&self.folder, name, AtFlags::AT_SYMLINK_NOFOLLOW);
+        let found = found.map_err(failed("cannot open", &path))?;
+        match EntryKind::of(&found) {
+            of_kind if of_kind == kind => Ok(found),
+            other => Err(Error::mismatch(&path, other.refusal())),
         }
     }
 

@@ -18,6 +18,7 @@ pub struct TensorSlice {
 
 /// A slice of a tensor in one file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SliceEntry {
     /// The number of the shard.
     pub file: usize,

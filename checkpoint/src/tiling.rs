@@ -1,13 +1,9 @@
 //! The check that slices cover a tensor: every element is in exactly one of them.
 
 use crate::slice::SliceEntry;
-use std::collections::HashMap;
 
 /// Dims of a tensor at most. The check visits each of a slice's `2^dims` corners.
 const MAX_DIMS: usize = 8;
-
-/// Slices of which an error looks for two that overlap.
-const SEARCHED: usize = 256;
 
 /// Returns the number of elements of a tensor, if it is one that memory could hold.
 pub(crate) fn elements(shape: &[i64]) -> Option<i64> {
@@ -43,10 +39,10 @@ pub(crate) fn check_tiling(shape: &[i64], slices: &[SliceEntry]) -> Result<(), S
     {
         return Ok(());
     }
-    if covers_once(shape, slices) {
-        return Ok(());
+    match first_fault(shape, slices) {
+        None => Ok(()),
+        Some(fault) => Err(describe(&fault, whole, slices)),
     }
-    Err(fault(whole, slices))
 }
 
 fn is_at_origin(slice: &SliceEntry) -> bool {
@@ -72,50 +68,88 @@ fn check_inside(shape: &[i64], slice: &SliceEntry) -> Result<(), String> {
     ))
 }
 
-/// True if the indicator functions of the slices sum to that of the whole tensor.
+/// The first element, in the order of its index, that is not in exactly one slice.
+#[derive(Debug, PartialEq, Eq)]
+struct Fault {
+    position: Vec<i64>,
+    /// True if it is in no slice, false if it is in several.
+    is_missing: bool,
+}
+
+/// Returns the first fault of slices inside of a tensor of this shape. Takes time in proportion to
+/// the slices, but for sorting.
 ///
-/// Two such sums are equal if and only if their mixed differences are: each slice contributes 1 or
-/// -1 at its corners, and what two neighbors contribute at a common corner cancels.
-fn covers_once(shape: &[i64], slices: &[SliceEntry]) -> bool {
-    let mut corners: HashMap<Vec<i64>, i64> = HashMap::new();
+/// The indicator functions of the slices must sum to that of the tensor. Two such sums are equal if
+/// and only if their mixed differences are: each slice contributes 1 or -1 at its corners, and
+/// contributions of neighbors at a common corner cancel. A sum over all corners up to an element
+/// counts the slices that hold it, so the first corner that does not cancel is the first fault.
+fn first_fault(shape: &[i64], slices: &[SliceEntry]) -> Option<Fault> {
+    // In the other dims, all corners are at the same two positions and cancel alike.
+    let is_split = |&dim: &usize| slices.iter().any(|slice| slice.shape[dim] != shape[dim]);
+    let dims: Vec<usize> = (0..shape.len()).filter(is_split).collect();
+    let mut corners: Vec<(u128, i64)> = Vec::with_capacity((slices.len() + 1) << dims.len());
     let mut add = |offset: &[i64], size: &[i64], weight: i64| {
-        for corner in 0..1usize << size.len() {
-            let is_end = |dim: usize| corner >> dim & 1 == 1;
-            let position = (0..size.len()).map(|dim| {
-                let length = if is_end(dim) { size[dim] } else { 0 };
-                offset[dim] + length
+        for corner in 0..1usize << dims.len() {
+            let is_end = |bit: usize| corner >> bit & 1 == 1;
+            let key = dims.iter().enumerate().fold(0u128, |key, (bit, &dim)| {
+                let length = if is_end(bit) { size[dim] } else { 0 };
+                key * (shape[dim] as u128 + 1) + (offset[dim] + length) as u128
             });
             let sign = if corner.count_ones() % 2 == 0 { 1 } else { -1 };
-            *corners.entry(position.collect()).or_insert(0) += sign * weight;
+            corners.push((key, sign * weight));
         }
     };
     add(&vec![0; shape.len()], shape, -1);
     for slice in slices {
         add(&slice.offset, &slice.shape, 1);
     }
-    corners.values().all(|&sum| sum == 0)
-}
-
-/// Returns the reason why slices inside of a tensor of `whole` elements do not cover it once.
-fn fault(whole: i64, slices: &[SliceEntry]) -> String {
-    let searched = &slices[..slices.len().min(SEARCHED)];
-    for (index, slice) in searched.iter().enumerate() {
-        if let Some(other) = searched[..index].iter().find(|other| overlap(slice, other)) {
-            return format!("is in two shards, {} and {}", other.file, slice.file);
-        }
+    corners.sort_unstable_by_key(|(key, _)| *key);
+    let mut sums = corners
+        .chunk_by(|(key, _), (next, _)| key == next)
+        .map(|corner| {
+            (
+                corner[0].0,
+                corner.iter().map(|(_, sign)| sign).sum::<i64>(),
+            )
+        });
+    let (mut key, sum) = sums.find(|(_, sum)| *sum != 0)?;
+    let mut position = vec![0; shape.len()];
+    for &dim in dims.iter().rev() {
+        let len = shape[dim] as u128 + 1;
+        position[dim] = (key % len) as i64;
+        key /= len;
     }
-    let sizes = slices
-        .iter()
-        .map(|slice| elements(&slice.shape).unwrap_or(0));
-    let written: i128 = sizes.map(i128::from).sum();
-    format!("is incomplete: {written} of {whole} values were written")
+    Some(Fault {
+        position,
+        is_missing: sum < 0,
+    })
 }
 
-fn overlap(one: &SliceEntry, other: &SliceEntry) -> bool {
-    (0..one.shape.len()).all(|dim| {
-        let start = one.offset[dim].max(other.offset[dim]);
-        let end = (one.offset[dim] + one.shape[dim]).min(other.offset[dim] + other.shape[dim]);
-        start < end
+/// Says why slices inside of a tensor of `whole` elements do not cover it once.
+fn describe(fault: &Fault, whole: i64, slices: &[SliceEntry]) -> String {
+    let Fault {
+        position,
+        is_missing,
+    } = fault;
+    if *is_missing {
+        let sizes = slices.iter().map(|slice| elements(&slice.shape));
+        let written: i128 = sizes.map(|size| i128::from(size.unwrap_or(0))).sum();
+        return format!(
+            "is incomplete: {written} of {whole} values were written, and none at {position:?}"
+        );
+    }
+    let holders = slices.iter().filter(|slice| holds(slice, position));
+    let files: Vec<String> = holders
+        .take(2)
+        .map(|slice| slice.file.to_string())
+        .collect();
+    format!("is in two shards, {}", files.join(" and "))
+}
+
+fn holds(slice: &SliceEntry, position: &[i64]) -> bool {
+    position.iter().enumerate().all(|(dim, &index)| {
+        let start = slice.offset[dim];
+        (start..start + slice.shape[dim]).contains(&index)
     })
 }
 
@@ -132,49 +166,136 @@ mod tests {
         }
     }
 
-    /// Counts for each element the slices that hold it.
-    fn counts_are_one(shape: &[i64], slices: &[SliceEntry]) -> bool {
-        let positions = (0..shape[0]).flat_map(|row| (0..shape[1]).map(move |col| [row, col]));
-        positions.into_iter().all(|position| {
-            let holds = |slice: &&SliceEntry| {
-                (0..2).all(|dim| {
-                    let start = slice.offset[dim];
-                    (start..start + slice.shape[dim]).contains(&position[dim])
+    /// Finds the first element that is not in one slice, by looking at every element.
+    fn fault_by_counting(shape: &[i64], slices: &[SliceEntry]) -> Option<String> {
+        let whole = elements(shape).unwrap();
+        (0..whole).find_map(|index| {
+            let mut rest = index;
+            let mut position = vec![0; shape.len()];
+            for dim in (0..shape.len()).rev() {
+                position[dim] = rest % shape[dim];
+                rest /= shape[dim];
+            }
+            let holders = slices.iter().filter(|slice| {
+                (0..shape.len()).all(|dim| {
+                    let inside = position[dim] - slice.offset[dim];
+                    0 <= inside && inside < slice.shape[dim]
                 })
-            };
-            slices.iter().filter(holds).count() == 1
+            });
+            let files: Vec<usize> = holders.map(|slice| slice.file).collect();
+            match files[..] {
+                [_] => None,
+                [] => {
+                    let sizes = slices
+                        .iter()
+                        .map(|slice| slice.shape.iter().product::<i64>());
+                    let written: i64 = sizes.sum();
+                    Some(format!(
+                        "is incomplete: {written} of {whole} values were written, and none at \
+                         {position:?}"
+                    ))
+                }
+                [first, second, ..] => Some(format!("is in two shards, {first} and {second}")),
+            }
         })
     }
 
+    /// Cuts a box into boxes, as ranks do that split a tensor in several ways.
+    fn cut(offset: Vec<i64>, shape: Vec<i64>, cuts: &[(usize, i64)]) -> Vec<SliceEntry> {
+        let Some((&(dim, at), cuts)) = cuts.split_first() else {
+            return vec![slice(&offset, &shape)];
+        };
+        let dim = dim % shape.len();
+        if shape[dim] < 2 {
+            return cut(offset, shape, cuts);
+        }
+        let at = 1 + at % (shape[dim] - 1);
+        let mut first = shape.clone();
+        first[dim] = at;
+        let mut second_offset = offset.clone();
+        second_offset[dim] += at;
+        let mut second = shape;
+        second[dim] -= at;
+        let (left, right) = cuts.split_at(cuts.len() / 2);
+        let mut slices = cut(offset, first, left);
+        slices.extend(cut(second_offset, second, right));
+        slices
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #![proptest_config(ProptestConfig::with_cases(4000))]
 
         #[test]
         fn it_agrees_with_counting_every_element(
-            rows in 1i64..5,
-            cols in 1i64..5,
-            cut in (0i64..5, 0i64..5),
-            change in prop::option::of((0usize..4, 0usize..2, -1i64..2, any::<bool>())),
+            shape in prop::collection::vec(1i64..6, 1..4),
+            cuts in prop::collection::vec((0usize..3, 0i64..6), 0..12),
+            copies in prop::collection::vec(any::<prop::sample::Index>(), 0..3),
+            holes in prop::collection::vec(any::<prop::sample::Index>(), 0..3),
+            moves in prop::collection::vec(
+                (any::<prop::sample::Index>(), 0usize..3, -1i64..2, any::<bool>()),
+                0..3,
+            ),
+            faults in 0usize..4,
+            order in any::<u64>(),
         ) {
-            let mut slices = Vec::new();
-            for (row, height) in [(0, cut.0.min(rows)), (cut.0.min(rows), rows)] {
-                for (col, width) in [(0, cut.1.min(cols)), (cut.1.min(cols), cols)] {
-                    if height > row && width > col {
-                        slices.push(slice(&[row, col], &[height - row, width - col]));
+            let mut slices = cut(vec![0; shape.len()], shape.clone(), &cuts);
+            if faults & 1 == 1 {
+                for copy in copies {
+                    slices.push(slices[copy.index(slices.len())].clone());
+                }
+                for hole in holes {
+                    if !slices.is_empty() {
+                        slices.remove(hole.index(slices.len()));
                     }
                 }
             }
-            if let Some((index, dim, by, moves)) = change {
-                let count = slices.len();
-                let changed = &mut slices[index % count];
-                let list = if moves { &mut changed.offset } else { &mut changed.shape };
-                list[dim] += by;
+            if faults & 2 == 2 {
+                for (moved, dim, by, is_offset) in moves {
+                    if slices.is_empty() {
+                        break;
+                    }
+                    let index = moved.index(slices.len());
+                    let changed = &mut slices[index];
+                    let list = if is_offset { &mut changed.offset } else { &mut changed.shape };
+                    list[dim % shape.len()] += by;
+                }
             }
-            let shape = [rows, cols];
-            let is_inside = slices.iter().all(|slice| check_inside(&shape, slice).is_ok());
-            let expected = is_inside && counts_are_one(&shape, &slices);
-            prop_assert_eq!(check_tiling(&shape, &slices).is_ok(), expected);
+            slices.sort_by_key(|slice| {
+                let numbers = slice.offset.iter().chain(&slice.shape);
+                numbers.fold(order, |key, &n| (key ^ n as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+            });
+            for (file, slice) in slices.iter_mut().enumerate() {
+                slice.file = file;
+            }
+            let outside = slices.iter().find_map(|slice| check_inside(&shape, slice).err());
+            let expected = outside.or_else(|| fault_by_counting(&shape, &slices));
+            prop_assert_eq!(check_tiling(&shape, &slices).err(), expected);
         }
+    }
+
+    /// A check of each pair of slices would compare them five billion times.
+    #[test]
+    fn a_fault_among_a_hundred_thousand_slices_is_found() {
+        let shape = [400, 250];
+        let mut slices: Vec<SliceEntry> = (0..400 * 250)
+            .map(|index| slice(&[index / 250, index % 250], &[1, 1]))
+            .collect();
+        slices.reverse();
+        for (file, slice) in slices.iter_mut().enumerate() {
+            slice.file = file;
+        }
+        assert_eq!(check_tiling(&shape, &slices), Ok(()));
+        let mut overlapping = slices.clone();
+        overlapping[70].offset = vec![9, 9];
+        let at = slices
+            .iter()
+            .position(|slice| slice.offset == [9, 9])
+            .unwrap();
+        let expected = format!("is in two shards, 70 and {at}");
+        assert_eq!(check_tiling(&shape, &overlapping), Err(expected));
+        slices.remove(at);
+        let expected = "is incomplete: 99999 of 100000 values were written, and none at [9, 9]";
+        assert_eq!(check_tiling(&shape, &slices), Err(expected.to_string()));
     }
 
     #[test]

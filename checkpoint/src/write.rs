@@ -5,11 +5,13 @@ use crate::{
     Error, TensorSlice,
     assemble::Contents,
     checksum::FileChecksum,
-    folder::{self, set_aside},
+    folder::{self, Inspection, set_aside},
     format::{ImageHeader, Shard, TensorIndex, dtype_of},
     manifest::{FileEntry, MANIFEST},
     names::{KEEPERS_WRITING, REMOVING, WRITING, checkpoint_name},
+    page_cache,
     run_folder::{EntryKind, RunFolder},
+    shard_names::{self, shard_name},
 };
 use safetensors::{
     SafeTensorError,
@@ -118,7 +120,7 @@ impl Staging {
         opened.ok_or_else(|| Error::mismatch(&self.folder, "the folder was removed"))
     }
 
-    /// Writes the shard of rank `rank`, syncs it to disk and reads it back.
+    /// Writes the shard of rank `rank`, syncs it to disk and reads it back from there.
     ///
     /// # Errors
     /// If the disk is full, or returns other bytes than were written.
@@ -128,7 +130,8 @@ impl Staging {
         tensors: Vec<(TensorSlice, Tensor)>,
     ) -> Result<Shard, Error> {
         let folder = self.open_folder()?;
-        let name = format!("shard-{rank:05}.safetensors");
+        let name = shard_name(rank);
+        shard_names::create_folder_of(&folder, &name)?;
         let path = self.folder.join(&name);
         let mut slices = Vec::with_capacity(tensors.len());
         let mut views = Vec::with_capacity(tensors.len());
@@ -154,8 +157,8 @@ impl Staging {
             other => Error::mismatch(&path, other.to_string()),
         };
         safetensors::serialize_to_file(views, None, &path).map_err(failed)?;
-        let file = folder.open_file(&name)?;
-        file.sync_all().map_err(Error::io("cannot write", &path))?;
+        let file = shard_names::open(&folder, &name)?;
+        page_cache::sync_and_drop(&file, &path)?;
         let written = FileChecksum::of(&file, &path)?;
         // A header that reads back proves that the lengths in it fit the file.
         TensorIndex::from_file(&file, &path)?;
@@ -178,17 +181,22 @@ impl Staging {
         tensors: usize,
         state: serde_json::Value,
     ) -> Result<PathBuf, Error> {
-        let contents = Contents::assemble(&self.folder, shards, tensors)?;
+        let files = shards
+            .iter()
+            .map(|shard| (shard.file.clone(), shard.slices.as_slice()));
+        let contents = Contents::assemble(&self.folder, files, tensors)?;
         let manifest = contents.into_manifest(self.step, state);
         let folder = self.open_folder()?;
-        folder.write_file(MANIFEST, &manifest.encode())?;
-        folder.sync()?;
+        let (text, written) = manifest.encode();
+        folder.write_file(MANIFEST, &text)?;
+        let names = shards.iter().map(|shard| shard.file.name.as_str());
+        shard_names::sync_folders(&folder, names)?;
         // Ranks and keepers on other machines may have written to another disk.
-        folder::check_lengths(&self.folder)?;
+        let inspection = Inspection::of_written(&self.folder, written)?;
         let root = RunFolder::create_inside(&self.root)?;
         self.publish(&root)?;
         let target = self.root.join(&self.name);
-        folder::remember_verified(&target);
+        inspection.remember_written(&target);
         Ok(target)
     }
 
@@ -248,7 +256,7 @@ impl Staging {
             .first()
             .ok_or_else(|| Error::mismatch(&self.folder, "no shard was written"))?;
         let name = &first.file.name;
-        let file = self.open_folder()?.open_file(name)?;
+        let file = shard_names::open(&self.open_folder()?, name)?;
         let header = ImageHeader::from_open_file(&file, &self.folder.join(name))?;
         self.commit(shards, header.tensors, header.state)
     }

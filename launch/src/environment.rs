@@ -11,6 +11,11 @@ use std::{
 
 /// Process id of the `moerun` launcher, with which its ranks end.
 pub(crate) const LAUNCHER_PID: &str = "MOERUN_LAUNCHER_PID";
+/// Variable of the process that forks itself for each rank. Its standard input is a socket to the
+/// launcher or agent.
+pub(crate) const FORKS_RANKS: &str = "MOERUN_FORKS_RANKS";
+/// Variable that turns the fork server off if it is 0.
+const FORK_SERVER: &str = "MOERUN_FORK_SERVER";
 /// Secret of the store of `moerun`'s own ranks. Other users cannot read a process's environment.
 const STORE_SECRET: &str = "MOERUN_STORE_SECRET";
 
@@ -71,6 +76,26 @@ pub(crate) fn launcher_pid() -> Result<Option<String>> {
 /// True if `moerun` itself started this process, which then gets its assignment on stdin.
 pub(crate) fn launched_by_moerun() -> bool {
     std::env::var(LAUNCHER_PID).is_ok()
+}
+
+/// True if this process forks itself for each rank of its machine.
+pub(crate) fn forks_ranks() -> bool {
+    std::env::var_os(FORKS_RANKS).is_some()
+}
+
+/// True if ranks come from a fork server, which `MOERUN_FORK_SERVER=0` turns off.
+///
+/// # Errors
+/// If the variable is neither 0 nor 1.
+pub(crate) fn wants_fork_server() -> Result<bool> {
+    match std::env::var(FORK_SERVER).as_deref() {
+        Err(_) | Ok("" | "1") => Ok(true),
+        Ok("0") => Ok(false),
+        Ok(other) => Err(hinted(
+            anyhow!("{FORK_SERVER}={} is neither 0 nor 1", one_line(other)),
+            format!("unset {FORK_SERVER}, or set it to 0 to load libtorch in each rank"),
+        )),
+    }
 }
 
 /// A rank and what started it.

@@ -16,6 +16,7 @@ mod conformance;
 mod doctor;
 mod environment;
 mod fault;
+mod fork_server;
 mod generate;
 mod held_signals;
 mod hint;
@@ -49,6 +50,7 @@ use cli::{
     PlanCommand, SnapshotCommand,
 };
 use environment::DetectedRank;
+use fork_server::Served;
 use hint::hinted;
 use signal_hook::consts::SIGPIPE;
 use signals::Signals;
@@ -128,6 +130,10 @@ fn exit_on_broken_pipe() {
 
 /// Trains as one rank if a launcher started this process, else as the launcher.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
+    // Before any thread starts. Ranks continue below.
+    if environment::forks_ranks() && fork_server::serve()? == Served::Ended {
+        return Ok(ExitCode::SUCCESS);
+    }
     terminal::start_writer();
     if environment::launched_by_moerun() {
         let signals = Signals::install_in_launched_rank()?;

@@ -231,6 +231,7 @@ unsafe extern "C" {
     // Functions of the C library. `mallopt` is glibc's, which libtorch's Linux builds need.
     pub(crate) fn fflush(stream: *mut c_void) -> c_int;
     pub(crate) fn _exit(status: c_int) -> !;
+    pub(crate) fn fork() -> c_int;
     pub(crate) fn on_exit(
         handler: unsafe extern "C" fn(c_int, *mut c_void),
         argument: *mut c_void,

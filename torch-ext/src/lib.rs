@@ -9,6 +9,7 @@
 //!   devices and allocators.
 //! - [`Stream`] and [`Event`]: queues of work on devices that have them.
 //! - [`skip_teardown_at_exit`]: a faster process exit.
+//! - [`fork_orphan`]: copies of a process that has loaded libtorch.
 //! - [`parallel_for`]: loops on libtorch's own threads.
 //! - [`load_cuda`], [`load_npu`]: load libtorch's kernels for a device into the running program.
 //!
@@ -44,6 +45,7 @@ mod device;
 mod error;
 mod exit;
 mod ffi;
+mod fork;
 mod library;
 mod npu;
 mod optim;
@@ -60,6 +62,7 @@ pub use device::{
 };
 pub use error::Error;
 pub use exit::skip_teardown_at_exit;
+pub use fork::{Forked, fork_orphan};
 pub use library::load_library;
 pub use npu::{ASCEND_FOLDER, load_npu, use_npu};
 pub use optim::{AdamW, fused_adamw};

@@ -41,6 +41,9 @@ pub enum Error {
     /// Another rank failed, or sent a message that cannot be decoded.
     #[error(transparent)]
     OtherRank(AgreementError),
+    /// The ranks' shares of the state are not the state.
+    #[error("{0}")]
+    SavePlan(String),
     /// Experts cannot move as the placement says.
     #[error("{0}")]
     Placement(String),

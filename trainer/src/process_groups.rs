@@ -121,29 +121,76 @@ fn replications(
     tied_ranks: &[usize],
 ) -> Result<Vec<Replication>, CommError> {
     let mut replications = Vec::new();
-    for (name, kind, replicas) in [
-        ("dense gradients", GroupKind::DenseReplicas, Replicas::Dense),
-        ("stage gradients", GroupKind::Stage, Replicas::Stage),
-        (
-            "expert gradients",
-            GroupKind::ExpertReplicas,
-            Replicas::Expert,
-        ),
-    ] {
-        let size = zero_group_size(mesh, parallel, replicas);
-        let members = mesh.group(kind);
-        replications.push(replication(world, name, &members, size)?);
+    for replicas in Replicas::ALL {
+        let name = match replicas {
+            Replicas::Dense => "dense gradients",
+            Replicas::Stage => "stage gradients",
+            Replicas::Expert => "expert gradients",
+            Replicas::TiedEmbedding => "tied embedding",
+        };
+        let ranks = replica_ranks(mesh, parallel, tied_ranks, replicas);
+        let has_parameter = replicas != Replicas::TiedEmbedding || is_tied(mesh, tied_ranks);
+        replications.push(if has_parameter {
+            Replication {
+                shard_group: world.group(&format!("{name}, sharded"), &ranks.shards)?,
+                replica_group: world.group(name, &ranks.replicas)?,
+            }
+        } else {
+            Replication::alone()
+        });
     }
-    // Ranks with neither end of the model have no such parameter.
-    let is_tied = tied_ranks.contains(&mesh.coordinates().pipeline) && tied_ranks.len() > 1;
-    replications.push(if is_tied {
-        let size = zero_group_size(mesh, parallel, Replicas::TiedEmbedding);
-        let members = mesh.dense_replicas_in_stages(tied_ranks);
-        replication(world, "tied embedding", &members, size)?
-    } else {
-        Replication::alone()
-    });
     Ok(replications)
+}
+
+/// True if this rank holds the embedding together with ranks of another stage.
+fn is_tied(mesh: &Mesh, tied_ranks: &[usize]) -> bool {
+    tied_ranks.contains(&mesh.coordinates().pipeline) && tied_ranks.len() > 1
+}
+
+/// The ranks that hold a parameter together with one of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ReplicaRanks {
+    /// Those that shard its rows, in the order of the rows.
+    pub(crate) shards: Vec<usize>,
+    /// Those that have the same rows.
+    pub(crate) replicas: Vec<usize>,
+}
+
+/// Returns the ranks that hold a parameter together with this one. Each `zero_group_size` neighbors
+/// among those that hold the same parameter shard its rows. A rank without a tied embedding is
+/// alone with it.
+pub(crate) fn replica_ranks(
+    mesh: &Mesh,
+    parallel: &ParallelConfig,
+    tied_ranks: &[usize],
+    replicas: Replicas,
+) -> ReplicaRanks {
+    let members = match replicas {
+        Replicas::Dense => mesh.group(GroupKind::DenseReplicas),
+        Replicas::Stage => mesh.group(GroupKind::Stage),
+        Replicas::Expert => mesh.group(GroupKind::ExpertReplicas),
+        Replicas::TiedEmbedding if is_tied(mesh, tied_ranks) => {
+            mesh.dense_replicas_in_stages(tied_ranks)
+        }
+        Replicas::TiedEmbedding => {
+            let alone = vec![mesh.rank()];
+            return ReplicaRanks {
+                shards: alone.clone(),
+                replicas: alone,
+            };
+        }
+    };
+    let size = zero_group_size(mesh, parallel, replicas);
+    let position = members
+        .iter()
+        .position(|&rank| rank == mesh.rank())
+        .expect("a rank is its own replica");
+    let block = position / size * size;
+    let same_shard = members.iter().copied().skip(position % size).step_by(size);
+    ReplicaRanks {
+        shards: members[block..block + size].to_vec(),
+        replicas: same_shard.collect(),
+    }
 }
 
 fn planner(moe: &MoeConfig, topology: &ExpertTopology, spans_nodes: bool) -> Planner {
@@ -195,28 +242,6 @@ pub(crate) fn zero_rank_and_size(
     };
     let size = zero_group_size(mesh, config, replicas);
     (mesh.position(kind) % size, size)
-}
-
-/// Creates the groups of `members`, which hold the same parameters. Each `size` neighbors shard the
-/// rows.
-fn replication(
-    world: &World,
-    name: &str,
-    members: &[usize],
-    size: usize,
-) -> Result<Replication, CommError> {
-    let position = members
-        .iter()
-        .position(|&rank| rank == world.rank())
-        .expect("a rank is its own replica");
-    let block = position / size * size;
-    let same_shard = members.iter().copied().skip(position % size).step_by(size);
-    let same_shard: Vec<usize> = same_shard.collect();
-    let shard_name = format!("{name}, sharded");
-    Ok(Replication {
-        shard_group: world.group(&shard_name, &members[block..block + size])?,
-        replica_group: world.group(name, &same_shard)?,
-    })
 }
 
 fn gcd(a: usize, b: usize) -> usize {

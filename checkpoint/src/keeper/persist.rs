@@ -10,12 +10,16 @@ use crate::{
     format::{ImageHeader, Shard},
     manifest::FileEntry,
     memory::Region,
+    page_cache,
+    run_folder::RunFolder,
     secure::Error,
+    shard_names::{self, shard_name},
 };
 use nix::libc::O_NOFOLLOW;
 use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
-/// Writes parts of `id` that are here to files in `folder`, syncs them and reads them back.
+/// Writes parts of `id` that are here to files in `folder`, syncs them and reads them back from
+/// disk.
 ///
 /// # Errors
 /// If a part is not here or damaged, or the disk fails.
@@ -25,16 +29,18 @@ pub(super) fn write(
     ranks: &[usize],
     folder: &Path,
 ) -> Result<Vec<Shard>, Error> {
+    let refused = |error: crate::Error| Error::Refused(error.to_string());
     let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
+    let checkpoint = RunFolder::open(folder).map_err(refused)?;
     let mut shards = Vec::with_capacity(ranks.len());
     for &rank in ranks {
-        let name = format!("shard-{rank:05}.safetensors");
+        let name = shard_name(rank);
+        shard_names::create_folder_of(&checkpoint, &name).map_err(refused)?;
         let path = folder.join(&name);
         let written = keeper.read_part(id, rank, u64::MAX, |region, info| {
             write_part(region, info, chunk_bytes, &path)
         })??;
-        let header =
-            ImageHeader::from_file(&path).map_err(|error| Error::Refused(error.to_string()))?;
+        let header = ImageHeader::from_file(&path).map_err(refused)?;
         shards.push(Shard {
             file: FileEntry {
                 name,
@@ -74,13 +80,14 @@ fn write_part(
         crc32c_of_file = combine(crc32c_of_file, crc, len);
         file.write_all(bytes).map_err(failed)?;
     }
-    file.sync_all().map_err(failed)?;
+    let refused = |error: crate::Error| Error::Refused(error.to_string());
+    page_cache::sync_and_drop(&file, path).map_err(refused)?;
     drop(file);
     let expected = FileChecksum {
         bytes: info.bytes,
         crc32c: crc32c_of_file,
     };
-    let found = FileChecksum::read(path).map_err(|error| Error::Refused(error.to_string()))?;
+    let found = FileChecksum::read(path).map_err(refused)?;
     if found != expected {
         let reason = format!("{name} is damaged: other bytes were read than written");
         return Err(Error::Refused(reason));

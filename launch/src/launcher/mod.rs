@@ -44,6 +44,7 @@ use trainer::config::Config;
 pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let plan = MachinePlan::new(args)?;
     environment::requested_threads()?;
+    environment::wants_fork_server()?;
     if args.node_rank > 0 {
         return agent::run(args, args.node_rank, &plan.rendezvous, signals);
     }

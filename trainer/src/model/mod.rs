@@ -9,7 +9,7 @@ mod build_context;
 mod core_attention;
 mod documents;
 mod embedding;
-mod experts;
+pub(crate) mod experts;
 mod init;
 mod layer;
 mod loss;
@@ -18,6 +18,7 @@ mod options;
 pub(crate) mod parameters;
 mod part;
 mod rope;
+pub(crate) mod tensor_shapes;
 pub(crate) mod vocabulary;
 
 use crate::{

@@ -13,7 +13,7 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 /// The ranks that hold the same values of a parameter, and reduce its gradient.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Replicas {
     /// Ranks with the same part of the dense layers.
     Dense,
@@ -129,6 +129,13 @@ fn slices_in_rows(
             slice.shape[0] = end - start;
             Some((slice, start..end))
         })
+}
+
+/// Returns the parts of `slices`, which follow each other by rows, that lie in the rows `own`.
+pub(crate) fn slices_of_rows(slices: Vec<TensorSlice>, own: &Range<i64>) -> Vec<TensorSlice> {
+    let row_slices = row_slices(slices);
+    let parts = slices_in_rows(&row_slices, own);
+    parts.map(|(slice, _)| slice).collect()
 }
 
 /// Returns a slice of the tensor `name` of shape `global`: the range `along` in dimension `dim`,

@@ -5,22 +5,27 @@
 
 use super::{
     accounting::{Mismatch, Shapes, account, account_alone, held_shapes, saved_shapes},
+    handed_on::to_rank_0,
     inspection::{FolderPaths, inspect_together, list_on_rank_0, none_usable, set_damaged_aside},
     resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
     run_state::RunState,
+    save_plan::{Coverage, Holders, own_share},
     saved_config::{has_kind, kind, read_run_state, saved_config},
 };
-use crate::{Error, config::Config, model::Model, optim::Optimizer};
+use crate::{
+    Error,
+    config::Config,
+    model::{Model, parameters::Replicas, tensor_shapes::tensor_shapes},
+    optim::Optimizer,
+};
 use checkpoint::{
-    Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners,
-    keeper::SnapshotId,
+    Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, keeper::SnapshotId,
 };
 use parallel::{
-    Accelerator, Communicator,
-    agreement::{AgreementError, agree, all_gather_bytes, decode_peer_message},
+    Accelerator, Communicator, GroupKind, Mesh,
+    agreement::{agree, decode_peer_message, sum_over_ranks},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -28,22 +33,6 @@ use tch::{Kind, Tensor};
 
 fn key(kind: &str, name: impl std::fmt::Display) -> String {
     format!("{kind}/{name}")
-}
-
-/// Removes checkpoints under `root` as [`checkpoint::retain`] does after the one of step `step` was
-/// written, and logs those that stay because newer ones have fewer parameters.
-///
-/// # Errors
-/// If the folder cannot be read, or a checkpoint cannot be removed.
-pub fn retain_checkpoints(root: &Path, keep: usize, step: u64) -> Result<(), checkpoint::Error> {
-    let is_parameter = |name: &str| has_kind(name, &[kind::MASTER]);
-    for spared in checkpoint::retain(root, keep, step, is_parameter)? {
-        tracing::warn!(
-            "{} stays although checkpoint.keep is {keep}: newer checkpoints have fewer parameters",
-            spared.display()
-        );
-    }
-    Ok(())
 }
 
 /// Returns true for tensors that every run with the same model has, whatever its layout.
@@ -66,33 +55,72 @@ pub(crate) struct StateTensors<'a> {
     pub(crate) model: &'a Model,
     pub(crate) optimizer: &'a Optimizer,
     pub(crate) device: &'a dyn Accelerator,
-    pub(crate) rank: usize,
+    pub(crate) mesh: &'a Mesh,
 }
+
+/// The kinds of values that a parameter has.
+const PARAMETER_KINDS: [&str; 3] = [kind::MASTER, kind::FIRST_MOMENT, kind::SECOND_MOMENT];
+
+/// The ranks that hold a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum HolderSet {
+    /// The replicas of a parameter's rows.
+    Parameter(Replicas),
+    /// All ranks of a pipeline stage, which hold the biases of its layers.
+    Stage,
+    /// This rank only, for its random state.
+    Rank,
+}
+
+/// A tensor of this rank with its global slice.
+pub(crate) type StateTensor = (TensorSlice, Tensor);
 
 impl StateTensors<'_> {
     /// Returns all tensors that this rank holds, with their global slices.
-    pub(crate) fn tensors(&self) -> Result<Vec<(TensorSlice, Tensor)>, Error> {
-        let mut tensors = Vec::new();
+    pub(crate) fn tensors(&self) -> Result<Vec<StateTensor>, Error> {
+        let held = self.held()?.into_iter();
+        Ok(held.map(|(_, tensor)| tensor).collect())
+    }
+
+    /// Returns all tensors that this rank holds, each with the set of ranks that hold it.
+    fn held(&self) -> Result<Vec<(HolderSet, StateTensor)>, Error> {
+        let mut held = Vec::new();
         for (index, parameter) in self.model.parameters.iter().enumerate() {
             let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
-            for (kind, tensor) in [
-                (kind::MASTER, &parameter.master),
-                (kind::FIRST_MOMENT, exp_avg),
-                (kind::SECOND_MOMENT, exp_avg_sq),
-            ] {
+            let values = [&parameter.master, exp_avg, exp_avg_sq];
+            for (kind, tensor) in PARAMETER_KINDS.into_iter().zip(values) {
                 for (slice, part) in parameter.slices(tensor) {
-                    tensors.push((with_kind_prefix(kind, &slice), part));
+                    let set = HolderSet::Parameter(parameter.replicas);
+                    held.push((set, (with_kind_prefix(kind, &slice), part)));
                 }
             }
         }
         for (_, name, bias) in self.model.biases() {
             let slice = TensorSlice::whole(key(kind::BIAS, name), &bias.size());
-            tensors.push((slice, bias));
+            held.push((HolderSet::Stage, (slice, bias)));
         }
         let generator = self.device.generator_state()?;
-        let name = key(kind::GENERATOR, self.rank);
-        tensors.push((TensorSlice::whole(name, &generator.size()), generator));
-        Ok(tensors)
+        let name = key(kind::GENERATOR, self.mesh.rank());
+        let slice = TensorSlice::whole(name, &generator.size());
+        held.push((HolderSet::Rank, (slice, generator)));
+        Ok(held)
+    }
+
+    fn holders(&self, set: HolderSet) -> Holders {
+        match set {
+            HolderSet::Parameter(replicas) => {
+                let group = &self.model.parameters.replications()[replicas as usize].replica_group;
+                Holders {
+                    position: group.rank(),
+                    count: group.size(),
+                }
+            }
+            HolderSet::Stage => Holders {
+                position: self.mesh.position(GroupKind::Stage),
+                count: self.mesh.size() / self.mesh.shape().pipeline,
+            },
+            HolderSet::Rank => Holders::ALONE,
+        }
     }
 }
 
@@ -111,44 +139,74 @@ pub(crate) struct SavePlan {
     pub(crate) num_tensors: usize,
 }
 
-/// Assigns each slice that several ranks hold to one of them. All ranks make the same plan.
+/// Assigns each slice that several ranks hold to one of them. Returns this rank's tensors, and
+/// those of them that it saves.
+///
+/// # Errors
+/// If the ranks would not save each value of the model once, or cannot be reached.
 pub(crate) fn plan_save(
-    tensors: &[(TensorSlice, Tensor)],
+    run: &StateTensors,
     world: &Arc<dyn Communicator>,
-) -> Result<SavePlan, Error> {
+) -> Result<(Vec<StateTensor>, SavePlan), Error> {
+    let held = run.held()?;
     let bytes_of = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
-    let held: Vec<(&TensorSlice, u64)> = tensors
+    let sized = held
         .iter()
-        .map(|(slice, tensor)| (slice, bytes_of(tensor) as u64))
-        .collect();
-    let message = serde_json::to_vec(&held).expect("plain data");
-    let mut holders: BTreeMap<TensorSlice, (u64, Vec<usize>)> = BTreeMap::new();
-    for (rank, message) in all_gather_bytes(world, &message)?.iter().enumerate() {
-        let held: Vec<(TensorSlice, u64)> = decode_peer_message(message)?;
-        for (slice, bytes) in held {
-            let (_, ranks) = holders.entry(slice).or_insert((bytes, Vec::new()));
-            ranks.push(rank);
+        .map(|(set, (_, tensor))| (*set, bytes_of(tensor) as u64));
+    let own = own_share(&sized.collect::<Vec<_>>(), |set| run.holders(set));
+    let planned = own.into_iter().map(|index| {
+        let (_, (slice, tensor)) = &held[index];
+        PlannedTensor {
+            index,
+            slice: slice.clone(),
+            kind: tensor.kind(),
         }
-    }
-    let slices: Vec<TensorSlice> = holders.keys().cloned().collect();
-    let names: BTreeSet<&str> = slices.iter().map(|slice| slice.name.as_str()).collect();
-    let holders: Vec<_> = holders.into_values().collect();
-    let owners = assign_owners(&holders, world.size());
-    let owner: BTreeMap<&TensorSlice, usize> = slices.iter().zip(owners).collect();
-    let mut own = Vec::new();
-    for (index, (slice, tensor)) in tensors.iter().enumerate() {
-        if owner[slice] == world.rank() {
-            own.push(PlannedTensor {
-                index,
-                slice: slice.clone(),
-                kind: tensor.kind(),
-            });
-        }
-    }
-    Ok(SavePlan {
-        own,
-        num_tensors: names.len(),
-    })
+    });
+    let own: Vec<PlannedTensor> = planned.collect();
+    let num_tensors = check_coverage(run, &held, &own, world)?;
+    let tensors = held.into_iter().map(|(_, tensor)| tensor).collect();
+    Ok((tensors, SavePlan { own, num_tensors }))
+}
+
+/// Checks that all ranks together save each value of the model once. Returns the number of tensors
+/// that they save.
+fn check_coverage(
+    run: &StateTensors,
+    held: &[(HolderSet, StateTensor)],
+    own: &[PlannedTensor],
+    world: &Arc<dyn Communicator>,
+) -> Result<usize, Error> {
+    // The configuration does not say the length of a random state, nor which biases a checkpoint
+    // brought. Of a random state there is one holder; of a stage's biases the first rank knows.
+    let of_model = own.iter().filter(|planned| is_counted(&planned.slice.name));
+    let saved = Coverage::of(of_model.map(|planned| &planned.slice));
+    let is_first = run.holders(HolderSet::Stage).position == 0;
+    let biases = held
+        .iter()
+        .filter(|(set, _)| *set == HolderSet::Stage && is_first)
+        .map(|(_, (slice, _))| slice);
+    let num_biases = biases.clone().count() as f64;
+    let biases = Coverage::of(biases);
+    let numbers = [
+        &saved.to_numbers()[..],
+        &biases.to_numbers()[..],
+        &[num_biases],
+    ];
+    let sums = sum_over_ranks(world, &numbers.concat())?;
+    let (saved, rest) = sums.split_at(Coverage::NUMBERS);
+    let (biases, rest) = rest.split_at(Coverage::NUMBERS);
+
+    let shapes = tensor_shapes(run.model.config());
+    let of_kind = |kind: &'static str| {
+        let named = shapes.iter();
+        named.map(move |(name, shape)| TensorSlice::whole(key(kind, name), shape))
+    };
+    let parameters: Vec<TensorSlice> = PARAMETER_KINDS.into_iter().flat_map(of_kind).collect();
+    let expected = Coverage::of(&parameters) + Coverage::from_sums(biases);
+    Coverage::from_sums(saved)
+        .check(expected)
+        .map_err(Error::SavePlan)?;
+    Ok(parameters.len() + rest[0] as usize + world.size())
 }
 
 /// Saves step `state.step` under `root`.
@@ -161,8 +219,7 @@ pub(crate) fn save(
     run: &StateTensors,
     world: &Arc<dyn Communicator>,
 ) -> Result<PathBuf, Error> {
-    let tensors = run.tensors()?;
-    let save_plan = plan_save(&tensors, world)?;
+    let (tensors, save_plan) = plan_save(run, world)?;
     let with_values = |planned: &PlannedTensor| {
         let (_, tensor) = &tensors[planned.index];
         (planned.slice.clone(), tensor.shallow_clone())
@@ -177,17 +234,8 @@ pub(crate) fn save(
     };
     agree(world, begun.map_err(Error::from))?;
     let written = staging.write_shard(world.rank(), own);
-    let shards = gather_shards(world, written)?;
-    let committed = match (shards, world.rank()) {
-        (Ok(shards), 0) => {
-            let state = serde_json::to_value(state).expect("plain data");
-            let committed = staging.commit(shards, save_plan.num_tensors, state);
-            committed.map(drop).map_err(Error::from)
-        }
-        (Ok(_), _) => Ok(()),
-        (Err(error), _) => Err(error),
-    };
-    let committed = agree(world, committed);
+    let committed = agree(world, written.map_err(Error::from))
+        .and_then(|shard| commit(&staging, &shard, save_plan.num_tensors, state, world));
     if committed.is_err() && world.rank() == 0 {
         staging.discard();
     }
@@ -195,19 +243,28 @@ pub(crate) fn save(
     Ok(root.join(format!("step-{:08}", state.step)))
 }
 
-/// Returns the shards of all ranks, or the error of the lowest rank that could not write.
-fn gather_shards(
+/// Commits the shards of all ranks on rank 0.
+fn commit(
+    staging: &Staging,
+    shard: &Shard,
+    num_tensors: usize,
+    state: &RunState,
     world: &Arc<dyn Communicator>,
-    written: Result<Shard, checkpoint::Error>,
-) -> Result<Result<Vec<Shard>, Error>, Error> {
-    let report = written.map_err(|error| error.to_string());
-    let report = serde_json::to_vec(&report).expect("plain data");
-    let reports = all_gather_bytes(world, &report)?;
-    let shards = reports.iter().enumerate().map(|(rank, report)| {
-        let report: Result<Shard, String> = decode_peer_message(report)?;
-        report.map_err(|message| AgreementError::Peer { rank, message }.into())
-    });
-    Ok(shards.collect())
+) -> Result<(), Error> {
+    let message = serde_json::to_vec(shard).expect("plain data");
+    let messages = to_rank_0(world, &message)?;
+    let committed = if world.rank() == 0 {
+        let shards = messages.iter().map(|shard| decode_peer_message(shard));
+        let shards: Result<Vec<Shard>, _> = shards.collect();
+        let state = serde_json::to_value(state).expect("plain data");
+        shards.map_err(Error::from).and_then(|shards| {
+            let committed = staging.commit(shards, num_tensors, state);
+            committed.map(drop).map_err(Error::from)
+        })
+    } else {
+        Ok(())
+    };
+    agree(world, committed)
 }
 
 /// A state that was copied into the run.
@@ -338,7 +395,7 @@ fn copy_state(
             }
         }
     }
-    let name = key(kind::GENERATOR, run.rank);
+    let name = key(kind::GENERATOR, run.mesh.rank());
     if let Some(entry) = checkpoint.manifest().tensors.get(&name) {
         let slice = TensorSlice::whole(name, &entry.shape);
         let generator = checkpoint.tensor(&slice)?;

@@ -63,8 +63,7 @@ impl Trainer {
     }
 
     fn plan_snapshots(&mut self) -> Result<(), Error> {
-        let tensors = self.state_tensors().tensors()?;
-        let save_plan = checkpointing::plan_save(&tensors, &self.world)?;
+        let (tensors, save_plan) = checkpointing::plan_save(&self.state_tensors(), &self.world)?;
         let state = self.state();
         match &mut self.snapshots {
             Some(snapshots) => snapshots.plan(&save_plan, &tensors, &state, self.device.as_ref()),
@@ -249,7 +248,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// Writes a checkpoint of the current state. Like a snapshot, it waits for the lines so far, so
+    /// Writes a checkpoint of the current state, and has old ones removed in a thread. Like a snapshot, it waits for the lines so far, so
     /// that a run that resumes from it does not miss them.
     ///
     /// # Collective
@@ -265,7 +264,8 @@ impl Trainer {
         }
         let path = checkpointing::save(&root, &self.state(), &tensors, &self.world)?;
         if self.is_rank_0() {
-            checkpointing::retain_checkpoints(&root, self.config.checkpoint.keep, self.step)?;
+            self.retention
+                .order(root, self.config.checkpoint.keep, self.step);
         }
         Ok(path)
     }
@@ -295,7 +295,7 @@ impl Trainer {
             model: &self.model,
             optimizer: &self.optimizer,
             device: self.device.as_ref(),
-            rank: self.world.rank(),
+            mesh: &self.mesh,
         }
     }
 

@@ -8,16 +8,18 @@
 use super::run_state::PlacementState;
 use crate::{
     Error,
-    config::PlacementConfig,
-    model::{LocalExperts, Model},
+    config::{Config, MoeConfig, PlacementConfig},
+    model::{
+        LocalExperts, Model,
+        experts::ExpertShape,
+        parameters::{Replicas, slices_of_rows},
+    },
     optim::Optimizer,
+    process_groups::zero_rank_and_size,
 };
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
-use parallel::{
-    Communicator, Work,
-    agreement::{all_gather_bytes, decode_peer_message},
-};
+use parallel::{Communicator, GroupKind, Mesh, Work, own_rows};
 use std::{collections::BTreeSet, ops::Range, sync::Arc};
 use tch::{Device, Kind, Tensor};
 
@@ -27,8 +29,7 @@ const KINDS: usize = 3;
 /// Placement of all experts, and the rule by which they move.
 pub(crate) struct ExpertPlacement {
     config: PlacementConfig,
-    /// Number of owners of each MoE layer's experts.
-    owners: usize,
+    rows: ExpertRows,
     /// The ranks of this rank's stage.
     stage: Arc<dyn Communicator>,
     state: PlacementState,
@@ -47,7 +48,7 @@ impl ExpertPlacement {
         config: &PlacementConfig,
         moe_layers: usize,
         experts: usize,
-        owners: usize,
+        rows: ExpertRows,
         stage: Arc<dyn Communicator>,
     ) -> ExpertPlacement {
         let state = PlacementState {
@@ -56,7 +57,7 @@ impl ExpertPlacement {
         };
         ExpertPlacement {
             config: config.clone(),
-            owners,
+            rows,
             stage,
             state,
         }
@@ -109,13 +110,15 @@ impl ExpertPlacement {
             .iter()
             .zip(&self.state.physical_slots)
             .map(|(loads, slots)| {
-                rebalance_experts(loads, slots, self.owners, self.config.min_gain)
+                rebalance_experts(loads, slots, self.rows.owners, self.config.min_gain)
             })
             .collect();
         for (moe_layer, moe, experts) in model.local_moe_layers() {
             if let Some(slots) = &improved[moe_layer] {
                 let names = self.moved_tensors(moe_layer, slots, &experts.name);
-                self.exchange(model, optimizer, experts, &names, || {
+                let before = &self.state.physical_slots[moe_layer];
+                let moves = self.plan(&experts.name, before, slots, &names)?;
+                self.exchange(model, optimizer, experts, &moves, || {
                     experts.set_physical_slots(&model.parameters, &moe.dispatcher, slots);
                 })?;
             }
@@ -159,25 +162,46 @@ impl ExpertPlacement {
         moved
     }
 
+    /// Plans the moves of the tensors `names` of layer `name` to new physical slots, as all ranks
+    /// of the stage do.
+    fn plan(
+        &self,
+        name: &str,
+        before: &[i64],
+        after: &[i64],
+        names: &BTreeSet<String>,
+    ) -> Result<PlannedMoves, Error> {
+        let held = |slots: &[i64]| self.rows.of_stage(name, slots, names);
+        let slices_before = held(before);
+        let slices_after = held(after);
+        let moves = plan_moves(&slices_before, &slices_after).map_err(Error::Placement)?;
+        let own = |mut slices: Vec<Vec<TensorSlice>>| slices.swap_remove(self.stage.rank());
+        Ok(PlannedMoves {
+            names: names.clone(),
+            before: own(slices_before),
+            after: own(slices_after),
+            moves,
+        })
+    }
+
     /// Calls `relabel`, which changes the global slices of this rank's rows, and brings the values
-    /// of the tensors `names` to their new ranks.
+    /// of the planned tensors to their new ranks.
     fn exchange(
         &self,
         model: &Model,
         optimizer: &Optimizer,
         experts: &LocalExperts,
-        names: &BTreeSet<String>,
+        planned: &PlannedMoves,
         relabel: impl FnOnce(),
     ) -> Result<(), Error> {
-        let held = || held_slices(model, optimizer, experts, names);
+        let held = || held_slices(model, optimizer, experts, &planned.names);
         let before = held();
-        let slices_before = self.gather_slices(&before)?;
+        check_held(&before, &planned.before)?;
         relabel();
         let after = held();
-        let slices_after = self.gather_slices(&after)?;
-        let moves = plan_moves(&slices_before, &slices_after).map_err(Error::Placement)?;
+        check_held(&after, &planned.after)?;
         execute_moves(
-            &moves,
+            &planned.moves,
             &self.stage,
             KINDS,
             |kind, rows| find_rows(&before, kind, rows),
@@ -192,14 +216,101 @@ impl ExpertPlacement {
         }
         Ok(())
     }
+}
 
-    /// Returns the slices that each rank of the stage holds.
-    fn gather_slices(&self, held: &[HeldSlice]) -> Result<Vec<Vec<TensorSlice>>, Error> {
-        let own: Vec<&TensorSlice> = held.iter().map(|held| &held.slice).collect();
-        let message = serde_json::to_vec(&own).expect("plain data");
-        let messages = all_gather_bytes(&self.stage, &message)?;
-        let decoded = messages.iter().map(|bytes| Ok(decode_peer_message(bytes)?));
-        decoded.collect()
+/// Moves of a layer's experts, and this rank's slices that they change.
+struct PlannedMoves {
+    names: BTreeSet<String>,
+    before: Vec<TensorSlice>,
+    after: Vec<TensorSlice>,
+    moves: Vec<Move>,
+}
+
+/// Checks that this rank holds the slices that the other ranks plan with.
+fn check_held(held: &[HeldSlice], planned: &[TensorSlice]) -> Result<(), Error> {
+    if held.iter().map(|held| &held.slice).eq(planned) {
+        return Ok(());
+    }
+    let reason = "this rank holds other rows of the experts than planned; this is an error in \
+                  moerun, please report it with the configuration";
+    Err(Error::Placement(reason.to_string()))
+}
+
+/// The rows of each layer's experts that each rank of a stage holds. They follow from the mesh, the
+/// configuration and the placement.
+pub(crate) struct ExpertRows {
+    experts: usize,
+    /// Number of owners of each MoE layer's experts.
+    owners: usize,
+    /// The ranks of the stage, in order.
+    ranks: Vec<RankPart>,
+}
+
+/// The part of a layer's experts that a rank holds.
+struct RankPart {
+    /// Index of its owner: the ranks that hold the same experts.
+    owner: usize,
+    shape: ExpertShape,
+    /// Index among the ranks that shard the rows, and their number.
+    shard: (usize, usize),
+}
+
+impl ExpertRows {
+    /// Derives the parts of the ranks in the stage of `mesh`.
+    ///
+    /// # Errors
+    /// If the mesh does not fit the configuration.
+    pub(crate) fn new(config: &Config, moe: &MoeConfig, mesh: &Mesh) -> Result<ExpertRows, Error> {
+        let shape = mesh.shape();
+        let ffn = moe.ffn as i64;
+        let columns = ffn / shape.expert_tensor as i64;
+        let part = |rank: usize| {
+            let mesh = Mesh::new(shape, rank, mesh.size());
+            let mesh = mesh.map_err(|error| Error::Config(error.to_string()))?;
+            let at = mesh.coordinates();
+            let slice = at.expert_tensor as i64;
+            Ok(RankPart {
+                owner: at.expert,
+                shape: ExpertShape {
+                    hidden: config.model.hidden as i64,
+                    ffn,
+                    part: columns * slice..columns * (slice + 1),
+                },
+                shard: zero_rank_and_size(&mesh, &config.parallel, Replicas::Expert),
+            })
+        };
+        let ranks = mesh.group(GroupKind::Stage).into_iter().map(part);
+        Ok(ExpertRows {
+            experts: moe.experts,
+            owners: shape.expert,
+            ranks: ranks.collect::<Result<_, Error>>()?,
+        })
+    }
+
+    /// Returns the slices of the tensors `names` of layer `name` that each rank holds, where expert
+    /// e has the physical slot `physical_slots[e]`.
+    fn of_stage(
+        &self,
+        name: &str,
+        physical_slots: &[i64],
+        names: &BTreeSet<String>,
+    ) -> Vec<Vec<TensorSlice>> {
+        let mut expert_of_slot = vec![0; physical_slots.len()];
+        for (expert, &physical_slot) in physical_slots.iter().enumerate() {
+            expert_of_slot[physical_slot as usize] = expert;
+        }
+        let local = self.experts / self.owners;
+        let held = |rank: &RankPart| {
+            let own = &expert_of_slot[rank.owner * local..(rank.owner + 1) * local];
+            let parameters = [rank.shape.gate_up(name, own), rank.shape.down(name, own)];
+            let slices = parameters.into_iter().flat_map(|slices| {
+                let rows = slices.iter().map(|slice| slice.shape[0]).sum();
+                let (shard, shards) = rank.shard;
+                slices_of_rows(slices, &own_rows(rows, shard, shards))
+            });
+            slices.filter(|slice| names.contains(&slice.name)).collect()
+        };
+        self.ranks.iter().map(held).collect()
     }
 }
 

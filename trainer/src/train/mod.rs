@@ -7,6 +7,7 @@ mod counted_tokens;
 mod distribution;
 mod durability;
 mod expert_placement;
+mod handed_on;
 mod inspection;
 pub(crate) mod metrics;
 mod metrics_files;
@@ -16,7 +17,9 @@ mod progress_counter;
 mod rank_figures;
 mod resume;
 mod resume_rules;
+mod retention;
 mod run_state;
+mod save_plan;
 pub(crate) mod saved_config;
 mod setup;
 pub(crate) mod slot_writer;
@@ -29,8 +32,8 @@ mod step_sums;
 mod summed_figures;
 mod validation;
 
-pub use checkpointing::retain_checkpoints;
 pub use resume::check_resume;
+pub use retention::retain_checkpoints;
 pub use saved_config::newest_config;
 
 use crate::{
@@ -44,6 +47,7 @@ use crate::{
         expert_placement::ExpertPlacement,
         metrics::{Progress, RankLine, RoutingLine, StepMetrics},
         metrics_files::MetricsFiles,
+        retention::Retention,
         run_state::CountedFrom,
         snapshots::{ReservedSlot, Snapshots},
         summed_figures::MAX_LISTED_RANKS,
@@ -139,6 +143,8 @@ pub struct Trainer {
     /// The step after which the ranks write the checkpoint that one was asked for.
     requested_checkpoint: Option<u64>,
     files: MetricsFiles,
+    /// Used on rank 0 only.
+    retention: Retention,
     /// The thread that writes the trace of a step.
     trace: Option<JoinHandle<()>>,
 }
@@ -233,6 +239,12 @@ impl Trainer {
         let outcome = self.run_steps(point.repeats_validation, requests, progress);
         let files = std::mem::take(&mut self.files);
         files.finish(outcome.is_err(), progress);
+        let failures = self.retention.finish();
+        if failures > 0 {
+            progress.warn(&format!(
+                "old checkpoints could not be removed {failures} times; the log says why"
+            ));
+        }
         if let Some(trace) = self.trace.take().filter(|_| outcome.is_ok()) {
             // Panics only if writing does, which leaves no trace either.
             let _ = trace.join();

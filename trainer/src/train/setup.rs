@@ -1,8 +1,12 @@
 //! Construction of a trainer: data, process groups, model and optimizer of this rank.
 
 use super::{
-    ResumeReport, StepPlan, Trainer, counted_tokens::check_validation,
-    expert_placement::ExpertPlacement, metrics_files::MetricsFiles, run_state::CountedFrom,
+    ResumeReport, StepPlan, Trainer,
+    counted_tokens::check_validation,
+    expert_placement::{ExpertPlacement, ExpertRows},
+    metrics_files::MetricsFiles,
+    retention::Retention,
+    run_state::CountedFrom,
 };
 use crate::{
     Error,
@@ -100,6 +104,7 @@ impl Trainer {
             wants_checkpoint: false,
             requested_checkpoint: None,
             files: MetricsFiles::default(),
+            retention: Retention::default(),
             trace: None,
         })
     }
@@ -249,9 +254,9 @@ fn expert_placement(
     };
     let stage = world.group("moving experts", &mesh.group(GroupKind::Stage))?;
     let moe_layers = config.model.num_moe_layers();
-    let owners = mesh.shape().expert;
+    let rows = ExpertRows::new(config, moe, mesh)?;
     let experts = moe.experts;
     Ok(Some(ExpertPlacement::new(
-        placement, moe_layers, experts, owners, stage,
+        placement, moe_layers, experts, rows, stage,
     )))
 }

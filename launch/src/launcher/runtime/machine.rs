@@ -2,8 +2,9 @@
 
 use super::{
     machine_protocol::{MachineCommand, MachineReport, StartedKeeper},
-    processes::RankProcesses,
+    processes::{FailedStart, RankProcesses, rank_arguments},
     queue::Queue,
+    rank_source::RankSource,
     spawn::{kill_earlier_keeper, real_logs, spawn_keeper},
 };
 use crate::{
@@ -72,12 +73,13 @@ impl Machine {
         address: Option<IpAddr>,
         rank_limit: usize,
     ) -> Machine {
+        let source = RankSource::start(rank_arguments(args));
         Machine {
             dir: dir.to_path_buf(),
             logs: real_logs(dir),
             secret,
             address,
-            ranks: RankProcesses::new(args, dir, rank_limit),
+            ranks: RankProcesses::new(source, dir, rank_limit),
             keepers: Vec::new(),
             started: Queue::new(),
             number: 0,
@@ -126,12 +128,17 @@ impl Machine {
     }
 
     fn start_ranks(&mut self, assignments: Vec<Assignment>) {
-        let first = assignments.first().map(|first| first.rank);
-        if let Err(error) = self.ranks.start(assignments, &self.secret) {
+        let ordered = self.ranks.start(assignments, &self.secret);
+        let started = ordered.and_then(|()| self.ranks.advance());
+        self.note_start(started);
+    }
+
+    fn note_start(&mut self, started: Result<(), FailedStart>) {
+        if let Err(FailedStart { rank, error }) = started {
             // The launcher sees a failed rank, and restarts it or gives up.
             eprintln!("error: {}", hint::message(&error));
             self.ranks.kill();
-            self.start_error = first.map(|rank| FailedRank {
+            self.start_error = Some(FailedRank {
                 rank,
                 status: 1 << 8,
                 report: None,
@@ -200,6 +207,8 @@ impl Machine {
     /// Returns what has changed since the last call.
     pub(super) fn reports(&mut self) -> Vec<MachineReport> {
         let mut reports = Vec::new();
+        let started = self.ranks.advance();
+        self.note_start(started);
         while let Some(KeeperResult { request, started }) = self.started.pop_now() {
             let started = started.map(|keeper| {
                 let started = StartedKeeper {

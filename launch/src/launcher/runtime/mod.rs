@@ -10,6 +10,8 @@ mod machine_protocol;
 mod own_machine;
 mod processes;
 mod queue;
+mod rank_child;
+mod rank_source;
 mod spawn;
 
 pub(crate) use agent_links::Join;

@@ -1,24 +1,20 @@
 //! The rank processes of this machine: start, assignment, supervision, end.
 
+use super::{rank_child::RankChild, rank_source::RankSource};
 use crate::{
     cli::TrainArgs,
-    environment,
     launcher::engine::ranks::FailedRank,
     protocol::{Assignment, FailureReport, RankInput, failure_path},
-    run_file, signals,
+    run_file,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, anyhow};
 use checkpoint::secure::Secret;
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use std::{
+    collections::VecDeque,
     ffi::OsString,
-    io::Write,
-    os::unix::process::{CommandExt, ExitStatusExt},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -32,93 +28,156 @@ const MAX_REPORT_BYTES: u64 = 16 << 20;
 /// The time in which killed processes must end when the launcher does.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The longest time for which starting processes are waited for at a time.
+const START_WAIT: Duration = Duration::from_millis(50);
+
 /// Rank processes and standbys. Dropping this kills them all.
 pub(super) struct RankProcesses {
-    /// Arguments of a rank's process.
-    arguments: Vec<OsString>,
+    source: RankSource,
     dir: PathBuf,
     /// Most ranks at a time, and most standby processes.
     limit: usize,
+    /// Processes that the source has not returned yet, in the order in which it will.
+    starting: VecDeque<Starting>,
     children: Vec<RankProcess>,
-    standby: Vec<Child>,
+    standby: Vec<RankChild>,
     /// Killed processes that have not ended yet.
-    dying: Vec<Child>,
+    dying: Vec<RankChild>,
+}
+
+/// The use of a process that is being started.
+enum Starting {
+    Rank(AssignedRank),
+    Standby,
+    /// It is killed when it comes.
+    Unwanted,
+}
+
+struct AssignedRank {
+    rank: usize,
+    /// The line with its assignment.
+    line: String,
 }
 
 struct RankProcess {
     rank: usize,
-    child: Child,
+    child: RankChild,
     /// The report that it left, once it has ended.
     report: Option<Option<FailureReport>>,
 }
 
+/// A rank that could not be started, or the first of several.
+pub(super) struct FailedStart {
+    pub(super) rank: usize,
+    pub(super) error: anyhow::Error,
+}
+
+/// Returns the arguments of a rank's process.
+pub(super) fn rank_arguments(args: &TrainArgs) -> Vec<OsString> {
+    let mut arguments = vec!["train".into(), args.config.config.clone().into()];
+    for change in &args.config.set {
+        arguments.extend(["--set".into(), change.into()]);
+    }
+    for key in &args.accept_changes {
+        arguments.extend(["--accept-changes".into(), key.into()]);
+    }
+    arguments
+}
+
 impl RankProcesses {
     /// Starts at most `limit` ranks, whatever a launcher orders.
-    pub(super) fn new(args: &TrainArgs, dir: &Path, limit: usize) -> RankProcesses {
-        let mut arguments = vec!["train".into(), args.config.config.clone().into()];
-        for change in &args.config.set {
-            arguments.extend(["--set".into(), change.into()]);
-        }
-        for key in &args.accept_changes {
-            arguments.extend(["--accept-changes".into(), key.into()]);
-        }
+    pub(super) fn new(source: RankSource, dir: &Path, limit: usize) -> RankProcesses {
         RankProcesses {
-            arguments,
+            source,
             dir: dir.to_path_buf(),
             limit,
+            starting: VecDeque::new(),
             children: Vec::new(),
             standby: Vec::new(),
             dying: Vec::new(),
         }
     }
 
-    fn spawn(&self) -> Result<Child> {
-        let mut command = Command::new(OWN_PROGRAM);
-        command
-            .arg0("moerun")
-            .args(&self.arguments)
-            .env(environment::LAUNCHER_PID, std::process::id().to_string())
-            .stdin(Stdio::piped())
-            // Outside the terminal's process group: Ctrl-C reaches only the launcher, which stops
-            // the ranks in order.
-            .process_group(0);
-        signals::while_held(|| command.spawn()).context("cannot start a rank")
-    }
-
-    /// Starts the ranks, in standby processes as far as there are any.
+    /// Starts the ranks, in standby processes as far as there are any. The others start in
+    /// [`RankProcesses::advance`].
     ///
     /// # Errors
-    /// If they are more than this machine's, or cannot be started.
-    pub(super) fn start(&mut self, assignments: Vec<Assignment>, secret: &Secret) -> Result<()> {
+    /// If they are more than this machine's, or a standby process has just exited.
+    pub(super) fn start(
+        &mut self,
+        assignments: Vec<Assignment>,
+        secret: &Secret,
+    ) -> Result<(), FailedStart> {
+        let Some(first) = assignments.first() else {
+            return Ok(());
+        };
         let limit = self.limit;
-        let ordered = self.live_children() + assignments.len();
+        let ordered = self.live() + assignments.len();
         if ordered > limit {
-            bail!("the launcher ordered {ordered} ranks, and this machine has {limit}");
+            let error =
+                anyhow!("the launcher ordered {ordered} ranks, and this machine has {limit}");
+            let rank = first.rank;
+            return Err(FailedStart { rank, error });
         }
         for assignment in assignments {
             let rank = assignment.rank;
-            let mut child = match self.take_standby() {
-                Some(child) => child,
-                None => self.spawn()?,
-            };
             let secret = secret.clone();
             let input = RankInput { assignment, secret };
             let line = serde_json::to_string(&input).expect("plain data");
-            let stdin = child.stdin.take();
-            let sent = stdin.map(|mut stdin| writeln!(stdin, "{line}"));
-            self.children.push(RankProcess {
-                rank,
-                child,
-                report: None,
-            });
-            sent.transpose()
-                .with_context(|| format!("rank {rank} exited before it got its assignment"))?;
+            let assigned = AssignedRank { rank, line };
+            match self.take_standby() {
+                Some(child) => self.assign(child, &assigned)?,
+                None => self.starting.push_back(Starting::Rank(assigned)),
+            }
         }
         Ok(())
     }
 
+    /// Puts processes to use that have been started, and starts more.
+    ///
+    /// # Errors
+    /// If a rank cannot be started, or exits at once.
+    pub(super) fn advance(&mut self) -> Result<(), FailedStart> {
+        self.drop_unordered();
+        let deadline = Instant::now() + START_WAIT;
+        while !self.starting.is_empty() && Instant::now() < deadline {
+            let next = self.source.next(self.starting.len(), deadline);
+            let Some(child) = next.transpose() else {
+                break;
+            };
+            match (child, self.starting.pop_front()) {
+                (Ok(child), Some(Starting::Rank(assigned))) => self.assign(child, &assigned)?,
+                (Ok(child), Some(Starting::Standby)) => self.standby.push(child),
+                (Ok(child), Some(Starting::Unwanted) | None) => self.end(vec![child]),
+                (Err(error), Some(Starting::Rank(AssignedRank { rank, .. }))) => {
+                    return Err(FailedStart { rank, error });
+                }
+                (Err(error), _) => {
+                    // Best effort: without them a restart is slower.
+                    eprintln!("warning: no standby process: {error:#}");
+                    self.starting
+                        .retain(|starting| matches!(starting, Starting::Rank(_)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn assign(&mut self, mut child: RankChild, assigned: &AssignedRank) -> Result<(), FailedStart> {
+        let AssignedRank { rank, line } = assigned;
+        let rank = *rank;
+        let sent = child.assign(line);
+        self.children.push(RankProcess {
+            rank,
+            child,
+            report: None,
+        });
+        let sent = sent.with_context(|| format!("rank {rank} exited before it got its assignment"));
+        sent.map_err(|error| FailedStart { rank, error })
+    }
+
     /// Returns a standby process that is still alive.
-    fn take_standby(&mut self) -> Option<Child> {
+    fn take_standby(&mut self) -> Option<RankChild> {
         loop {
             let mut child = self.standby.pop()?;
             if matches!(child.try_wait(), Ok(None)) {
@@ -130,24 +189,27 @@ impl RankProcesses {
     /// Keeps `count` standby processes, but no more than this machine has ranks. Best effort:
     /// without them a restart is slower.
     pub(super) fn stand_by(&mut self, count: usize) {
-        let count = count.min(self.limit);
-        while self.standby.len() < count {
-            match self.spawn() {
-                Ok(child) => self.standby.push(child),
-                Err(error) => {
-                    tracing::warn!("no standby process: {error:#}");
-                    return;
-                }
-            }
-        }
+        let is_standby = |starting: &&Starting| matches!(starting, Starting::Standby);
+        let starting = self.starting.iter().filter(is_standby).count();
+        let missing = count
+            .min(self.limit)
+            .saturating_sub(self.standby.len() + starting);
+        self.starting
+            .extend(std::iter::repeat_with(|| Starting::Standby).take(missing));
     }
 
-    /// Number of processes that run, killed ones included until they have ended.
+    /// Number of processes that run or start, killed ones included until they have ended.
     pub(super) fn running(&mut self) -> usize {
         self.dying.retain_mut(|child| !has_ended(child));
         let dying = self.dying.iter();
         let dying = dying.filter(|child| !has_only_blocked_threads(child.id()));
-        dying.count() + self.live_children()
+        dying.count() + self.live()
+    }
+
+    /// Number of ranks that run or start.
+    fn live(&mut self) -> usize {
+        let is_rank = |starting: &&Starting| matches!(starting, Starting::Rank(_));
+        self.starting.iter().filter(is_rank).count() + self.live_children()
     }
 
     fn live_children(&mut self) -> usize {
@@ -185,28 +247,46 @@ impl RankProcesses {
 
     pub(super) fn signal(&self, signal: Signal) {
         for RankProcess { child, .. } in &self.children {
-            // Fails for a rank that has just exited.
-            let _ = kill(Pid::from_raw(child.id() as i32), signal);
+            child.signal(signal);
         }
     }
 
     /// Kills every rank, but no standby process.
     pub(super) fn kill(&mut self) {
         let children = self.children.drain(..);
-        let children: Vec<Child> = children.map(|process| process.child).collect();
+        let children: Vec<RankChild> = children.map(|process| process.child).collect();
         self.end(children);
+        for starting in &mut self.starting {
+            if matches!(starting, Starting::Rank(_)) {
+                *starting = Starting::Unwanted;
+            }
+        }
+        self.drop_unordered();
     }
 
     /// Also kills the standby processes.
     pub(super) fn kill_all(&mut self) {
+        self.starting
+            .iter_mut()
+            .for_each(|starting| *starting = Starting::Unwanted);
         self.kill();
         let standby = std::mem::take(&mut self.standby);
         self.end(standby);
     }
 
-    fn end(&mut self, children: Vec<Child>) {
-        for mut child in children {
-            let _ = child.kill();
+    /// Forgets unwanted processes that the source was not asked for yet.
+    fn drop_unordered(&mut self) {
+        let mut ordered = self.source.ordered();
+        self.starting.retain(|starting| {
+            let is_ordered = ordered > 0;
+            ordered = ordered.saturating_sub(1);
+            is_ordered || !matches!(starting, Starting::Unwanted)
+        });
+    }
+
+    fn end(&mut self, children: Vec<RankChild>) {
+        for child in children {
+            child.signal(Signal::SIGKILL);
             // Waiting could take for ever: the kernel may block the process.
             self.dying.push(child);
         }
@@ -217,14 +297,16 @@ impl Drop for RankProcesses {
     fn drop(&mut self) {
         self.kill_all();
         let began = Instant::now();
-        while self.running() > 0 && began.elapsed() < END_TIMEOUT {
+        while self.running() + self.starting.len() > 0 && began.elapsed() < END_TIMEOUT {
+            // Nothing is wanted, so nothing can be missing.
+            let _ = self.advance();
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 }
 
 /// True if a process was waited for. One that cannot be waited for counts as running until it can.
-fn has_ended(child: &mut Child) -> bool {
+fn has_ended(child: &mut RankChild) -> bool {
     matches!(child.try_wait(), Ok(Some(_)))
 }
 
@@ -259,9 +341,10 @@ mod tests {
             panic!("not train");
         };
         let folder = tempfile::tempdir().unwrap();
-        let mut none = RankProcesses::new(&args, folder.path(), 0);
+        let source = RankSource::without_server(rank_arguments(&args));
+        let mut none = RankProcesses::new(source, folder.path(), 0);
         none.stand_by(1_000_000_000);
-        assert!(none.standby.is_empty());
+        assert!(none.standby.is_empty() && none.starting.is_empty());
         let assignment = serde_json::json!({
             "rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1,
             "store": "127.0.0.1:1", "address": null, "generation": 0, "keeper": null,
@@ -269,9 +352,9 @@ mod tests {
         });
         let assignment = serde_json::from_value(assignment).unwrap();
         let secret = Secret::random().unwrap();
-        let error = none.start(vec![assignment], &secret).unwrap_err();
+        let failed = none.start(vec![assignment], &secret).err().unwrap();
         let expected = "the launcher ordered 1 ranks, and this machine has 0";
-        assert_eq!(error.to_string(), expected);
-        assert!(none.children.is_empty());
+        assert_eq!(failed.error.to_string(), expected);
+        assert!(none.children.is_empty() && none.starting.is_empty());
     }
 }
