@@ -209,7 +209,7 @@ mod tests {
 
         fn line(number: u64) -> String {
             let step = FIRST_STEP + number;
-            format!("{{\"step\":{step},\"loss\":\"{}\"}}\n", "x".repeat(34))
+            format!("{{\"step\":{step},\"loss\":\"{}\"}}\n", "x".repeat(35))
         }
     }
 

@@ -13,6 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Name of the file that lists ranks.
+const RANKS: &str = "ranks.jsonl";
+
 /// Time within which an existing folder answers.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -36,8 +39,8 @@ struct MetricsFile {
 }
 
 impl MetricsFiles {
-    /// Opens the files in `dir` for a run that resumes at `point`. With `lists_ranks`, also
-    /// `ranks.jsonl`.
+    /// Opens the files in `dir` for a run that resumes at `point`; with `lists_ranks`, and if it
+    /// exists, also `ranks.jsonl`.
     ///
     /// # Errors
     /// If a file cannot be opened. A run that resumes tolerates what may pass, such as a full
@@ -51,10 +54,12 @@ impl MetricsFiles {
         let start = |name: &str, reports_gap: bool| {
             MetricsFile::start(dir.join(name), point, limits, reports_gap)
         };
+        // A run that had more ranks before it resumed may have lines that are repeated.
+        let lists_ranks = lists_ranks || dir.join(RANKS).exists();
         let files = OpenFiles {
             metrics: start("metrics.jsonl", true),
             routing: start("routing.jsonl", false),
-            ranks: lists_ranks.then(|| start("ranks.jsonl", false)),
+            ranks: lists_ranks.then(|| start(RANKS, false)),
         };
         for file in files.all() {
             let opened = file.lines.wait_until_open(OPEN_TIMEOUT, point.step > 0);
