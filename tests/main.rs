@@ -17,6 +17,7 @@ mod faults;
 mod fixture;
 mod keeper_ports;
 mod kills;
+mod large_states;
 mod launchers;
 mod layouts;
 mod loss_masks;

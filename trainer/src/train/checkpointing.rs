@@ -1,7 +1,7 @@
 //! Checkpoints of a run: its state as named tensors, saved and restored by all ranks together.
 //!
 //! # Collective
-//! All ranks call [`plan_save`], [`save`], [`resume`] and [`resume_snapshot`] at the same point.
+//! All ranks call [`plan_save`], [`save`] and [`resume`] at the same point.
 
 use super::{
     accounting::{Mismatch, Shapes, account, account_alone, held_shapes, saved_shapes},
@@ -11,10 +11,7 @@ use super::{
     saved_config::{has_kind, kind, read_run_state, saved_config},
 };
 use crate::{Error, config::Config, model::Model, optim::Optimizer};
-use checkpoint::{
-    Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, assign_owners,
-    keeper::SnapshotId,
-};
+use checkpoint::{Checkpoint, Shard, Staging, TensorSlice, assign_owners};
 use parallel::{
     Accelerator, Communicator,
     agreement::{AgreementError, agree, all_gather_bytes, decode_peer_message},
@@ -26,7 +23,7 @@ use std::{
 };
 use tch::{Kind, Tensor};
 
-fn key(kind: &str, name: impl std::fmt::Display) -> String {
+pub(super) fn key(kind: &str, name: impl std::fmt::Display) -> String {
     format!("{kind}/{name}")
 }
 
@@ -109,6 +106,8 @@ pub(crate) struct SavePlan {
     pub(crate) own: Vec<PlannedTensor>,
     /// Number of names that all ranks save together.
     pub(crate) num_tensors: usize,
+    /// Ranks that save the others of the tensors that this rank holds.
+    pub(crate) companions: Vec<usize>,
 }
 
 /// Assigns each slice that several ranks hold to one of them. All ranks make the same plan.
@@ -136,8 +135,11 @@ pub(crate) fn plan_save(
     let owners = assign_owners(&holders, world.size());
     let owner: BTreeMap<&TensorSlice, usize> = slices.iter().zip(owners).collect();
     let mut own = Vec::new();
+    let mut companions = BTreeSet::new();
     for (index, (slice, tensor)) in tensors.iter().enumerate() {
-        if owner[slice] == world.rank() {
+        if owner[slice] != world.rank() {
+            companions.insert(owner[slice]);
+        } else {
             own.push(PlannedTensor {
                 index,
                 slice: slice.clone(),
@@ -148,6 +150,7 @@ pub(crate) fn plan_save(
     Ok(SavePlan {
         own,
         num_tensors: names.len(),
+        companions: companions.into_iter().collect(),
     })
 }
 
@@ -263,29 +266,8 @@ pub(crate) fn resume(
     Err(none_usable(root, &refusals, &set_aside))
 }
 
-/// Id, headers and opener of a snapshot's parts.
-pub(crate) type SnapshotParts = (SnapshotId, Vec<ImageHeader>, PartOpener);
-
-/// Restores the run from the snapshot with these parts, if there is one.
-///
-/// # Errors
-/// If any rank cannot read its part of the snapshot, or `rules` refuse it.
-pub(crate) fn resume_snapshot(
-    parts: Result<Option<SnapshotParts>, Error>,
-    run: &StateTensors,
-    world: &Arc<dyn Communicator>,
-    rules: &ResumeRules,
-) -> Result<Option<Restored>, Error> {
-    let Some((id, headers, open)) = agree(world, parts)? else {
-        return Ok(None);
-    };
-    let name = format!("the snapshot of step {}", id.step);
-    let opened = Checkpoint::from_parts(&name, id.step, headers, open).map_err(Error::from);
-    restore(opened, run, world, rules).map(Some)
-}
-
 /// Compares a verified checkpoint with the run, and copies it into the run if `rules` allow that.
-fn restore(
+pub(super) fn restore(
     opened: Result<Checkpoint, Error>,
     run: &StateTensors,
     world: &Arc<dyn Communicator>,
@@ -317,7 +299,7 @@ fn restore(
 }
 
 /// Copies the tensors of a checkpoint into the run, except those that do not fit.
-fn copy_state(
+pub(super) fn copy_state(
     checkpoint: &mut Checkpoint,
     run: &StateTensors,
     mismatches: &[Mismatch],

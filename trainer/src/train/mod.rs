@@ -18,6 +18,7 @@ mod run_state;
 pub(crate) mod saved_config;
 mod setup;
 pub(crate) mod slot_writer;
+mod snapshot_resume;
 pub(crate) mod snapshots;
 mod stages;
 mod step;

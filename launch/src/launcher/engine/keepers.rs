@@ -36,6 +36,8 @@ pub(crate) struct Keeper {
     pub(crate) last_heard: Duration,
     /// Its last answer about what it holds.
     pub(crate) inventory: Option<Inventory>,
+    /// The reasons why it refused to answer that since it was first asked.
+    pub(crate) refusals: Vec<String>,
 }
 
 /// A node with ranks.
@@ -83,6 +85,7 @@ impl Keepers {
             reconnects: 0,
             last_heard: Duration::ZERO,
             inventory: None,
+            refusals: Vec::new(),
         };
         self.all.insert(id, keeper);
         id
@@ -108,6 +111,7 @@ impl Keepers {
             reconnects: 0,
             last_heard: Duration::ZERO,
             inventory: None,
+            refusals: Vec::new(),
         };
         self.all.insert(id, keeper);
         id
