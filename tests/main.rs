@@ -18,6 +18,7 @@ mod fixture;
 mod forks;
 mod keeper_ports;
 mod kills;
+mod large_states;
 mod launchers;
 mod layouts;
 mod loss_masks;

@@ -16,6 +16,8 @@ const MAX_HEADER_BYTES: u64 = 1 << 28;
 pub(crate) const STATE_KEY: &str = "state";
 pub(crate) const SLICES_KEY: &str = "places";
 pub(crate) const TENSORS_KEY: &str = "tensors";
+/// Optional: the ranks whose images have the other slices that the writer held.
+pub(crate) const COMPANIONS_KEY: &str = "companions";
 
 /// A file that one rank wrote, and the slices in it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -132,6 +134,8 @@ pub struct ImageHeader {
     pub slices: Vec<TensorSlice>,
     /// The number of tensors in the whole checkpoint.
     pub tensors: usize,
+    /// The ranks whose images have the other slices that the writer held.
+    pub companions: Vec<usize>,
     pub(crate) index: TensorIndex,
 }
 
@@ -152,12 +156,17 @@ impl ImageHeader {
                 .ok_or_else(|| damaged(format!("no {key} in the header")))
         };
         let tensors = text(TENSORS_KEY)?;
+        let companions = match text(COMPANIONS_KEY) {
+            Ok(companions) => serde_json::from_str(companions).map_err(invalid)?,
+            Err(_) => Vec::new(),
+        };
         Ok(ImageHeader {
             state: serde_json::from_str(text(STATE_KEY)?).map_err(invalid)?,
             slices: serde_json::from_str(text(SLICES_KEY)?).map_err(invalid)?,
             tensors: tensors
                 .parse()
                 .map_err(|_| damaged(format!("{tensors} is no number of tensors")))?,
+            companions,
             index,
         })
     }

@@ -1,11 +1,12 @@
 //! The image of a rank's state: a safetensors file in memory, planned once and filled repeatedly.
 //!
 //! The header has a fixed length, so that tensors keep their offsets from snapshot to snapshot.
-//! Its metadata holds the state of the run, the slices, and the number of tensors of all ranks.
+//! Its metadata holds the state of the run, the slices, the number of tensors of all ranks, and the
+//! ranks whose images have the rest of what the writer held.
 
 use crate::{
     Error, TensorSlice,
-    format::{LENGTH_BYTES, SLICES_KEY, STATE_KEY, TENSORS_KEY, dtype_of},
+    format::{COMPANIONS_KEY, LENGTH_BYTES, SLICES_KEY, STATE_KEY, TENSORS_KEY, dtype_of},
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -23,6 +24,8 @@ pub struct ImageLayout {
     slices: String,
     /// The number of tensors in the whole checkpoint.
     tensors: usize,
+    /// The ranks whose images have the other slices that the writer holds.
+    companions: Vec<usize>,
     /// The length of the header with its padding, including the bytes that say the length.
     header_len: usize,
     offsets: Vec<u64>,
@@ -55,14 +58,16 @@ impl Entry {
 }
 
 impl ImageLayout {
-    /// Lays out slices of these dtypes. `tensors` is the number of tensors of all ranks, and
-    /// `state` an example of the states that headers will hold.
+    /// Lays out slices of these dtypes. `tensors` is the number of tensors of all ranks,
+    /// `companions` are the ranks whose images have the other slices that the writer holds, and
+    /// `state` is an example of the states that headers will hold.
     ///
     /// # Errors
     /// If a dtype cannot be saved.
     pub fn plan(
         held: &[(TensorSlice, Kind)],
         tensors: usize,
+        companions: &[usize],
         state: &Value,
     ) -> Result<ImageLayout, Error> {
         let mut order: Vec<usize> = (0..held.len()).collect();
@@ -85,6 +90,7 @@ impl ImageLayout {
             entries,
             slices: serde_json::to_string(&slices).expect("plain data"),
             tensors,
+            companions: companions.to_vec(),
             header_len: 0,
             offsets,
             bytes: 0,
@@ -111,11 +117,14 @@ impl ImageLayout {
     }
 
     fn header_json(&self, state: &Value) -> String {
-        let metadata = json!({
+        let mut metadata = json!({
             STATE_KEY: state.to_string(),
             SLICES_KEY: self.slices,
             TENSORS_KEY: self.tensors.to_string(),
         });
+        if !self.companions.is_empty() {
+            metadata[COMPANIONS_KEY] = json!(self.companions).to_string().into();
+        }
         format!("{{\"__metadata__\":{metadata}{}}}", self.entries)
     }
 
@@ -150,7 +159,15 @@ mod tests {
             (TensorSlice::whole("bytes", &[3]), Kind::Uint8),
             (TensorSlice::whole("model/w", &[2, 2]), Kind::Float),
         ];
-        ImageLayout::plan(&held, 2, &json!({"step": 9})).unwrap()
+        ImageLayout::plan(&held, 2, &[], &json!({"step": 9})).unwrap()
+    }
+
+    #[test]
+    fn a_header_names_the_companions_of_its_writer() {
+        let layout = ImageLayout::plan(&[], 5, &[3, 70], &json!({})).unwrap();
+        let header = layout.encode_header(&json!({})).unwrap();
+        let read = ImageHeader::read(&header, Path::new("x")).unwrap();
+        assert_eq!(read.companions, [3, 70]);
     }
 
     #[test]
@@ -164,6 +181,7 @@ mod tests {
         let read = ImageHeader::read(&header, Path::new("x")).unwrap();
         assert_eq!(read.state, state);
         assert_eq!(read.tensors, 2);
+        assert!(read.companions.is_empty());
         assert_eq!(read.index.data_start, start);
         let names: Vec<&str> = read
             .slices

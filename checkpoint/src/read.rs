@@ -140,13 +140,24 @@ impl Checkpoint {
             (file, header.slices.as_slice())
         });
         let contents = Contents::assemble(&path, shards, expected)?;
-        Ok(Checkpoint {
+        let manifest = contents.into_manifest(step, state.unwrap_or_default());
+        Ok(Checkpoint::of_images(path, manifest, headers, open))
+    }
+
+    /// Makes a checkpoint of images with these headers, which the manifest numbers as its files.
+    pub(crate) fn of_images(
+        path: PathBuf,
+        manifest: Manifest,
+        headers: Vec<ImageHeader>,
+        open: PartOpener,
+    ) -> Checkpoint {
+        Checkpoint {
             path,
-            manifest: contents.into_manifest(step, state.unwrap_or_default()),
+            manifest,
             checksum: None,
             shards: BTreeMap::new(),
             source: Source::Snapshot { headers, open },
-        })
+        }
     }
 
     /// Returns the folder of the checkpoint.

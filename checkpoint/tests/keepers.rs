@@ -1,33 +1,37 @@
 //! Keepers on sockets: snapshots of several nodes, lost nodes, damaged memory, unknown peers.
 
 use checkpoint::{
-    Redundancy,
+    ImageHeader, ImageLayout, OwnParts, PartSource, Redundancy, TensorSlice,
     keeper::{
         Error, Event, Fault, FillReporter, Inventory, KeeperClient, Node, PartInfo, Peer, Secret,
-        SlotMemory, Snapshot, SnapshotId, Topology,
+        SlotMemory, Snapshot, SnapshotContents, SnapshotId, Topology,
         recover::{Candidate, Rebuild, candidates},
         serve::{Settings, run},
     },
     redundancy_groups,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
 use std::{
     collections::VecDeque,
+    fs::File,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     os::{
         linux::net::SocketAddrExt,
         unix::{fs::FileExt, net::UnixStream},
     },
+    path::Path,
     process::Command,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc::{Receiver, channel},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+use tch::Kind;
 
 const CHUNK: usize = 1 << 10;
 const TEST_TIMEOUT: Duration = Duration::from_secs(20);
@@ -161,7 +165,10 @@ impl Rank {
 
     /// Takes a snapshot, if a slot is free.
     fn take(&mut self, id: SnapshotId) -> bool {
-        let bytes = bytes_of(self.rank, id.step);
+        self.take_bytes(id, &bytes_of(self.rank, id.step))
+    }
+
+    fn take_bytes(&mut self, id: SnapshotId, bytes: &[u8]) -> bool {
         let slot = self.client.reserve(id, bytes.len() as u64, false);
         let Some(slot) = slot.unwrap() else {
             return false;
@@ -187,10 +194,20 @@ fn snapshot(
     for rank in ranks.iter_mut() {
         assert!(rank.take(id));
     }
+    commit(cluster, topology, events, id)
+}
+
+/// Waits until snapshot `id` is complete and protected, and commits it.
+fn commit(
+    cluster: &Cluster,
+    topology: &Topology,
+    events: &Receiver<Event>,
+    id: SnapshotId,
+) -> Snapshot {
     let mut parts = Vec::<PartInfo>::new();
     let mut protected = 0;
     let start = Instant::now();
-    while parts.len() < ranks.len() || protected < topology.nodes.len() {
+    while parts.len() < topology.ranks() || protected < topology.nodes.len() {
         // Heartbeats arrive at all times, so the timeout below does not suffice.
         assert!(
             start.elapsed() < TEST_TIMEOUT,
@@ -207,11 +224,11 @@ fn snapshot(
         }
     }
     parts.sort_by_key(|part| part.rank);
-    let snapshot = Snapshot {
+    let snapshot = Snapshot::from(SnapshotContents {
         id,
-        topology: topology.clone(),
+        topology: topology.clone().into(),
         parts,
-    };
+    });
     for keeper in 0..topology.nodes.len() {
         cluster.peer(keeper).commit(&snapshot).unwrap();
     }
@@ -407,6 +424,80 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
     assert_eq!(complete, [1]);
     assert_eq!(cluster.peer(0).status().unwrap().skipped, 1);
     assert_eq!(candidates(&inventories)[0].snapshot.id, id(1));
+}
+
+/// The parts at a keeper, with the number of files that were opened.
+struct KeptParts {
+    client: KeeperClient,
+    opened: Arc<AtomicUsize>,
+}
+
+impl PartSource for KeptParts {
+    fn header(&mut self, rank: usize) -> Result<ImageHeader, checkpoint::Error> {
+        ImageHeader::read(&self.client.header(rank).unwrap(), Path::new("part"))
+    }
+
+    fn open(&mut self, rank: usize) -> Result<File, checkpoint::Error> {
+        self.opened.fetch_add(1, Ordering::SeqCst);
+        Ok(self.client.open(rank).unwrap())
+    }
+}
+
+/// A rank asks for its own part and for that of its replica, not for those of all ranks.
+#[test]
+fn a_restart_in_the_same_layout_reads_parts_of_replicas_only() {
+    const NODES: usize = 4;
+    const PER_NODE: usize = 2;
+    const RANKS: usize = NODES * PER_NODE;
+    let cluster = Cluster::new(NODES, None);
+    let topology = cluster.topology(NODES, PER_NODE, Redundancy::Copies(1));
+    cluster.set_up(&topology);
+    let events = cluster.events(NODES);
+    // Each rank has one replica. Both hold two tensors, of which each saves one.
+    let replica_of = |rank: usize| (rank + RANKS / 2) % RANKS;
+    let pair_of = |rank: usize| rank % (RANKS / 2);
+    let slice = |rank: usize| TensorSlice::whole(format!("of rank {rank}"), &[1000]);
+    let image = |rank: usize| {
+        let held = [(slice(rank), Kind::Float)];
+        let state = json!({"step": 3});
+        let layout = ImageLayout::plan(&held, RANKS, &[replica_of(rank)], &state).unwrap();
+        let mut bytes = layout.encode_header(&state).unwrap();
+        bytes.extend((0..1000).flat_map(|_| (rank as f32).to_le_bytes()));
+        bytes
+    };
+    for rank in 0..RANKS {
+        let mut rank = Rank::new(&cluster, &topology, rank, 2);
+        assert!(rank.take_bytes(id(3), &image(rank.rank)));
+    }
+    let snapshot = commit(&cluster, &topology, &events, id(3));
+    let nodes = (0..RANKS).map(|rank| topology.node_of(rank).unwrap());
+    let holders: Vec<SocketAddr> = nodes.map(|node| cluster.addresses[node]).collect();
+    for node in 0..NODES {
+        let mut peer = cluster.peer(node);
+        peer.select_restore(Some(&snapshot), &holders).unwrap();
+    }
+    let opened = Arc::new(AtomicUsize::new(0));
+    for rank in 0..RANKS {
+        let socket = &cluster.sockets[topology.node_of(rank).unwrap()];
+        let source = KeptParts {
+            client: KeeperClient::connect(socket, &cluster.secret, rank).unwrap(),
+            opened: opened.clone(),
+        };
+        let mut parts = OwnParts::read("snapshot", 3, rank, Box::new(source)).unwrap();
+        let pair = pair_of(rank);
+        let held = [slice(pair), slice(pair + RANKS / 2)];
+        assert!(parts.have_exactly(&held));
+        for (slice, saved_by) in held.iter().zip([pair, pair + RANKS / 2]) {
+            let values = parts.checkpoint.tensor(slice).unwrap();
+            let expected = values.full_like(saved_by as f64);
+            assert_eq!(values, expected);
+        }
+    }
+    for node in 0..NODES {
+        let status = cluster.peer(node).status().unwrap();
+        assert_eq!(status.header_requests, 2 * PER_NODE as u64);
+    }
+    assert_eq!(opened.load(Ordering::SeqCst), 2 * RANKS);
 }
 
 /// A pipe without a reader is a disk that hangs, and training does not wait for it.

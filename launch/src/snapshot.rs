@@ -7,7 +7,7 @@ use crate::{
 };
 use anyhow::{Result, anyhow};
 use checkpoint::keeper::{
-    Inventory, SnapshotId, Status, format_mib,
+    Inventory, Snapshot, SnapshotId, Status, format_mib,
     recover::{Candidate, candidates},
 };
 use std::{path::Path, process::ExitCode, time::Duration};
@@ -157,7 +157,7 @@ pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
     }
     let mut damaged = false;
     for candidate in &found {
-        damaged |= verify_snapshot(&registry, candidate.snapshot.id, &held)? > 0;
+        damaged |= verify_snapshot(&registry, &candidate.snapshot, &held)? > 0;
     }
     Ok(if damaged {
         ExitCode::FAILURE
@@ -169,15 +169,19 @@ pub(crate) fn verify(args: &RunArgs) -> Result<ExitCode> {
 /// Verifies a snapshot on all nodes. Returns the number of damaged chunks and parities.
 fn verify_snapshot(
     registry: &KeeperRegistry,
-    id: SnapshotId,
+    snapshot: &Snapshot,
     held: &[NodeInventory],
 ) -> Result<u64> {
+    let id = snapshot.id;
     let SnapshotId { generation, step } = id;
+    let chunk_bytes = snapshot.topology.chunk_bytes as u64;
     let mut chunks = 0;
     let mut bad = 0;
     for NodeInventory { node, inventory } in held {
         let parts = inventory.parts.iter().filter(|(other, _)| *other == id);
-        chunks += parts.map(|(_, part)| part.crcs.len()).sum::<usize>();
+        chunks += parts
+            .map(|(_, part)| part.bytes.div_ceil(chunk_bytes))
+            .sum::<u64>();
         let mut peer = registry.connect(*node, VERIFY_TIMEOUT)?;
         let damage = match peer.verify(id) {
             Ok(damage) => damage,

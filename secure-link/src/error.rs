@@ -20,6 +20,17 @@ pub enum Error {
     /// The peer sent something that the protocol does not allow.
     #[error("{0}")]
     Protocol(String),
+    /// The message is longer than the port accepts. Nothing of it was sent, and the connection
+    /// remains usable.
+    #[error("a message of {bytes} bytes is longer than {limit}, the limit of a {label} connection")]
+    TooLong {
+        /// Length of the encoded message in bytes.
+        bytes: usize,
+        /// The longest message of the port in bytes.
+        limit: u32,
+        /// The name of the port's [`Purpose`](crate::Purpose).
+        label: &'static str,
+    },
     /// The peer does not know the run's secret.
     #[error("authentication failed: the peer belongs to another run")]
     Unauthenticated,
@@ -30,13 +41,13 @@ pub enum Error {
 
 impl Error {
     /// True if the error shows that no process with the secret serves the address any more. A peer
-    /// that is busy or slow is not lost.
+    /// that is busy or slow is not lost, nor is one for which a message is too long.
     pub fn is_lost(&self) -> bool {
         match self {
             Error::Connection(_) | Error::Closed | Error::Unauthenticated | Error::Protocol(_) => {
                 true
             }
-            Error::TimedOut | Error::Busy | Error::Refused(_) => false,
+            Error::TimedOut | Error::Busy | Error::TooLong { .. } | Error::Refused(_) => false,
         }
     }
 }

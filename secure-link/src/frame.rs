@@ -290,14 +290,27 @@ pub(super) fn framed(
     let most = purpose.max_frame_bytes;
     let len = u32::try_from(body.len()).ok().filter(|&len| len <= most);
     let Some(len) = len else {
-        let reason = format!("a message of {} bytes is longer than {most}", body.len());
-        return Err(Error::Protocol(reason));
+        return Err(Error::TooLong {
+            bytes: body.len(),
+            limit: most,
+            label: purpose.label,
+        });
     };
     head[..LENGTH_BYTES].copy_from_slice(&len.to_le_bytes());
     let check = seal.next(body);
     let check_len = head_len - LENGTH_BYTES;
     head[LENGTH_BYTES..].copy_from_slice(&check.as_bytes()[..check_len]);
     Ok(frame)
+}
+
+/// Returns the length in bytes of a message's body in a frame, whatever the limit.
+///
+/// # Errors
+/// If the message cannot be encoded.
+pub fn encoded_bytes(message: &impl Serialize, purpose: Purpose) -> Result<usize, Error> {
+    let mut body = Vec::new();
+    encode(message, purpose, &mut body)?;
+    Ok(body.len())
 }
 
 fn encode(message: &impl Serialize, purpose: Purpose, frame: &mut Vec<u8>) -> Result<(), Error> {
@@ -447,7 +460,14 @@ mod tests {
             mut server,
         } = pair(SEALED_BINCODE);
         let error = client.send(&vec![7u8; 1001]).unwrap_err();
-        assert!(error.to_string().contains("is longer than 1000"), "{error}");
+        // Bincode puts the length in front of the bytes.
+        let expected =
+            "a message of 1004 bytes is longer than 1000, the limit of a keeper connection";
+        assert_eq!(error.to_string(), expected);
+        assert!(!error.is_lost());
+        // Nothing of it was sent, so that the next message arrives.
+        client.send(&7u64).unwrap();
+        assert_eq!(server.receive::<u64>(SOON).unwrap(), 7);
         let start = Instant::now();
         let late = server.receive::<u64>(Some(Duration::from_millis(50)));
         assert!(matches!(late, Err(Error::TimedOut)));

@@ -21,8 +21,8 @@ pub struct Purpose {
 }
 
 impl Purpose {
-    /// The TCP port of a keeper. Its longest message is a complete snapshot with the checksums of
-    /// all ranks' chunks.
+    /// The TCP port of a keeper. Its longest messages are a chunk, and the checksums of all chunks
+    /// of one rank's part.
     pub const KEEPER: Purpose = Purpose {
         label: "keeper",
         max_frame_bytes: 256 << 20,

@@ -104,6 +104,7 @@ impl Error {
                 | keeper::Error::TimedOut
                 | keeper::Error::Busy => Error::KeeperAway(text),
                 keeper::Error::Protocol(_)
+                | keeper::Error::TooLong { .. }
                 | keeper::Error::Unauthenticated
                 | keeper::Error::Refused(_) => Error::Keeper(text),
             }

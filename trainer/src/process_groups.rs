@@ -134,6 +134,7 @@ fn replications(
             Replication {
                 shard_group: world.group(&format!("{name}, sharded"), &ranks.shards)?,
                 replica_group: world.group(name, &ranks.replicas)?,
+                replica_ranks: ranks.replicas,
             }
         } else {
             Replication::alone()

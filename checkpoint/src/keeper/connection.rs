@@ -1,16 +1,18 @@
 //! Connections to a keeper, for the launcher, for tools and for other keepers.
 
 use super::{
+    checksums::Checksums,
     fault::Fault,
     protocol::{Reply, Request},
     recover::Rebuild,
     report::{Damage, Event, Inventory, Status},
-    snapshot::{Snapshot, SnapshotId},
+    sizes::keeper_purpose,
+    snapshot::{PartInfo, Snapshot, SnapshotId},
     topology::Topology,
 };
 use crate::{
     Shard,
-    secure::{Connection, Error, Purpose, Secret, connect_tcp},
+    secure::{Connection, Error, Secret, connect_tcp},
 };
 use parking_lot::{Mutex, MutexGuard};
 use std::{
@@ -68,7 +70,7 @@ impl Peer {
     /// none, or a busy one.
     pub fn connect(address: SocketAddr, secret: &Secret, timeout: Duration) -> Result<Peer, Error> {
         let connect_timeout = timeout.min(CONNECT_TIMEOUT);
-        let connection = connect_tcp(address, secret, Purpose::KEEPER, connect_timeout)?;
+        let connection = connect_tcp(address, secret, keeper_purpose(), connect_timeout)?;
         Ok(Peer {
             connection,
             timeout,
@@ -97,6 +99,29 @@ impl Peer {
             Reply::Bytes(bytes) => Ok(bytes),
             other => Err(unexpected(&other)),
         }
+    }
+
+    pub(super) fn receive_checksums(&mut self) -> Result<Vec<u32>, Error> {
+        match self.receive()? {
+            Reply::Checksums(crcs) => Ok(crcs),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Returns the checksums of a complete part, if the keeper has them and they are those that
+    /// its snapshot names.
+    pub(super) fn checksums(
+        &mut self,
+        id: SnapshotId,
+        part: &PartInfo,
+        chunk_bytes: usize,
+    ) -> Result<Checksums, Error> {
+        self.send(&Request::Checksums {
+            id,
+            rank: part.rank,
+            waits: false,
+        })?;
+        Checksums::verified(self.receive_checksums()?, part, chunk_bytes)
     }
 
     pub(super) fn ask(&mut self, request: &Request) -> Result<Reply, Error> {

@@ -1,8 +1,9 @@
 //! A running keeper: its state and its memory behind a lock. It carries out what the state decides.
 
 use super::{
+    checksums::Checksums,
     connection::{PEER_TIMEOUT, PeerPool},
-    decide::{Effect, End, Grant, Life, PartRead, ReadStep, State},
+    decide::{Effect, End, Grant, Life, PartRead, ReadStep, ReadablePart, State},
     memory_limit::available_bytes,
     report::{Event, KeeperRefusals},
     snapshot::{PartInfo, SnapshotId},
@@ -180,7 +181,7 @@ impl Keeper {
         id: SnapshotId,
         rank: usize,
         filled_to: u64,
-        read: impl FnOnce(&Region, &PartInfo) -> T,
+        read: impl FnOnce(&Region, &ReadablePart) -> T,
     ) -> Result<T, Error> {
         let wait = PartRead {
             id,
@@ -195,10 +196,10 @@ impl Keeper {
                 ReadStep::Wait => {
                     self.changed.wait_until(&mut inner, wait.deadline);
                 }
-                ReadStep::Ready { slot, info } => {
+                ReadStep::Ready { slot, part } => {
                     let region = inner.regions[slot].clone();
                     drop(inner);
-                    let result = region.map(|region| read(&region, &info));
+                    let result = region.map(|region| read(&region, &part));
                     self.apply(|state| state.end_read(slot));
                     let freed = || Error::Refused(format!("the memory of slot {slot} was freed"));
                     return result.ok_or_else(freed);
@@ -234,11 +235,11 @@ impl Allocation<'_> {
     }
 
     /// Makes the first region the memory of a part whose bytes are all known to be right.
-    pub(super) fn insert_part(mut self, id: SnapshotId, info: PartInfo) {
+    pub(super) fn insert_part(mut self, id: SnapshotId, info: PartInfo, checksums: Checksums) {
         let region = self.regions.remove(0);
         let len = region.len() as u64;
         let mut inner = self.keeper.inner.lock();
-        let decide = |state: &mut State| state.insert_part(id, info, len);
+        let decide = |state: &mut State| state.insert_part(id, info, checksums, len);
         let slot = self.keeper.apply_to(&mut inner, decide);
         inner.place(slot, region);
     }

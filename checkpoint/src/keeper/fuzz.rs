@@ -1,11 +1,12 @@
 //! Changed messages at both ports of a keeper: no panic, no hang, and memory within its limit.
 
 use super::{
+    digest::ChecksumDigest,
     fault::Fault,
     protocol::{RankRequest, Reply, Request},
     recover::Rebuild,
     serve::{Settings, run},
-    snapshot::{PartInfo, Snapshot, SnapshotId},
+    snapshot::{PartInfo, Snapshot, SnapshotContents, SnapshotId},
     topology::{Node, Topology},
 };
 use crate::{
@@ -82,16 +83,16 @@ fn snapshot(step: u64) -> Snapshot {
     let part = |rank: usize| PartInfo {
         rank,
         bytes: 3000,
-        crcs: vec![1, 2, 3],
+        digest: ChecksumDigest::of(&[1, 2, 3]),
     };
-    Snapshot {
+    Snapshot::from(SnapshotContents {
         id: SnapshotId {
             generation: 1,
             step,
         },
-        topology: topology(),
+        topology: topology().into(),
         parts: (0..4).map(part).collect(),
-    }
+    })
 }
 
 fn requests() -> Vec<Request> {
@@ -121,6 +122,11 @@ fn requests() -> Vec<Request> {
         Request::Verify(id),
         Request::Length { id, rank },
         Request::Chunk { id, rank, chunk: 1 },
+        Request::Checksums {
+            id,
+            rank,
+            waits: true,
+        },
         Request::Header { id, rank },
         Request::Parity {
             id,
@@ -197,8 +203,12 @@ fn is_harmless(body: &[u8]) -> bool {
         Some(Request::SelectRestore { holders, .. }) => holders.iter().all(is_here),
         Some(Request::Rebuild(rebuild)) => rebuild.sources.iter().flatten().all(is_here),
         Some(Request::Protect { sources, .. }) => sources.iter().flatten().all(is_here),
-        Some(Request::Setup { topology, .. } | Request::Commit(Snapshot { topology, .. })) => {
+        Some(Request::Setup { topology, .. }) => {
             topology.nodes.iter().all(|node| is_here(&node.address))
+        }
+        Some(Request::Commit(snapshot)) => {
+            let nodes = &snapshot.topology.nodes;
+            nodes.iter().all(|node| is_here(&node.address))
         }
         _ => true,
     }

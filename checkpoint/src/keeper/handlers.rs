@@ -34,11 +34,16 @@ fn run(keeper: &Keeper, job: Job) -> Result<Reply, Error> {
     match job {
         Job::Verify(id) => verify::find_damage(keeper, id).map(Reply::Damage),
         Job::Length { id, rank } => {
-            let bytes = keeper.read_part(id, rank, 0, |_, info| info.bytes)?;
+            let bytes = keeper.read_part(id, rank, 0, |_, part| part.bytes)?;
             Ok(Reply::Length(bytes))
         }
         Job::Chunk { id, rank, chunk } => {
             protect::read_chunk(keeper, id, rank, chunk).map(Reply::Bytes)
+        }
+        Job::Checksums { id, rank } => {
+            let checksums =
+                keeper.read_part(id, rank, u64::MAX, |_, part| part.checksums.clone())?;
+            Ok(Reply::Checksums(checksums.as_slice().to_vec()))
         }
         Job::Header { id, rank } => restore::local_header(keeper, id, rank).map(Reply::Bytes),
         Job::Rebuild(wanted) => rebuild::rebuild(keeper, &wanted).map(|()| Reply::Done),

@@ -1,6 +1,12 @@
 //! Injecting faults on purpose.
 
-use super::{daemon::Keeper, fault::Fault, layout::chunk_len, restore::local_header};
+use super::{
+    checksums::Checksums,
+    daemon::Keeper,
+    fault::Fault,
+    layout::{chunk_len, num_chunks},
+    restore::local_header,
+};
 use crate::{checksum::crc32c, secure::Error};
 use nix::{
     sys::signal::{Signal, kill},
@@ -82,21 +88,21 @@ fn poison(keeper: &Keeper, rank: usize) -> Result<(), Error> {
     };
     let start = local_header(keeper, id, rank)?.len();
     let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
-    let crcs = keeper.read_part(id, rank, u64::MAX, |region, info| {
-        let end = (start + POISONED_BYTES).min(info.bytes as usize) / 4 * 4;
+    let crcs = keeper.read_part(id, rank, u64::MAX, |region, part| {
+        let end = (start + POISONED_BYTES).min(part.bytes as usize) / 4 * 4;
         for position in (start..end).step_by(4) {
             region.copy_in(position, &f32::NAN.to_le_bytes());
         }
-        let mut crcs = Vec::with_capacity(info.crcs.len());
-        for chunk in 0..info.crcs.len() {
-            let len = chunk_len(info.bytes, chunk_bytes, chunk as u64);
-            let mut bytes = vec![0; len];
-            region.copy_out(chunk * chunk_bytes, &mut bytes);
+        let mut crcs = Vec::new();
+        for chunk in 0..num_chunks(part.bytes, chunk_bytes) {
+            let mut bytes = vec![0; chunk_len(part.bytes, chunk_bytes, chunk)];
+            region.copy_out(chunk as usize * chunk_bytes, &mut bytes);
             crcs.push(crc32c(&bytes));
         }
         crcs
     })?;
-    keeper.apply(|state| state.replace_checksums(id, rank, crcs));
+    let checksums = Checksums::new(crcs);
+    keeper.apply(|state| state.replace_checksums(id, rank, checksums));
     Ok(())
 }
 

@@ -8,6 +8,11 @@ pub(super) fn chunk_len(bytes: u64, chunk_bytes: usize, chunk: u64) -> usize {
     bytes.saturating_sub(start).min(chunk_bytes as u64) as usize
 }
 
+/// Returns the number of chunks of a part of `bytes` bytes.
+pub(super) fn num_chunks(bytes: u64, chunk_bytes: usize) -> u64 {
+    bytes.div_ceil(chunk_bytes as u64)
+}
+
 /// The parts of the ranks of a group with one local number, which are coded together.
 #[derive(Debug, Clone)]
 pub(super) struct GroupLayout {
@@ -67,7 +72,7 @@ impl GroupLayout {
     /// Returns the stripes of which one of the first `num_parities` parities is at `position`.
     pub(super) fn parities_at(&self, position: usize, num_parities: usize) -> Vec<OwnParity> {
         let longest = self.part_bytes.iter().max().copied().unwrap_or(0);
-        let num_chunks = longest.div_ceil(self.chunk_bytes as u64);
+        let num_chunks = num_chunks(longest, self.chunk_bytes);
         let mut own = Vec::new();
         for stripe in 0..self.stripes.count(num_chunks) {
             for index in 0..num_parities {

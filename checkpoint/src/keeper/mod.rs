@@ -22,19 +22,23 @@
 
 #![deny(clippy::too_many_lines)]
 
+mod checksums;
 mod client;
 mod connection;
 mod daemon;
 mod decide;
+mod digest;
 mod fault;
 #[cfg(test)]
 mod fuzz;
 mod handlers;
 mod identity;
 mod inject;
+mod inventory_pool;
 mod layout;
 mod memory_limit;
 mod memory_size;
+pub mod message_bytes;
 mod persist;
 mod protect;
 mod protocol;
@@ -44,6 +48,8 @@ pub mod recover;
 mod report;
 mod restore;
 pub mod serve;
+mod shared;
+mod sizes;
 mod snapshot;
 mod topology;
 mod verify;
@@ -51,10 +57,14 @@ mod verify;
 pub use crate::secure::{Error, RefusalCounts, Secret};
 pub use client::{FillReporter, KeeperClient, SlotMemory};
 pub use connection::{Closer, EventStream, Peer};
+pub use digest::ChecksumDigest;
 pub use fault::Fault;
 pub use identity::{Identity, MachineIdentity};
+pub use inventory_pool::InventoryPool;
 pub use memory_limit::{available_bytes, total_bytes};
 pub use memory_size::format_mib;
 pub use report::{Damage, Event, Inventory, KeeperRefusals, RankStatus, Status};
-pub use snapshot::{PartInfo, Snapshot, SnapshotId};
-pub use topology::{DEFAULT_CHUNK_BYTES, Node, Topology};
+pub use shared::Shared;
+pub use sizes::{DEFAULT_CHUNK_BYTES, chunk_bytes};
+pub use snapshot::{PartInfo, Snapshot, SnapshotContents, SnapshotId};
+pub use topology::{Node, Topology};

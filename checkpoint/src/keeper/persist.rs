@@ -1,10 +1,6 @@
 //! Writing a snapshot to disk from the keeper's memory, while training continues.
 
-use super::{
-    daemon::Keeper,
-    layout::chunk_len,
-    snapshot::{PartInfo, SnapshotId},
-};
+use super::{daemon::Keeper, decide::ReadablePart, layout::chunk_len, snapshot::SnapshotId};
 use crate::{
     checksum::{FileChecksum, combine, crc32c},
     format::{ImageHeader, Shard},
@@ -37,8 +33,8 @@ pub(super) fn write(
         let name = shard_name(rank);
         shard_names::create_folder_of(&checkpoint, &name).map_err(refused)?;
         let path = folder.join(&name);
-        let written = keeper.read_part(id, rank, u64::MAX, |region, info| {
-            write_part(region, info, chunk_bytes, &path)
+        let written = keeper.read_part(id, rank, u64::MAX, |region, part| {
+            write_part(region, part, chunk_bytes, &path)
         })??;
         let header = ImageHeader::from_file(&path).map_err(refused)?;
         shards.push(Shard {
@@ -56,7 +52,7 @@ pub(super) fn write(
 /// Writes a part to a file and reads it back.
 fn write_part(
     region: &Region,
-    info: &PartInfo,
+    part: &ReadablePart,
     chunk_bytes: usize,
     path: &Path,
 ) -> Result<FileChecksum, Error> {
@@ -69,8 +65,8 @@ fn write_part(
     let mut file = options.open(path).map_err(failed)?;
     let mut buffer = vec![0; chunk_bytes];
     let mut crc32c_of_file = 0;
-    for (chunk, &crc) in info.crcs.iter().enumerate() {
-        let len = chunk_len(info.bytes, chunk_bytes, chunk as u64);
+    for (chunk, &crc) in part.checksums.as_slice().iter().enumerate() {
+        let len = chunk_len(part.bytes, chunk_bytes, chunk as u64);
         let bytes = &mut buffer[..len];
         region.copy_out(chunk * chunk_bytes, bytes);
         if crc32c(bytes) != crc {
@@ -84,7 +80,7 @@ fn write_part(
     page_cache::sync_and_drop(&file, path).map_err(refused)?;
     drop(file);
     let expected = FileChecksum {
-        bytes: info.bytes,
+        bytes: part.bytes,
         crc32c: crc32c_of_file,
     };
     let found = FileChecksum::read(path).map_err(refused)?;

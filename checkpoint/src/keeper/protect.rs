@@ -6,6 +6,7 @@
 //! still copies. The data of a stripe crosses the network once, and each further parity once more.
 
 use super::{
+    checksums::Checksums,
     connection::Peer,
     daemon::Keeper,
     decide::{Membership, StripeId},
@@ -38,9 +39,9 @@ pub(super) fn read_chunk(
     let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
     let start = chunk.saturating_mul(chunk_bytes as u64);
     let end = start.saturating_add(chunk_bytes as u64);
-    keeper.read_part(id, rank, end, |region, info| {
-        let mut bytes = vec![0; chunk_len(info.bytes, chunk_bytes, chunk)];
-        region.copy_out(start.min(info.bytes) as usize, &mut bytes);
+    keeper.read_part(id, rank, end, |region, part| {
+        let mut bytes = vec![0; chunk_len(part.bytes, chunk_bytes, chunk)];
+        region.copy_out(start.min(part.bytes) as usize, &mut bytes);
         bytes
     })
 }
@@ -144,6 +145,7 @@ impl ParityJob<'_> {
             };
             let mut encoder = Encoder::new(self, own, stripes, &mut peers)?;
             encoder.run()?;
+            encoder.fetch_checksums()?;
         }
         peers.close();
         let time = thread_time().saturating_sub(start);
@@ -211,6 +213,35 @@ impl<'a, 'p> Encoder<'a, 'p> {
             self.confirm_pushes(PREFETCH_STRIPES)?;
         }
         self.confirm_pushes(0)
+    }
+
+    /// Fetches the checksums of the other positions' parts, without which a lost part could be
+    /// rebuilt but not checked.
+    fn fetch_checksums(&mut self) -> Result<(), Error> {
+        let id = self.job.id;
+        let mut others = Vec::new();
+        for position in 0..self.layout.stripes.nodes {
+            let rank = self.rank_at(position);
+            others.extend(
+                rank.filter(|_| position != self.own.position)
+                    .map(|rank| (position, rank)),
+            );
+        }
+        for &(position, rank) in &others {
+            let waits = true;
+            let request = Request::Checksums { id, rank, waits };
+            self.peers.get(position, Direction::Pull)?.send(&request)?;
+        }
+        for (position, rank) in others {
+            let crcs = self
+                .peers
+                .get(position, Direction::Pull)?
+                .receive_checksums()?;
+            let checksums = Checksums::new(crcs);
+            let keeper = self.job.keeper;
+            keeper.apply(|state| state.put_checksums(id, rank, checksums));
+        }
+        Ok(())
     }
 
     fn rank_at(&self, position: usize) -> Option<usize> {

@@ -49,6 +49,13 @@ pub(super) enum Request {
         rank: usize,
         chunk: u64,
     },
+    /// Returns the checksums of a complete part that is here or protected here.
+    Checksums {
+        id: SnapshotId,
+        rank: usize,
+        /// True for a part that is still being filled, which the reply then waits for.
+        waits: bool,
+    },
     /// Returns the first bytes of a part, up to the first tensor.
     Header {
         id: SnapshotId,
@@ -97,6 +104,7 @@ pub(super) enum Reply {
     Status(Box<Status>),
     Damage(Damage),
     Length(u64),
+    Checksums(Vec<u32>),
     Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
     Shards(Vec<Shard>),
 }

@@ -1,12 +1,12 @@
 //! Rebuilding a part, or damaged chunks of it, from the other positions of its group.
 
 use super::{
+    checksums::Checksums,
     connection::Peer,
     daemon::Keeper,
     layout::GroupLayout,
     protocol::{Reply, Request},
     recover::Rebuild,
-    snapshot::PartInfo,
     topology::CodePosition,
 };
 use crate::{
@@ -24,16 +24,20 @@ pub(super) fn rebuild(keeper: &Keeper, wanted: &Rebuild) -> Result<(), Error> {
     let rebuilder = Rebuilder::new(keeper, wanted)?;
     let id = wanted.snapshot.id;
     let rank = wanted.rank;
-    let info = rebuilder.info();
+    let checksums = rebuilder.own_checksums()?.clone();
     let local = keeper.region_of_part(id, rank);
     // Damaged chunks are replaced in place; a whole part gets new memory.
     if let (Some(region), Some(chunks)) = (local, &wanted.chunks) {
-        return rebuilder.fill(&region, chunks);
+        rebuilder.fill(&region, chunks)?;
+        // The damage may be in the checksums.
+        keeper.apply(|state| state.set_checksums(id, rank, checksums));
+        return Ok(());
     }
-    let allocation = keeper.allocate(info.bytes, 1)?;
-    let all: Vec<u64> = (0..info.crcs.len() as u64).collect();
+    let part = wanted.snapshot.parts[rank];
+    let allocation = keeper.allocate(part.bytes, 1)?;
+    let all: Vec<u64> = (0..checksums.as_slice().len() as u64).collect();
     rebuilder.fill(allocation.first(), &all)?;
-    allocation.insert_part(id, info.clone());
+    allocation.insert_part(id, part, checksums);
     Ok(())
 }
 
@@ -43,6 +47,8 @@ struct Rebuilder<'a> {
     code_position: CodePosition,
     layout: GroupLayout,
     code: ErasureCode,
+    /// The checksums of the part at each position, if a keeper of the group has them.
+    checksums: Vec<Option<Checksums>>,
 }
 
 /// A chunk of a stripe: data or parity.
@@ -93,18 +99,62 @@ impl<'a> Rebuilder<'a> {
             chunk_bytes: topology.chunk_bytes,
             part_bytes,
         };
-        Ok(Rebuilder {
+        let mut rebuilder = Rebuilder {
             keeper,
             wanted,
             code_position,
             layout,
             code,
-        })
+            checksums: Vec::new(),
+        };
+        for position in 0..stripes.nodes {
+            let rank = rebuilder.rank_at(position);
+            let checksums = rank.and_then(|rank| rebuilder.find_checksums(rank));
+            rebuilder.checksums.push(checksums);
+        }
+        Ok(rebuilder)
     }
 
-    /// Returns the length and the checksums of the wanted part.
-    fn info(&self) -> &'a PartInfo {
-        &self.wanted.snapshot.parts[self.wanted.rank]
+    /// Returns the checksums of a rank's part from this keeper, or from another of the group.
+    fn find_checksums(&self, rank: usize) -> Option<Checksums> {
+        let snapshot = &self.wanted.snapshot;
+        let part = &snapshot.parts[rank];
+        let chunk_bytes = snapshot.topology.chunk_bytes;
+        let local = self
+            .keeper
+            .apply(|state| state.checksums(snapshot.id, rank));
+        let local = local.filter(|checksums| checksums.are_of(part, chunk_bytes));
+        if local.is_some() {
+            return local;
+        }
+        for &address in self.wanted.sources.iter().flatten() {
+            let Ok(mut peer) = self.keeper.peers.get(address) else {
+                continue;
+            };
+            let checksums = peer.checksums(snapshot.id, part, chunk_bytes);
+            // A keeper that refuses is still connected.
+            if matches!(&checksums, Ok(_) | Err(Error::Refused(_))) {
+                self.keeper.peers.put(peer);
+            }
+            if let Ok(checksums) = checksums {
+                return Some(checksums);
+            }
+        }
+        None
+    }
+
+    /// Returns the checksums of the wanted part.
+    ///
+    /// # Errors
+    /// If no keeper of the group has them.
+    fn own_checksums(&self) -> Result<&Checksums, Error> {
+        let lost = || {
+            let rank = self.wanted.rank;
+            let reason = format!("the checksums of rank {rank}'s part are lost");
+            Error::Refused(reason)
+        };
+        let own = self.checksums[self.code_position.position].as_ref();
+        own.ok_or_else(lost)
     }
 
     fn rank_at(&self, position: usize) -> Option<usize> {
@@ -147,7 +197,8 @@ impl<'a> Rebuilder<'a> {
             .rebuild(&views, target, &mut bytes)
             .map_err(lost)?;
         bytes.truncate(self.layout.chunk_len(own, chunk));
-        if self.info().crcs.get(chunk as usize) != Some(&crc32c(&bytes)) {
+        let expected = self.own_checksums()?.as_slice().get(chunk as usize);
+        if expected != Some(&crc32c(&bytes)) {
             let reason = format!("chunk {chunk} of rank {rank}'s part was rebuilt incorrectly");
             return Err(Error::Refused(reason));
         }
@@ -275,9 +326,10 @@ impl<'a> Rebuilder<'a> {
             return None;
         };
         let is_right = match chunk.source {
-            Source::Data { rank, chunk } => {
-                let crcs = &self.wanted.snapshot.parts[rank].crcs;
-                crcs.get(chunk as usize) == Some(&crc32c(&bytes))
+            Source::Data { chunk: number, .. } => {
+                let checksums = self.checksums[chunk.position].as_ref();
+                let expected = checksums.and_then(|list| list.as_slice().get(number as usize));
+                expected == Some(&crc32c(&bytes))
             }
             // The keeper has compared the parity with its checksum.
             Source::Parity | Source::Padding => bytes.len() == stripe_len,

@@ -2,7 +2,8 @@
 
 use super::{
     report::Inventory,
-    snapshot::{PartInfo, Snapshot, SnapshotId},
+    shared::Shared,
+    snapshot::{PartInfo, Snapshot, SnapshotContents, SnapshotId},
     topology::Topology,
 };
 use serde::{Deserialize, Serialize};
@@ -74,7 +75,7 @@ pub fn candidates(inventories: &[Inventory]) -> Vec<Candidate> {
 /// though the launcher ended before it could declare so.
 fn complete_snapshots(inventories: &[Inventory]) -> BTreeMap<SnapshotId, Snapshot> {
     let mut complete: BTreeMap<SnapshotId, Snapshot> = BTreeMap::new();
-    let mut topologies: BTreeMap<u64, &Topology> = BTreeMap::new();
+    let mut topologies: BTreeMap<u64, &Shared<Topology>> = BTreeMap::new();
     let mut parts: BTreeMap<SnapshotId, BTreeMap<usize, PartInfo>> = BTreeMap::new();
     for inventory in inventories {
         for snapshot in &inventory.complete {
@@ -85,7 +86,7 @@ fn complete_snapshots(inventories: &[Inventory]) -> BTreeMap<SnapshotId, Snapsho
         }
         for (id, part) in &inventory.parts {
             let parts = parts.entry(*id).or_default();
-            parts.insert(part.rank, part.clone());
+            parts.insert(part.rank, *part);
         }
     }
     for (id, parts) in parts {
@@ -93,10 +94,12 @@ fn complete_snapshots(inventories: &[Inventory]) -> BTreeMap<SnapshotId, Snapsho
             continue;
         };
         if parts.keys().copied().eq(0..topology.ranks()) {
-            complete.entry(id).or_insert_with(|| Snapshot {
-                id,
-                topology: topology.clone(),
-                parts: parts.into_values().collect(),
+            complete.entry(id).or_insert_with(|| {
+                Snapshot::from(SnapshotContents {
+                    id,
+                    topology: topology.clone(),
+                    parts: parts.into_values().collect(),
+                })
             });
         }
     }
@@ -185,7 +188,7 @@ impl Candidate {
 mod tests {
     use super::*;
     use crate::{
-        keeper::{Identity, Node},
+        keeper::{ChecksumDigest, Identity, Node},
         stripes::{Redundancy, redundancy_groups},
     };
     use proptest::prelude::*;
@@ -215,16 +218,16 @@ mod tests {
         PartInfo {
             rank,
             bytes: 20,
-            crcs: vec![1, 2, 3],
+            digest: ChecksumDigest::of(&[1, 2, 3]),
         }
     }
 
     fn snapshot(topology: &Topology, step: u64) -> Snapshot {
-        Snapshot {
+        Snapshot::from(SnapshotContents {
             id: id(step),
-            topology: topology.clone(),
+            topology: topology.clone().into(),
             parts: (0..topology.ranks()).map(part).collect(),
-        }
+        })
     }
 
     /// Returns what each keeper has after snapshots of these steps, which were not committed.
@@ -237,7 +240,7 @@ mod tests {
             }
             inventories.push(Inventory {
                 identity: Identity::default(),
-                memberships: vec![(topology.clone(), node)],
+                memberships: vec![(topology.clone().into(), node)],
                 parts,
                 protected: steps.iter().map(|&step| id(step)).collect(),
                 complete: Vec::new(),

@@ -2,6 +2,7 @@
 
 use super::{
     identity::Identity,
+    shared::Shared,
     snapshot::{PartInfo, Snapshot, SnapshotId},
     topology::Topology,
 };
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub struct Inventory {
     pub identity: Identity,
     /// Topologies of the run, each with the number of the keeper's node in it.
-    pub memberships: Vec<(Topology, usize)>,
+    pub memberships: Vec<(Shared<Topology>, usize)>,
     /// The complete parts in the keeper's memory.
     pub parts: Vec<(SnapshotId, PartInfo)>,
     /// Snapshots of which the keeper has all the parity that belongs to it.
@@ -89,6 +90,8 @@ pub struct Status {
     pub filling: Vec<SnapshotId>,
     /// The number of times that a rank here found no free slot.
     pub skipped: u64,
+    /// The number of headers that ranks here asked for, to restore a snapshot.
+    pub header_requests: u64,
     /// The CPU time of coding, in milliseconds.
     pub coding_ms: u64,
     pub refusals: KeeperRefusals,

@@ -1,11 +1,13 @@
 //! Reading the snapshot that ranks restore, from this keeper's memory or from another's.
 
 use super::{
+    checksums::Checksums,
+    connection::Peer,
     daemon::{Allocation, Keeper},
     decide::RestoreSource,
     layout::chunk_len,
     protocol::Request,
-    snapshot::SnapshotId,
+    snapshot::{PartInfo, SnapshotId},
 };
 use crate::{checksum::crc32c, format::LENGTH_BYTES, memory::Region, secure::Error};
 use std::sync::Arc;
@@ -18,18 +20,18 @@ const PREFETCH_CHUNKS: u64 = 8;
 /// # Errors
 /// If the part is not here, or its header is damaged.
 pub(super) fn local_header(keeper: &Keeper, id: SnapshotId, rank: usize) -> Result<Vec<u8>, Error> {
-    keeper.read_part(id, rank, u64::MAX, |region, info| {
+    keeper.read_part(id, rank, u64::MAX, |region, part| {
         let damaged = || {
             let reason = format!("the header of rank {rank}'s part is damaged");
             Err(Error::Refused(reason))
         };
-        if info.bytes < LENGTH_BYTES as u64 {
+        if part.bytes < LENGTH_BYTES as u64 {
             return damaged();
         }
         let mut length = [0u8; LENGTH_BYTES];
         region.copy_out(0, &mut length);
         let end = u64::from_le_bytes(length).saturating_add(LENGTH_BYTES as u64);
-        if end > info.bytes {
+        if end > part.bytes {
             return damaged();
         }
         let mut header = vec![0; end as usize];
@@ -44,7 +46,7 @@ pub(super) fn local_header(keeper: &Keeper, id: SnapshotId, rank: usize) -> Resu
 /// If the part cannot be read.
 pub(super) fn header(keeper: &Keeper, rank: usize) -> Result<Vec<u8>, Error> {
     let source = keeper.apply(|state| state.restore_source(rank))?;
-    let id = source.snapshot.id;
+    let id = source.id;
     if source.is_here {
         return local_header(keeper, id, rank);
     }
@@ -63,10 +65,13 @@ pub(super) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
     // One at a time, so that a second rank finds what the first has fetched.
     let _fetching = keeper.peers.lock_fetching();
     let source = keeper.apply(|state| state.restore_source(rank))?;
-    let id = source.snapshot.id;
+    let id = source.id;
     if !source.is_here {
-        let allocation = fetch_from_holder(keeper, &source, rank)?;
-        allocation.insert_part(id, source.snapshot.parts[rank].clone());
+        let mut peer = keeper.peers.get(source.holder)?;
+        let checksums = peer.checksums(id, &source.part, source.chunk_bytes)?;
+        let allocation = fetch_from_holder(keeper, &mut peer, &source, &checksums)?;
+        keeper.peers.put(peer);
+        allocation.insert_part(id, source.part, checksums);
     }
     let region = keeper.region_of_part(id, rank);
     region.ok_or_else(|| Error::Refused(format!("rank {rank}'s part was dropped meanwhile")))
@@ -74,18 +79,20 @@ pub(super) fn fetch(keeper: &Keeper, rank: usize) -> Result<Arc<Region>, Error> 
 
 fn fetch_from_holder<'a>(
     keeper: &'a Keeper,
+    peer: &mut Peer,
     source: &RestoreSource,
-    rank: usize,
+    checksums: &Checksums,
 ) -> Result<Allocation<'a>, Error> {
     let RestoreSource {
-        snapshot, holder, ..
-    } = source;
-    let id = snapshot.id;
-    let chunk_bytes = snapshot.topology.chunk_bytes;
-    let info = &snapshot.parts[rank];
-    let allocation = keeper.allocate(info.bytes, 1)?;
-    let mut peer = keeper.peers.get(*holder)?;
-    let num_chunks = info.crcs.len() as u64;
+        id,
+        part: PartInfo { rank, bytes, .. },
+        chunk_bytes,
+        holder,
+        ..
+    } = *source;
+    let allocation = keeper.allocate(bytes, 1)?;
+    let crcs = checksums.as_slice();
+    let num_chunks = crcs.len() as u64;
     let mut requested = 0;
     for chunk in 0..num_chunks {
         while requested < num_chunks.min(chunk + PREFETCH_CHUNKS) {
@@ -97,15 +104,14 @@ fn fetch_from_holder<'a>(
             peer.send(&request)?;
             requested += 1;
         }
-        let bytes = peer.receive_bytes()?;
-        let has_length = bytes.len() == chunk_len(info.bytes, chunk_bytes, chunk);
-        if !has_length || crc32c(&bytes) != info.crcs[chunk as usize] {
+        let received = peer.receive_bytes()?;
+        let has_length = received.len() == chunk_len(bytes, chunk_bytes, chunk);
+        if !has_length || crc32c(&received) != crcs[chunk as usize] {
             let reason = format!("chunk {chunk} of rank {rank}'s part from {holder} is damaged");
             return Err(Error::Refused(reason));
         }
         let position = chunk as usize * chunk_bytes;
-        allocation.first().copy_in(position, &bytes);
+        allocation.first().copy_in(position, &received);
     }
-    keeper.peers.put(peer);
     Ok(allocation)
 }

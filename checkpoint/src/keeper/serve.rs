@@ -9,6 +9,7 @@ use super::{
     protect,
     protocol::{RankReply, RankRequest, Reply, Request},
     rank_handlers,
+    sizes::keeper_purpose,
     snapshot::SnapshotId,
 };
 use crate::secure::{Admitted, Connection, Door, Error, Limits, Purpose, Secret};
@@ -91,7 +92,7 @@ pub fn run_with_signals(
     let peers = Door::open(
         peer_listener,
         secret.clone(),
-        Purpose::KEEPER,
+        keeper_purpose(),
         limits,
         peers,
     )?;
@@ -189,8 +190,10 @@ fn serve_peer(keeper: &Keeper, admitted: Admitted<TcpStream>) {
             Err(error) => Reply::Refused(error.to_string()),
         };
         let sent = match connection.send(&reply) {
-            // Nothing of a message that is too long was sent.
-            Err(Error::Protocol(reason)) => connection.send(&Reply::Refused(reason)),
+            // Nothing of the message was sent.
+            Err(error @ Error::TooLong { .. }) => {
+                connection.send(&Reply::Refused(error.to_string()))
+            }
             sent => sent,
         };
         if sent.is_err() {

@@ -4,9 +4,6 @@ use crate::stripes::{Redundancy, StripeLayout};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
-/// The default size of a chunk, which stays in the cache while it is copied, checked and coded.
-pub const DEFAULT_CHUNK_BYTES: usize = 256 << 10;
-
 /// A node of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {

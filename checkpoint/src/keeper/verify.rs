@@ -11,10 +11,10 @@ pub(super) fn find_damage(keeper: &Keeper, id: SnapshotId) -> Result<Damage, Err
     let chunk_bytes = keeper.apply(|state| state.chunk_bytes(id))?;
     let mut chunks = Vec::new();
     for rank in keeper.apply(|state| state.complete_ranks(id)) {
-        keeper.read_part(id, rank, u64::MAX, |region, info| {
+        keeper.read_part(id, rank, u64::MAX, |region, part| {
             let mut buffer = vec![0; chunk_bytes];
-            for (chunk, &crc) in info.crcs.iter().enumerate() {
-                let len = chunk_len(info.bytes, chunk_bytes, chunk as u64);
+            for (chunk, &crc) in part.checksums.as_slice().iter().enumerate() {
+                let len = chunk_len(part.bytes, chunk_bytes, chunk as u64);
                 let bytes = &mut buffer[..len];
                 region.copy_out(chunk * chunk_bytes, bytes);
                 if crc32c(bytes) != crc {

@@ -26,7 +26,7 @@ use crate::{
     signals::{Signals, StopMode},
 };
 use anyhow::{Context, Result, anyhow};
-use checkpoint::run_folder::RunFolder;
+use checkpoint::{keeper::chunk_bytes, run_folder::RunFolder};
 use engine::{Engine, Launch, event::Host, settings::Settings};
 use hostfile::{AgentStart, SshSessions};
 use identity::machine_identity;
@@ -94,6 +94,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
         ranks_per_machine: plan.ranks_per_machine,
         spare_nodes: args.spare_nodes,
         world_size,
+        chunk_bytes: chunk_bytes(),
         config,
     };
     let launch = Launch {

@@ -15,6 +15,8 @@ pub struct Replication {
     pub shard_group: Arc<dyn Communicator>,
     /// Ranks that hold the same rows.
     pub replica_group: Arc<dyn Communicator>,
+    /// The ranks of `replica_group`, in its order.
+    pub replica_ranks: Vec<usize>,
 }
 
 impl Replication {
@@ -24,6 +26,7 @@ impl Replication {
         Replication {
             shard_group: local.clone(),
             replica_group: local,
+            replica_ranks: vec![0],
         }
     }
 }

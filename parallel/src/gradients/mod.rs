@@ -218,13 +218,13 @@ mod tests {
                 let shard_group = world
                     .group("shard_group", &[rank / 2 * 2, rank / 2 * 2 + 1])
                     .unwrap();
-                let replica_group = world
-                    .group("replica_group", &[rank % 2, rank % 2 + 2])
-                    .unwrap();
+                let replica_ranks = vec![rank % 2, rank % 2 + 2];
+                let replica_group = world.group("replica_group", &replica_ranks).unwrap();
                 let weight = Weight::new(Cpu.zeros(&[5, 2], Kind::Float));
                 let replication = Replication {
                     shard_group,
                     replica_group,
+                    replica_ranks,
                 };
                 let gradients = GradientBuckets::new(
                     &[(weight.clone(), 0)],

@@ -1,7 +1,7 @@
 //! Checkpoints of a run: its state as named tensors, saved and restored by all ranks together.
 //!
 //! # Collective
-//! All ranks call [`plan_save`], [`save`], [`resume`] and [`resume_snapshot`] at the same point.
+//! All ranks call [`plan_save`], [`save`] and [`resume`] at the same point.
 
 use super::{
     accounting::{Mismatch, Shapes, account, account_alone, held_shapes, saved_shapes},
@@ -9,7 +9,7 @@ use super::{
     inspection::{FolderPaths, inspect_together, list_on_rank_0, none_usable, set_damaged_aside},
     resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
     run_state::RunState,
-    save_plan::{Coverage, Holders, own_share},
+    save_plan::{Coverage, savers},
     saved_config::{has_kind, kind, read_run_state, saved_config},
 };
 use crate::{
@@ -18,20 +18,19 @@ use crate::{
     model::{Model, parameters::Replicas, tensor_shapes::tensor_shapes},
     optim::Optimizer,
 };
-use checkpoint::{
-    Checkpoint, ImageHeader, PartOpener, Shard, Staging, TensorSlice, keeper::SnapshotId,
-};
+use checkpoint::{Checkpoint, Shard, Staging, TensorSlice};
 use parallel::{
     Accelerator, Communicator, GroupKind, Mesh,
     agreement::{agree, decode_peer_message, sum_over_ranks},
 };
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     sync::Arc,
 };
 use tch::{Kind, Tensor};
 
-fn key(kind: &str, name: impl std::fmt::Display) -> String {
+pub(super) fn key(kind: &str, name: impl std::fmt::Display) -> String {
     format!("{kind}/{name}")
 }
 
@@ -106,20 +105,15 @@ impl StateTensors<'_> {
         Ok(held)
     }
 
-    fn holders(&self, set: HolderSet) -> Holders {
+    /// Returns the ranks that hold the tensors of this set.
+    fn holders(&self, set: HolderSet) -> Vec<usize> {
         match set {
             HolderSet::Parameter(replicas) => {
-                let group = &self.model.parameters.replications()[replicas as usize].replica_group;
-                Holders {
-                    position: group.rank(),
-                    count: group.size(),
-                }
+                let replication = &self.model.parameters.replications()[replicas as usize];
+                replication.replica_ranks.clone()
             }
-            HolderSet::Stage => Holders {
-                position: self.mesh.position(GroupKind::Stage),
-                count: self.mesh.size() / self.mesh.shape().pipeline,
-            },
-            HolderSet::Rank => Holders::ALONE,
+            HolderSet::Stage => self.mesh.group(GroupKind::Stage),
+            HolderSet::Rank => vec![self.mesh.rank()],
         }
     }
 }
@@ -137,6 +131,8 @@ pub(crate) struct SavePlan {
     pub(crate) own: Vec<PlannedTensor>,
     /// Number of names that all ranks save together.
     pub(crate) num_tensors: usize,
+    /// Ranks that save the others of the tensors that this rank holds.
+    pub(crate) companions: Vec<usize>,
 }
 
 /// Assigns each slice that several ranks hold to one of them. Returns this rank's tensors, and
@@ -153,19 +149,27 @@ pub(crate) fn plan_save(
     let sized = held
         .iter()
         .map(|(set, (_, tensor))| (*set, bytes_of(tensor) as u64));
-    let own = own_share(&sized.collect::<Vec<_>>(), |set| run.holders(set));
-    let planned = own.into_iter().map(|index| {
-        let (_, (slice, tensor)) = &held[index];
-        PlannedTensor {
-            index,
-            slice: slice.clone(),
-            kind: tensor.kind(),
+    let savers = savers(&sized.collect::<Vec<_>>(), |set| run.holders(set));
+    let mut own = Vec::new();
+    let mut companions = BTreeSet::new();
+    for (index, ((_, (slice, tensor)), saver)) in held.iter().zip(savers).enumerate() {
+        if saver == world.rank() {
+            own.push(PlannedTensor {
+                index,
+                slice: slice.clone(),
+                kind: tensor.kind(),
+            });
+        } else {
+            companions.insert(saver);
         }
-    });
-    let own: Vec<PlannedTensor> = planned.collect();
-    let num_tensors = check_coverage(run, &held, &own, world)?;
+    }
+    let plan = SavePlan {
+        num_tensors: check_coverage(run, &held, &own, world)?,
+        own,
+        companions: companions.into_iter().collect(),
+    };
     let tensors = held.into_iter().map(|(_, tensor)| tensor).collect();
-    Ok((tensors, SavePlan { own, num_tensors }))
+    Ok((tensors, plan))
 }
 
 /// Checks that all ranks together save each value of the model once. Returns the number of tensors
@@ -180,7 +184,7 @@ fn check_coverage(
     // brought. Of a random state there is one holder; of a stage's biases the first rank knows.
     let of_model = own.iter().filter(|planned| is_counted(&planned.slice.name));
     let saved = Coverage::of(of_model.map(|planned| &planned.slice));
-    let is_first = run.holders(HolderSet::Stage).position == 0;
+    let is_first = run.mesh.position(GroupKind::Stage) == 0;
     let biases = held
         .iter()
         .filter(|(set, _)| *set == HolderSet::Stage && is_first)
@@ -320,29 +324,8 @@ pub(crate) fn resume(
     Err(none_usable(root, &refusals, &set_aside))
 }
 
-/// Id, headers and opener of a snapshot's parts.
-pub(crate) type SnapshotParts = (SnapshotId, Vec<ImageHeader>, PartOpener);
-
-/// Restores the run from the snapshot with these parts, if there is one.
-///
-/// # Errors
-/// If any rank cannot read its part of the snapshot, or `rules` refuse it.
-pub(crate) fn resume_snapshot(
-    parts: Result<Option<SnapshotParts>, Error>,
-    run: &StateTensors,
-    world: &Arc<dyn Communicator>,
-    rules: &ResumeRules,
-) -> Result<Option<Restored>, Error> {
-    let Some((id, headers, open)) = agree(world, parts)? else {
-        return Ok(None);
-    };
-    let name = format!("the snapshot of step {}", id.step);
-    let opened = Checkpoint::from_parts(&name, id.step, headers, open).map_err(Error::from);
-    restore(opened, run, world, rules).map(Some)
-}
-
 /// Compares a verified checkpoint with the run, and copies it into the run if `rules` allow that.
-fn restore(
+pub(super) fn restore(
     opened: Result<Checkpoint, Error>,
     run: &StateTensors,
     world: &Arc<dyn Communicator>,
@@ -374,7 +357,7 @@ fn restore(
 }
 
 /// Copies the tensors of a checkpoint into the run, except those that do not fit.
-fn copy_state(
+pub(super) fn copy_state(
     checkpoint: &mut Checkpoint,
     run: &StateTensors,
     mismatches: &[Mismatch],

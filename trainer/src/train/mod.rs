@@ -23,6 +23,7 @@ mod save_plan;
 pub(crate) mod saved_config;
 mod setup;
 pub(crate) mod slot_writer;
+mod snapshot_resume;
 pub(crate) mod snapshots;
 mod stages;
 mod step;

@@ -6,7 +6,7 @@ use super::{
     resume_rules::ResumeRules,
     run_state::{CountedFrom, RunState},
     saved_config::config_in,
-    validation,
+    snapshot_resume, validation,
 };
 use crate::{Error, config::Config, optim::rate_jump::rate_jump};
 use checkpoint::folder::{self, Depth, Leftover};
@@ -82,8 +82,7 @@ impl Trainer {
         };
         let tensors = self.state_tensors();
         if let Some(snapshots) = &self.snapshots {
-            let parts = snapshots.restored();
-            let restored = checkpointing::resume_snapshot(parts, &tensors, &self.world, &rules)?;
+            let restored = snapshot_resume::resume(snapshots, &tensors, &self.world, &rules)?;
             if let Some(restored) = restored {
                 return Ok(Some((restored, ResumeSource::Snapshot)));
             }

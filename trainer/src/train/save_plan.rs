@@ -11,52 +11,35 @@ use std::{
     collections::{BTreeMap, BinaryHeap},
 };
 
-/// The ranks that hold the same slices, as one of them sees them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Holders {
-    /// Index of this rank among them.
-    pub(crate) position: usize,
-    pub(crate) count: usize,
-}
-
-impl Holders {
-    /// A rank that alone holds its slices.
-    pub(crate) const ALONE: Holders = Holders {
-        position: 0,
-        count: 1,
-    };
-}
-
-/// Returns the indices of the slices that this rank saves, in order.
+/// Returns the rank that saves each slice.
 ///
-/// Each slice comes with the set of ranks that hold it, whose size `holders` says, and its bytes. All ranks of a set hold its slices in the same order. The largest slices come
-/// first, each assigned to the rank of its set with the least to save so far.
-pub(crate) fn own_share<Set: Ord + Copy>(
+/// Each slice comes with its bytes and the set of ranks that hold it, which `holders` lists. All of
+/// them hold the set's slices in the same order, and list its ranks in the same order. The largest
+/// slices come first, each assigned to the rank of its set with the least to save so far.
+pub(crate) fn savers<Set: Ord + Copy>(
     slices: &[(Set, u64)],
-    holders: impl Fn(Set) -> Holders,
+    holders: impl Fn(Set) -> Vec<usize>,
 ) -> Vec<usize> {
     let mut sets: BTreeMap<Set, Vec<usize>> = BTreeMap::new();
     for (index, (set, _)) in slices.iter().enumerate() {
         sets.entry(*set).or_default().push(index);
     }
-    let mut own = Vec::new();
+    let mut savers = vec![0; slices.len()];
     for (set, mut members) in sets {
-        let Holders { position, count } = holders(set);
+        let ranks = holders(set);
         members.sort_by_key(|&index| Reverse(slices[index].1));
-        let mut ranks: BinaryHeap<Reverse<(u64, usize)>> =
-            (0..count).map(|rank| Reverse((0, rank))).collect();
+        let mut least: BinaryHeap<Reverse<(u64, usize)>> = (0..ranks.len())
+            .map(|position| Reverse((0, position)))
+            .collect();
         for index in members {
-            if let Some(mut least) = ranks.peek_mut() {
-                let Reverse((bytes, rank)) = &mut *least;
+            if let Some(mut least) = least.peek_mut() {
+                let Reverse((bytes, position)) = &mut *least;
                 *bytes += slices[index].1;
-                if *rank == position {
-                    own.push(index);
-                }
+                savers[index] = ranks[*position];
             }
         }
     }
-    own.sort_unstable();
-    own
+    savers
 }
 
 /// A Mersenne prime, so that a product of two residues fits into 128 bits.
@@ -369,17 +352,10 @@ mod tests {
             .iter()
             .map(|(slice, replicas)| (*replicas as usize, bytes(slice)))
             .collect();
-        let own = own_share(&sizes, |set| {
-            let holders = run.holders(mesh, Replicas::ALL[set]);
-            Holders {
-                position: holders
-                    .iter()
-                    .position(|&rank| rank == mesh.rank())
-                    .unwrap(),
-                count: holders.len(),
-            }
-        });
-        own.into_iter().map(|index| held[index].0.clone()).collect()
+        let savers = savers(&sizes, |set| run.holders(mesh, Replicas::ALL[set]));
+        let held = held.into_iter().zip(savers);
+        held.filter_map(|((slice, _), saver)| (saver == mesh.rank()).then_some(slice))
+            .collect()
     }
 
     proptest! {
@@ -501,10 +477,7 @@ mod tests {
     #[test]
     fn large_slices_are_assigned_first() {
         let sizes = [1, 5, 3, 4, 2].map(|bytes| (0, bytes));
-        let shares: Vec<_> = (0..2)
-            .map(|position| own_share(&sizes, |_| Holders { position, count: 2 }))
-            .collect();
         // 5, then 4, 3 to the second, 2 to the first, 1 to either.
-        assert_eq!(shares, [vec![0, 1, 4], vec![2, 3]]);
+        assert_eq!(savers(&sizes, |_| vec![7, 9]), [7, 7, 9, 9, 7]);
     }
 }

@@ -54,21 +54,31 @@ pub(crate) fn config_in(path: &Path) -> Result<Config, Error> {
 /// # Errors
 /// If it cannot be read, contradicts the tensors or the position, or could not run.
 pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
-    let manifest = checkpoint.path().join("manifest.json");
-    let failed = |reason: String| {
-        let manifest = manifest.display();
-        Error::Resume(format!(
-            "{manifest}: its configuration cannot be used: {reason}"
-        ))
-    };
-    let config: Config =
-        serde_json::from_value(state.config.clone()).map_err(|error| failed(error.to_string()))?;
+    let config = parse_config(checkpoint, state)?;
     let problems = saved_problems(checkpoint, state, &config);
     if problems.is_empty() {
         Ok(config)
     } else {
-        Err(failed(problems.join("; ")))
+        Err(unusable(checkpoint, &problems.join("; ")))
     }
+}
+
+/// Parses the configuration in a checkpoint, which nothing is computed from before it was compared
+/// with the tensors.
+///
+/// # Errors
+/// If it cannot be read.
+pub(crate) fn parse_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
+    serde_json::from_value(state.config.clone())
+        .map_err(|error| unusable(checkpoint, &error.to_string()))
+}
+
+fn unusable(checkpoint: &Checkpoint, reason: &str) -> Error {
+    let manifest = checkpoint.path().join("manifest.json");
+    let manifest = manifest.display();
+    Error::Resume(format!(
+        "{manifest}: its configuration cannot be used: {reason}"
+    ))
 }
 
 /// Returns why a saved configuration cannot be that of the tensors, or could not run. Later checks

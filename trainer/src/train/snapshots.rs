@@ -7,7 +7,7 @@
 //! step include whether each rank has a free slot.
 
 use super::{
-    checkpointing::{SavePlan, SnapshotParts},
+    checkpointing::SavePlan,
     copy_thread::{CopyCommand, CopyPlan, CopyRequest, CopyThread, HEARTBEAT_INTERVAL, Mailbox},
     progress_counter::ProgressCounter,
     run_state::RunState,
@@ -15,13 +15,14 @@ use super::{
 };
 use crate::{Error, config::SnapshotEvery, lines::WrittenLines};
 use checkpoint::{
-    ImageHeader, ImageLayout, PartOpener, TensorSlice,
+    ImageHeader, ImageLayout, PartSource, TensorSlice,
     keeper::{self, KeeperClient, Secret, SlotMemory, SnapshotId},
 };
 use parallel::Accelerator;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::{
+    fs::File,
     path::Path,
     sync::{
         Arc,
@@ -109,6 +110,39 @@ pub(crate) struct Snapshots {
     attempt: Option<Receiver<Result<KeeperClient, keeper::Error>>>,
 }
 
+/// The parts of a snapshot that this node's keeper has, or fetches from others.
+pub(crate) struct KeptParts {
+    client: KeeperClient,
+    step: u64,
+}
+
+impl KeptParts {
+    fn name(&self, rank: usize) -> String {
+        format!("part {rank} of the snapshot of step {}", self.step)
+    }
+
+    fn unreadable(&self, rank: usize, error: &keeper::Error) -> checkpoint::Error {
+        checkpoint::Error::Io {
+            action: "cannot read",
+            path: self.name(rank),
+            cause: std::io::Error::other(error.to_string()),
+        }
+    }
+}
+
+impl PartSource for KeptParts {
+    fn header(&mut self, rank: usize) -> Result<ImageHeader, checkpoint::Error> {
+        let bytes = self.client.header(rank);
+        let bytes = bytes.map_err(|error| self.unreadable(rank, &error))?;
+        ImageHeader::read(&bytes, Path::new(&self.name(rank)))
+    }
+
+    fn open(&mut self, rank: usize) -> Result<File, checkpoint::Error> {
+        let file = self.client.open(rank);
+        file.map_err(|error| self.unreadable(rank, &error))
+    }
+}
+
 struct KeeperConnection {
     client: KeeperClient,
     slots: Vec<SlotMemory>,
@@ -145,32 +179,24 @@ impl Snapshots {
         }
     }
 
-    /// Returns the parts of the snapshot to restore, if there is one.
-    pub(crate) fn restored(&self) -> Result<Option<SnapshotParts>, Error> {
-        let Some((id, num_parts)) = self.access.restore else {
-            return Ok(None);
-        };
-        let failed = |error: keeper::Error| {
-            Error::Keeper(format!("the snapshot of step {}: {error}", id.step))
-        };
+    /// Returns the snapshot to restore and its number of parts, if there is one.
+    pub(crate) fn to_restore(&self) -> Option<(SnapshotId, usize)> {
+        self.access.restore
+    }
+
+    /// Connects to the keeper for the parts of the snapshot to restore.
+    ///
+    /// # Errors
+    /// If the keeper cannot be reached.
+    pub(crate) fn connect_for_parts(&self, id: SnapshotId) -> Result<KeptParts, Error> {
         let KeeperAccess { socket, secret, .. } = &self.access;
-        let mut client = KeeperClient::connect(socket, secret, self.rank).map_err(failed)?;
-        let part_name =
-            move |part: usize| format!("part {part} of the snapshot of step {}", id.step);
-        let mut headers = Vec::new();
-        for part in 0..num_parts {
-            let bytes = client.header(part).map_err(failed)?;
-            headers.push(ImageHeader::read(&bytes, Path::new(&part_name(part)))?);
-        }
-        let open: PartOpener = Box::new(move |part| {
-            client
-                .open(part)
-                .map_err(|error| checkpoint::Error::Damaged {
-                    path: part_name(part),
-                    reason: error.to_string(),
-                })
-        });
-        Ok(Some((id, headers, open)))
+        let client = KeeperClient::connect(socket, secret, self.rank);
+        let step = id.step;
+        let failed = |error| Error::Keeper(format!("the snapshot of step {step}: {error}"));
+        Ok(KeptParts {
+            client: client.map_err(failed)?,
+            step,
+        })
     }
 
     /// Plans what this rank saves of `tensors`, whose memory must stay, and reserves slots for it.
@@ -190,7 +216,12 @@ impl Snapshots {
         let slices: Vec<_> = planned
             .map(|planned| (planned.slice.clone(), planned.kind))
             .collect();
-        let image = ImageLayout::plan(&slices, save_plan.num_tensors, &state)?;
+        let image = ImageLayout::plan(
+            &slices,
+            save_plan.num_tensors,
+            &save_plan.companions,
+            &state,
+        )?;
         let placed = save_plan.own.iter().zip(image.offsets());
         let mut tensors: Vec<(u64, Tensor)> = placed
             .map(|(planned, &offset)| (offset, tensors[planned.index].1.shallow_clone()))
@@ -482,7 +513,7 @@ mod tests {
             restore: None,
         };
         let mut snapshots = Snapshots::new(access, 0, SnapshotEvery::Steps(1), &Cpu);
-        let image = ImageLayout::plan(&[], 0, &serde_json::json!({})).unwrap();
+        let image = ImageLayout::plan(&[], 0, &[], &serde_json::json!({})).unwrap();
         snapshots.bytes = Some(image.bytes());
         let tensors = Vec::new();
         snapshots.plan = Some(Arc::new(Mutex::new(CopyPlan { image, tensors })));

@@ -3,6 +3,7 @@
 use super::state::{Effect, State};
 use crate::{
     keeper::{
+        checksums::Checksums,
         memory_size::format_mib,
         snapshot::{PartInfo, SnapshotId},
     },
@@ -160,7 +161,13 @@ impl State {
 
     /// Gives a slot to a part whose bytes are all known to be right, in memory of its own of `len`
     /// bytes. A damaged part that it replaces is dropped.
-    pub(crate) fn insert_part(&mut self, id: SnapshotId, info: PartInfo, len: u64) -> usize {
+    pub(crate) fn insert_part(
+        &mut self,
+        id: SnapshotId,
+        info: PartInfo,
+        checksums: Checksums,
+        len: u64,
+    ) -> usize {
         if let Some(damaged) = self.slots.find(id, info.rank) {
             self.slots.release(damaged);
             self.free_memory();
@@ -170,7 +177,7 @@ impl State {
         if slot == self.memory.len() {
             self.memory.push(None);
         }
-        self.slots.insert(slot, id, info);
+        self.slots.insert(slot, id, info, checksums);
         self.memory[slot] = Some(len);
         self.add_effect(Effect::Wake);
         slot

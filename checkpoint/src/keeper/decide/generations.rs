@@ -21,7 +21,7 @@ impl State {
         self.free_memory();
         let generation = topology.generation;
         self.memberships.retain(|&older, _| older < generation);
-        self.insert_membership(topology, node);
+        self.insert_membership(topology.into(), node);
         // Complete snapshots carry their own topologies; those of the others are not needed.
         let needed: BTreeSet<u64> = self
             .complete

@@ -5,11 +5,7 @@ use super::{
     state::{Effect, State},
 };
 use crate::{
-    keeper::{
-        memory_size::format_mib,
-        report::Event,
-        snapshot::{PartInfo, SnapshotId},
-    },
+    keeper::{checksums::Checksums, memory_size::format_mib, report::Event, snapshot::SnapshotId},
     secure::Error,
 };
 use std::time::Duration;
@@ -127,22 +123,44 @@ impl State {
 
     pub(super) fn retain_parity(&mut self, keep: impl Fn(SnapshotId) -> bool) {
         self.parity.retain(&keep);
+        self.protected_checksums.retain(|&(id, _), _| keep(id));
         self.protected.retain(|&id| keep(id));
         self.encoding.retain(|&id| keep(id));
     }
 
-    /// Replaces the checksums of a part, here and in the complete snapshot.
-    pub(crate) fn replace_checksums(&mut self, id: SnapshotId, rank: usize, crcs: Vec<u32>) {
+    /// Stores the checksums of a part that this keeper's parity protects.
+    pub(crate) fn put_checksums(&mut self, id: SnapshotId, rank: usize, checksums: Checksums) {
+        if self.may_arrive(id) || self.complete.contains_key(&id) {
+            self.protected_checksums.insert((id, rank), checksums);
+        }
+    }
+
+    /// Returns the checksums of a complete part that is here or protected here.
+    pub(crate) fn checksums(&self, id: SnapshotId, rank: usize) -> Option<Checksums> {
+        let own = self.slots.find(id, rank);
+        let own = own.and_then(|slot| self.slots.part(slot));
+        let own = own.filter(|part| part.is_complete());
+        let own = own.map(|part| &part.checksums);
+        own.or(self.protected_checksums.get(&(id, rank))).cloned()
+    }
+
+    /// Replaces the checksums of a complete part here.
+    pub(crate) fn set_checksums(&mut self, id: SnapshotId, rank: usize, checksums: Checksums) {
         if let Some(slot) = self.slots.find(id, rank)
             && let Some(part) = self.slots.part_mut(slot)
         {
-            part.info.crcs = crcs.clone();
+            part.set_checksums(checksums);
         }
-        let snapshot = self.complete.get_mut(&id);
-        if let Some(PartInfo { crcs: known, .. }) =
-            snapshot.and_then(|snapshot| snapshot.parts.get_mut(rank))
+    }
+
+    /// Replaces the checksums of a part, here and in the complete snapshot.
+    pub(crate) fn replace_checksums(&mut self, id: SnapshotId, rank: usize, checksums: Checksums) {
+        let digest = checksums.digest();
+        self.set_checksums(id, rank, checksums);
+        if let Some(snapshot) = self.complete.get_mut(&id)
+            && let Some(part) = snapshot.make_mut().parts.get_mut(rank)
         {
-            *known = crcs;
+            part.digest = digest;
         }
     }
 }

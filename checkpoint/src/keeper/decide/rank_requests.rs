@@ -3,6 +3,7 @@
 use super::state::{Effect, State};
 use crate::{
     keeper::{
+        layout::num_chunks,
         protocol::{RankReply, RankRequest},
         report::Event,
         snapshot::SnapshotId,
@@ -102,7 +103,10 @@ impl State {
                 Ok(RankDecision::Silent)
             }
             RankRequest::Sync => Ok(RankDecision::Reply(RankReply::Ack)),
-            RankRequest::Header { rank } => Ok(RankDecision::Job(RankJob::Header { rank })),
+            RankRequest::Header { rank } => {
+                self.header_requests += 1;
+                Ok(RankDecision::Job(RankJob::Header { rank }))
+            }
             RankRequest::Open { rank } => Ok(RankDecision::Job(RankJob::Open { rank })),
         }
     }
@@ -154,9 +158,9 @@ impl State {
             .fill(slot, filled_to, &crcs)
             .map_err(Error::Protocol)?;
         let id = part.id;
-        let complete = part.is_complete().then(|| Event::Complete {
+        let complete = part.info.map(|info| Event::Complete {
             id,
-            part: part.info.clone(),
+            part: info,
             durable: part.durable,
         });
         if let Some(event) = complete {
@@ -171,11 +175,11 @@ impl State {
         let Some(part) = self.slots.part(slot) else {
             return Ok(());
         };
-        let have = (part.info.crcs.len() + crcs.len()) as u64;
+        let have = (part.checksums.as_slice().len() + crcs.len()) as u64;
         // A new keeper may not know the generation yet; then the bound is a coarse one.
         let chunk_bytes = self.chunk_bytes(part.id).ok();
-        let chunks = filled_to.div_ceil(chunk_bytes.unwrap_or(1) as u64);
-        let is_right = if chunk_bytes.is_some() && filled_to == part.info.bytes {
+        let chunks = num_chunks(filled_to, chunk_bytes.unwrap_or(1));
+        let is_right = if chunk_bytes.is_some() && filled_to == part.bytes {
             have == chunks
         } else {
             have <= chunks

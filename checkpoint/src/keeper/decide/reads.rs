@@ -2,7 +2,10 @@
 
 use super::state::{Effect, State};
 use crate::{
-    keeper::snapshot::{PartInfo, Snapshot, SnapshotId},
+    keeper::{
+        checksums::Checksums,
+        snapshot::{PartInfo, SnapshotId},
+    },
     secure::Error,
 };
 use std::{net::SocketAddr, time::Instant};
@@ -20,15 +23,25 @@ pub(crate) struct PartRead {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum ReadStep {
     /// The slot is pinned, so that no rank overwrites it until [`State::end_read`].
-    Ready { slot: usize, info: PartInfo },
+    Ready { slot: usize, part: ReadablePart },
     /// The state has to change first.
     Wait,
+}
+
+/// A part, of which a reader needs all or some bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ReadablePart {
+    pub(crate) bytes: u64,
+    /// The checksums of the chunks that are filled.
+    pub(crate) checksums: Checksums,
 }
 
 /// The location of a rank's part of the snapshot to restore.
 #[derive(Debug)]
 pub(crate) struct RestoreSource {
-    pub(crate) snapshot: Snapshot,
+    pub(crate) id: SnapshotId,
+    pub(crate) part: PartInfo,
+    pub(crate) chunk_bytes: usize,
     pub(crate) holder: SocketAddr,
     /// True if the part is in this keeper's memory.
     pub(crate) is_here: bool,
@@ -47,10 +60,13 @@ impl State {
         };
         if let Some(slot) = self.slots.find(id, rank) {
             let part = self.slots.part(slot).expect("found by its part");
-            if part.filled >= read.filled_to.min(part.info.bytes) {
-                let info = part.info.clone();
+            if part.filled >= read.filled_to.min(part.bytes) {
+                let part = ReadablePart {
+                    bytes: part.bytes,
+                    checksums: part.checksums.clone(),
+                };
                 self.slots.pin(slot);
-                return Ok(ReadStep::Ready { slot, info });
+                return Ok(ReadStep::Ready { slot, part });
             }
         } else if !self.may_arrive(id) {
             return refused("is not here");
@@ -82,7 +98,7 @@ impl State {
     /// Returns the slot of a rank's part of the newest complete snapshot, and its length.
     pub(crate) fn newest_part(&self, rank: usize) -> Option<(usize, u64)> {
         let slot = self.slots.find(self.slots.newest()?, rank)?;
-        Some((slot, self.slots.part(slot)?.info.bytes))
+        Some((slot, self.slots.part(slot)?.bytes))
     }
 
     /// Returns the newest snapshot that is complete on every rank.
@@ -95,7 +111,7 @@ impl State {
         self.slots
             .parts()
             .filter(|part| part.id == id && part.is_complete())
-            .map(|part| part.info.rank)
+            .map(|part| part.rank)
             .collect()
     }
 
@@ -108,15 +124,17 @@ impl State {
             return Err(Error::Refused("there is nothing to restore".into()));
         };
         let id = target.snapshot.id;
-        let is_known = rank < target.snapshot.parts.len();
-        let Some(&holder) = target.holders.get(rank).filter(|_| is_known) else {
+        let part = target.snapshot.parts.get(rank);
+        let Some((&part, &holder)) = part.zip(target.holders.get(rank)) else {
             let reason = format!("the snapshot of step {} has no rank {rank}", id.step);
             return Err(Error::Refused(reason));
         };
         Ok(RestoreSource {
+            id,
+            part,
+            chunk_bytes: target.snapshot.topology.chunk_bytes,
             holder,
             is_here: self.slots.find(id, rank).is_some(),
-            snapshot: target.snapshot.clone(),
         })
     }
 

@@ -39,6 +39,11 @@ pub(crate) enum Job {
         rank: usize,
         chunk: u64,
     },
+    /// Wait for a part, and return its checksums.
+    Checksums {
+        id: SnapshotId,
+        rank: usize,
+    },
     Header {
         id: SnapshotId,
         rank: usize,
@@ -93,6 +98,7 @@ impl State {
             Request::Pin(id) => self.pin(id),
             Request::Unpin => self.unpin(),
             Request::Stop => self.stop(),
+            Request::Checksums { id, rank, waits } => return self.find_checksums(id, rank, waits),
             Request::Parity { id, local, stripe } => {
                 let stripe = StripeId { local, stripe };
                 let bytes = self.intact_parity(id, stripe)?.to_vec();
@@ -111,6 +117,25 @@ impl State {
             }
         }
         Ok(Decision::Reply(Reply::Done))
+    }
+
+    fn find_checksums(
+        &mut self,
+        id: SnapshotId,
+        rank: usize,
+        waits: bool,
+    ) -> Result<Decision, Error> {
+        if let Some(checksums) = self.checksums(id, rank) {
+            let reply = Reply::Checksums(checksums.as_slice().to_vec());
+            return Ok(Decision::Reply(reply));
+        }
+        if waits {
+            self.begin_job();
+            return Ok(Decision::Job(Job::Checksums { id, rank }));
+        }
+        let step = id.step;
+        let reason = format!("the checksums of rank {rank}'s part of step {step} are not here");
+        Err(Error::Refused(reason))
     }
 }
 

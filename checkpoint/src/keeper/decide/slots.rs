@@ -4,14 +4,23 @@
 //! not overwritten before a newer one is complete *on every rank*, which the launcher declares
 //! ([`Slots::commit`]). A rank that finds no free slot skips its snapshot and never waits.
 
-use crate::keeper::snapshot::{PartInfo, SnapshotId};
+use crate::keeper::{
+    checksums::Checksums,
+    snapshot::{PartInfo, SnapshotId},
+};
 
 /// A rank's part of a snapshot in a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) id: SnapshotId,
-    /// The final length, and the checksums of the chunks that are filled.
-    pub(crate) info: PartInfo,
+    /// The rank that made the part.
+    pub(crate) rank: usize,
+    /// The length of the part once it is complete.
+    pub(crate) bytes: u64,
+    /// The checksums of the chunks that are filled.
+    pub(crate) checksums: Checksums,
+    /// Set once the part is complete.
+    pub(crate) info: Option<PartInfo>,
     /// The number of filled bytes.
     pub(crate) filled: u64,
     /// True if the part shall be written to disk.
@@ -20,7 +29,21 @@ pub(crate) struct Part {
 
 impl Part {
     pub(crate) fn is_complete(&self) -> bool {
-        self.filled == self.info.bytes
+        self.info.is_some()
+    }
+
+    /// Replaces the checksums of a complete part.
+    pub(crate) fn set_checksums(&mut self, checksums: Checksums) {
+        self.checksums = checksums;
+        self.complete();
+    }
+
+    fn complete(&mut self) {
+        self.info = Some(PartInfo {
+            rank: self.rank,
+            bytes: self.bytes,
+            digest: self.checksums.digest(),
+        });
     }
 }
 
@@ -101,14 +124,12 @@ impl Slots {
             .of_rank(rank)
             .filter(|&slot| is_free(&self.slots[slot]))
             .min_by_key(|&slot| self.part(slot).map(|part| part.id))?;
-        let info = PartInfo {
-            rank,
-            bytes,
-            crcs: Vec::new(),
-        };
         self.slots[slot].part = Some(Part {
             id,
-            info,
+            rank,
+            bytes,
+            checksums: Checksums::default(),
+            info: None,
             filled: 0,
             durable,
         });
@@ -126,23 +147,35 @@ impl Slots {
             .get_mut(slot)
             .and_then(|slot| slot.part.as_mut())
             .ok_or("a slot was filled that is not reserved")?;
-        if filled < part.filled || filled > part.info.bytes {
+        if filled < part.filled || filled > part.bytes {
             return Err(format!(
                 "{filled} bytes were filled after {} of {}",
-                part.filled, part.info.bytes
+                part.filled, part.bytes
             ));
         }
         part.filled = filled;
-        part.info.crcs.extend(crcs);
+        part.checksums.extend(crcs);
+        if filled == part.bytes {
+            part.complete();
+        }
         Ok(part)
     }
 
     /// Puts a complete part into a slot, which no rank may write then.
-    pub(crate) fn insert(&mut self, slot: usize, id: SnapshotId, info: PartInfo) {
+    pub(crate) fn insert(
+        &mut self,
+        slot: usize,
+        id: SnapshotId,
+        info: PartInfo,
+        checksums: Checksums,
+    ) {
         self.slots[slot].part = Some(Part {
             id,
+            rank: info.rank,
+            bytes: info.bytes,
+            checksums,
+            info: Some(info),
             filled: info.bytes,
-            info,
             durable: false,
         });
     }
@@ -205,7 +238,7 @@ impl Slots {
         self.slots.iter().position(|slot| {
             slot.part
                 .as_ref()
-                .is_some_and(|part| part.id == id && part.info.rank == rank)
+                .is_some_and(|part| part.id == id && part.rank == rank)
         })
     }
 

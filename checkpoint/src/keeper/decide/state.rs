@@ -5,8 +5,10 @@ use super::{
     slots::Slots,
 };
 use crate::keeper::{
+    checksums::Checksums,
     identity::Identity,
     report::{Event, Inventory, KeeperRefusals, Status},
+    shared::Shared,
     snapshot::{Snapshot, SnapshotId},
     topology::Topology,
 };
@@ -19,7 +21,7 @@ use std::{
 /// A topology and the keeper's node in it.
 #[derive(Debug, Clone)]
 pub(crate) struct Membership {
-    pub(crate) topology: Topology,
+    pub(crate) topology: Shared<Topology>,
     pub(crate) node: usize,
 }
 
@@ -55,6 +57,8 @@ pub(crate) struct State {
     pub(super) memory: Vec<Option<u64>>,
     pub(super) budget: Budget,
     pub(super) parity: ParityStore,
+    /// The checksums of the other nodes' parts that the parity here protects, by rank.
+    pub(super) protected_checksums: BTreeMap<(SnapshotId, usize), Checksums>,
     /// Snapshots of which this keeper has all the parity that belongs to it.
     pub(super) protected: BTreeSet<SnapshotId>,
     /// Snapshots that were complete on every rank.
@@ -67,6 +71,8 @@ pub(crate) struct State {
     pub(super) encoding: BTreeSet<SnapshotId>,
     /// The number of times that a rank found no free slot.
     pub(super) skipped: u64,
+    /// The number of headers that ranks asked for.
+    pub(super) header_requests: u64,
     pub(super) coding_time: Duration,
     pub(super) lifetime: Lifetime,
     effects: Vec<Effect>,
@@ -81,6 +87,7 @@ impl State {
             memory: Vec::new(),
             budget: Budget::new(limit),
             parity: ParityStore::default(),
+            protected_checksums: BTreeMap::new(),
             protected: BTreeSet::new(),
             complete: BTreeMap::new(),
             restoring: None,
@@ -88,6 +95,7 @@ impl State {
             abandoned: None,
             encoding: BTreeSet::new(),
             skipped: 0,
+            header_requests: 0,
             coding_time: Duration::ZERO,
             lifetime,
             effects: Vec::new(),
@@ -115,9 +123,7 @@ impl State {
         }
         let mut parts = Vec::new();
         for part in self.slots.parts() {
-            if part.is_complete() {
-                parts.push((part.id, part.info.clone()));
-            }
+            parts.extend(part.info.map(|info| (part.id, info)));
         }
         Inventory {
             identity: self.identity.clone(),
@@ -144,6 +150,7 @@ impl State {
             inventory: self.inventory(),
             filling,
             skipped: self.skipped,
+            header_requests: self.header_requests,
             coding_ms: self.coding_time.as_millis() as u64,
             refusals: KeeperRefusals::default(),
             stop_signal: self.lifetime.stop_signal(),
@@ -154,7 +161,7 @@ impl State {
         self.memberships.get(&generation)
     }
 
-    pub(crate) fn insert_membership(&mut self, topology: Topology, node: usize) {
+    pub(crate) fn insert_membership(&mut self, topology: Shared<Topology>, node: usize) {
         let membership = Membership { topology, node };
         self.memberships
             .insert(membership.topology.generation, membership);

@@ -6,7 +6,9 @@ use super::{
 };
 use crate::{
     keeper::{
-        Event, Identity, Node, PartInfo, Snapshot, SnapshotId, Topology,
+        ChecksumDigest, Event, Identity, Node, PartInfo, Snapshot, SnapshotContents, SnapshotId,
+        Topology,
+        checksums::Checksums,
         protocol::{RankReply, RankRequest, Reply, Request},
         recover::Rebuild,
     },
@@ -49,13 +51,13 @@ fn snapshot(id: SnapshotId) -> Snapshot {
     let part = |rank: usize| PartInfo {
         rank,
         bytes: 8,
-        crcs: vec![rank as u32],
+        digest: ChecksumDigest::of(&[rank as u32]),
     };
-    Snapshot {
+    Snapshot::from(SnapshotContents {
         id,
-        topology: topology(id.generation),
+        topology: topology(id.generation).into(),
         parts: vec![part(0), part(1)],
-    }
+    })
 }
 
 /// A keeper's state at a time that the test sets.
@@ -196,7 +198,7 @@ fn a_completed_part_is_reported_and_encoded_once() {
         part: PartInfo {
             rank: 0,
             bytes: 8,
-            crcs: vec![7],
+            digest: ChecksumDigest::of(&[7]),
         },
         durable: true,
     };
@@ -286,8 +288,9 @@ fn restoring_forgets_newer_snapshots_until_one_is_committed() {
     assert!(source.holder == holders[1] && !source.is_here);
     assert!(keeper.state.restore_source(2).is_err());
     // The part of another rank is fetched, and dropped with the next snapshot.
-    let fetched = snapshot(id(1, 2)).parts[1].clone();
-    keeper.state.insert_part(id(1, 2), fetched, 8);
+    let fetched = snapshot(id(1, 2)).parts[1];
+    let checksums = Checksums::new(vec![1]);
+    keeper.state.insert_part(id(1, 2), fetched, checksums, 8);
     assert!(keeper.is_here(id(1, 2), 1));
     keeper.take(id(1, 4));
     assert!(keeper.state.restore_source(1).is_err());
@@ -396,10 +399,10 @@ fn requests_that_contradict_themselves_are_refused() {
     let alone = "a copy on another node in a group of 1 nodes";
     refuse(set_up(&|t| t.groups = vec![vec![0], vec![1]], 0), alone);
     let mut wrong = snapshot(id(1, 1));
-    wrong.parts[1].crcs.clear();
-    refuse(Request::Commit(wrong), "0 checksums for 8 bytes of rank 1");
+    wrong.make_mut().parts[1].rank = 0;
+    refuse(Request::Commit(wrong), "a part of rank 0 instead of 1");
     let mut wrong = snapshot(id(1, 1));
-    wrong.parts.pop();
+    wrong.make_mut().parts.pop();
     refuse(Request::Commit(wrong), "1 parts of 2 ranks");
     let rebuild = |rank, chunks, sources| {
         Request::Rebuild(Box::new(Rebuild {
@@ -651,15 +654,15 @@ impl World {
         let part = |rank: usize| PartInfo {
             rank,
             bytes: PART,
-            crcs: vec![rank as u32, id.step as u32],
+            digest: ChecksumDigest::of(&[rank as u32, id.step as u32]),
         };
         let mut topology = self.topology();
         topology.generation = id.generation;
-        Snapshot {
+        Snapshot::from(SnapshotContents {
             id,
-            topology,
+            topology: topology.into(),
             parts: (0..4).map(part).collect(),
-        }
+        })
     }
 
     fn ask_as(&mut self, rank: usize, request: RankRequest) -> Option<RankDecision> {
@@ -700,7 +703,8 @@ impl World {
         let Some(number) = own.iter().position(|&own| own == slot) else {
             return;
         };
-        let crcs = self.keeper.state.slots.part(slot).unwrap().info.crcs.len();
+        let part = self.keeper.state.slots.part(slot).unwrap();
+        let crcs = part.checksums.as_slice().len();
         let expected = [rank as u32, id.step as u32];
         let request = RankRequest::Filled {
             slot: number,
@@ -775,13 +779,14 @@ impl World {
         let Ok(source) = self.keeper.state.restore_source(rank) else {
             return;
         };
-        let id = source.snapshot.id;
+        let id = source.id;
         if source.is_here {
             return;
         }
         if let Ok(grant) = self.keeper.state.grant(PART, 1, None) {
-            let info = source.snapshot.parts[rank].clone();
-            let slot = self.keeper.state.insert_part(id, info, PART);
+            let checksums = Checksums::new(vec![rank as u32, id.step as u32]);
+            let state = &mut self.keeper.state;
+            let slot = state.insert_part(id, source.part, checksums, PART);
             self.contents.insert(slot, (id, rank));
             self.keeper.state.return_grant(&grant);
         }

@@ -88,6 +88,6 @@ impl Stage {
         };
         let held: Vec<_> = (0..SLICES_PER_RANK).map(slice).collect();
         let tensors = SLICES_PER_RANK * stages;
-        ImageLayout::plan(&held, tensors, &Value::Null)?.encode_header(&Value::Null)
+        ImageLayout::plan(&held, tensors, &[], &Value::Null)?.encode_header(&Value::Null)
     }
 }

@@ -39,6 +39,8 @@ pub(crate) struct Keeper {
     pub(crate) inventory: Option<Inventory>,
     /// The node that it had when it was last looked up.
     last_node: Cell<usize>,
+    /// The reasons why it refused to answer that since it was first asked.
+    pub(crate) refusals: Vec<String>,
 }
 
 /// A node with ranks.
@@ -87,6 +89,7 @@ impl Keepers {
             last_heard: Duration::ZERO,
             inventory: None,
             last_node: Cell::default(),
+            refusals: Vec::new(),
         };
         self.all.insert(id, keeper);
         id
@@ -113,6 +116,7 @@ impl Keepers {
             last_heard: Duration::ZERO,
             inventory: None,
             last_node: Cell::default(),
+            refusals: Vec::new(),
         };
         self.all.insert(id, keeper);
         id

@@ -42,7 +42,7 @@ mod tests;
 mod tracker;
 
 use crate::registry::KeeperRegistry;
-use checkpoint::keeper::{self, Secret};
+use checkpoint::keeper::{self, InventoryPool, Secret};
 use checkpoints::Checkpoints;
 use command::{Command, KeeperRequest};
 use ending::Ending;
@@ -72,6 +72,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Number of times that the engine connects again to a keeper that does not answer.
 const MAX_RECONNECTS: usize = 2;
+/// Number of times that a keeper may refuse to list what it holds before the run does without it.
+const MAX_REFUSALS: usize = 2;
 
 /// Facts that a launch starts with, besides its settings.
 pub(crate) struct Launch {
@@ -114,6 +116,8 @@ pub(crate) struct Engine {
     requests: Requests,
     /// Replies that no stage has taken yet.
     replies: Vec<TakenReply>,
+    /// The common values of the keepers' last inventories.
+    inventory_pool: InventoryPool,
     machines: Machines,
     keepers: Keepers,
     ranks: Ranks,
@@ -167,6 +171,7 @@ impl Engine {
             commands: Vec::new(),
             requests: Requests::default(),
             replies: Vec::new(),
+            inventory_pool: InventoryPool::default(),
             machines: Machines::new(machines, own),
             keepers: Keepers::new(secret, number),
             ranks: Ranks::default(),
@@ -359,23 +364,19 @@ impl Engine {
         match purpose {
             Purpose::StartKeeper(id) => self.on_keeper_started(id, reply),
             Purpose::Connect(id) => self.on_keeper_connected(id, reply),
-            Purpose::Inventory(id) => {
-                if let (Some(keeper), Ok(Answer::Inventory(inventory))) =
-                    (self.keepers.get_mut(id), &reply)
-                {
-                    let complete = inventory.complete.iter();
-                    let newest = complete.map(|snapshot| snapshot.id.step).max();
-                    keeper.inventory = Some(inventory.clone());
-                    keeper.reconnects = 0;
-                    self.newest_complete = self.newest_complete.max(newest);
-                }
-                self.lose_if_unreachable(id, &reply);
-            }
+            Purpose::Inventory(id) => self.on_inventory(id, reply),
             Purpose::Verify(id) | Purpose::Rebuild(id) | Purpose::Select(id) => {
                 self.replies.push((purpose, reply.clone()));
                 self.lose_if_unreachable(id, &reply);
             }
-            Purpose::SetUp(id) | Purpose::Notify(id) => self.lose_if_unreachable(id, &reply),
+            Purpose::SetUp(id) => {
+                if let Err(Failed::Refused(reason)) = &reply {
+                    let name = self.name_of(id);
+                    self.warn_once(format!("{name} has no snapshots from now on: {reason}"));
+                }
+                self.lose_if_unreachable(id, &reply);
+            }
+            Purpose::Notify(id) => self.lose_if_unreachable(id, &reply),
             // It may have ended before it replied.
             Purpose::StopKeeper(id) => {
                 if let Some(keeper) = self.keepers.get_mut(id) {
@@ -404,6 +405,37 @@ impl Engine {
                     ));
                 }
             }
+        }
+    }
+
+    fn on_inventory(&mut self, id: KeeperId, reply: Result<Answer, Failed>) {
+        match reply {
+            Ok(Answer::Inventory(mut inventory)) => {
+                self.inventory_pool.share(&mut inventory);
+                let complete = inventory.complete.iter();
+                let newest = complete.map(|snapshot| snapshot.id.step).max();
+                self.newest_complete = self.newest_complete.max(newest);
+                if let Some(keeper) = self.keepers.get_mut(id) {
+                    keeper.inventory = Some(inventory);
+                    keeper.reconnects = 0;
+                }
+            }
+            Ok(_) => {}
+            Err(Failed::Refused(reason)) => self.on_inventory_refused(id, reason),
+            Err(failed) => self.lose_keeper(id, failed),
+        }
+    }
+
+    /// A keeper that refuses is alive. The launcher asks it again, then does without its parts.
+    fn on_inventory_refused(&mut self, id: KeeperId, reason: String) {
+        let name = self.name_of(id);
+        self.log(format!("{name}: {reason}"));
+        let Some(keeper) = self.keepers.get_mut(id) else {
+            return;
+        };
+        keeper.refusals.push(reason);
+        if keeper.refusals.len() < MAX_REFUSALS {
+            self.ask(id, Purpose::Inventory(id), KeeperRequest::Inventory);
         }
     }
 

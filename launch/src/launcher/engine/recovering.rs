@@ -11,7 +11,7 @@ use super::{
     setting_up::SettingUp,
 };
 use checkpoint::keeper::{
-    SnapshotId,
+    InventoryPool, SnapshotId,
     recover::{Candidate, candidates},
 };
 use std::collections::BTreeMap;
@@ -60,6 +60,8 @@ pub(super) struct Recovering {
     failures: Failures,
     /// The reasons why newer states are of no use.
     reasons: Vec<String>,
+    /// Keepers that did not list what they hold, with their reasons.
+    refusals: Vec<String>,
     step: Step,
 }
 
@@ -80,6 +82,7 @@ impl Recovering {
             keepers: Vec::new(),
             failures: Failures::default(),
             reasons: Vec::new(),
+            refusals: Vec::new(),
             step: Step::Asking,
         }
     }
@@ -87,14 +90,20 @@ impl Recovering {
 
 impl Recovering {
     fn take(&mut self, held: Held) {
-        self.keepers = held.keepers;
-        self.candidates = held.candidates;
+        let Held {
+            candidates,
+            keepers,
+            refusals,
+        } = held;
+        self.keepers = keepers;
+        self.candidates = candidates;
         let distrusted_from = self.distrusted_from.unwrap_or(u64::MAX);
         let is_trusted = |candidate: &Candidate| candidate.snapshot.id.step < distrusted_from;
         let held = self.candidates.len();
         self.candidates.retain(is_trusted);
         self.distrusted = held - self.candidates.len();
         self.failures.drop_unusable(&mut self.candidates);
+        self.refusals = refusals;
     }
 }
 
@@ -102,6 +111,8 @@ impl Recovering {
 pub(super) struct Held {
     pub(super) candidates: Vec<Candidate>,
     pub(super) keepers: Vec<KeeperId>,
+    /// Keepers that did not list what they hold, with their reasons.
+    pub(super) refusals: Vec<String>,
 }
 
 /// Number of times that each snapshot could not be made whole.
@@ -128,9 +139,11 @@ impl Failures {
 
 impl Engine {
     pub(super) fn ask_for_inventories(&mut self) {
+        self.inventory_pool = InventoryPool::default();
         for id in self.keepers.ready() {
             if let Some(keeper) = self.keepers.get_mut(id) {
                 keeper.inventory = None;
+                keeper.refusals.clear();
             }
             self.ask(id, Purpose::Inventory(id), KeeperRequest::Inventory);
         }
@@ -150,20 +163,24 @@ impl Engine {
     pub(super) fn held(&self) -> Held {
         let mut keepers = Vec::new();
         let mut inventories = Vec::new();
+        let mut refusals = Vec::new();
         for id in self.keepers.ready() {
-            let inventory = self
-                .keepers
-                .get(id)
-                .and_then(|keeper| keeper.inventory.clone());
-            if let Some(inventory) = inventory {
+            let Some(keeper) = self.keepers.get(id) else {
+                continue;
+            };
+            if let Some(inventory) = &keeper.inventory {
                 keepers.push(id);
-                inventories.push(inventory);
+                inventories.push(inventory.clone());
+            } else if let Some(reason) = keeper.refusals.last() {
+                let name = self.name_of(id);
+                refusals.push(format!("{name} did not list what it holds: {reason}"));
             }
         }
         let candidates = candidates(&inventories);
         Held {
             candidates,
             keepers,
+            refusals,
         }
     }
 
@@ -282,7 +299,9 @@ impl Engine {
     ) -> Next {
         let reasons = recovering.reasons.into_iter();
         let notes = recovering.notes.into_iter();
-        let parts: Vec<String> = notes.chain([message]).chain(reasons).collect();
+        let refusals = recovering.refusals.into_iter();
+        let parts = notes.chain([message]).chain(reasons).chain(refusals);
+        let parts: Vec<String> = parts.collect();
         let message = parts.join("; ");
         match recovering.recovered {
             None => self.print(format!("found keepers of an earlier launcher; {message}")),

@@ -14,7 +14,7 @@ use crate::{
 };
 use checkpoint::{
     Redundancy,
-    keeper::{DEFAULT_CHUNK_BYTES, Node, Topology},
+    keeper::{Node, Topology},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -157,7 +157,7 @@ impl Engine {
             nodes: nodes.collect(),
             redundancy,
             groups,
-            chunk_bytes: DEFAULT_CHUNK_BYTES,
+            chunk_bytes: self.settings.chunk_bytes,
         }
     }
 
@@ -210,7 +210,7 @@ impl Engine {
         let keeper = self.keepers.get(self.keepers.seats[node].keeper?)?;
         Some(AssignedKeeper {
             socket: keeper.entry.socket.clone(),
-            chunk: DEFAULT_CHUNK_BYTES,
+            chunk: self.settings.chunk_bytes,
             restore: self.restored.map(|restored| (restored.id, restored.ranks)),
         })
     }

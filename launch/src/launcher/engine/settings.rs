@@ -19,6 +19,8 @@ pub(crate) struct Settings {
     pub(crate) spare_nodes: usize,
     /// Number of ranks that the run is started with.
     pub(crate) world_size: usize,
+    /// Size of a snapshot's chunks in bytes.
+    pub(crate) chunk_bytes: usize,
 }
 
 impl Settings {

@@ -1,7 +1,9 @@
 //! Follows the keepers' reports of one generation: which snapshots are complete, and whether ranks
 //! make progress. Events in, actions out; times are those since the launcher's start.
 
-use checkpoint::keeper::{Event, Node, PartInfo, RankStatus, Snapshot, SnapshotId, Topology};
+use checkpoint::keeper::{
+    Event, Node, PartInfo, RankStatus, Snapshot, SnapshotContents, SnapshotId, Topology,
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     time::Duration,
@@ -168,11 +170,11 @@ impl Tracker {
         // It also stands in for older snapshots, which were abandoned or overtaken.
         let durable = self.wanted.first().is_some_and(|&wanted| wanted <= id);
         self.wanted.retain(|&wanted| wanted > id);
-        let snapshot = Snapshot {
+        let snapshot = Snapshot::from(SnapshotContents {
             id,
-            topology: self.topology.clone(),
+            topology: self.topology.clone().into(),
             parts: pending.parts.into_values().collect(),
-        };
+        });
         Action::Commit { snapshot, durable }
     }
 
@@ -272,7 +274,7 @@ mod tests {
     use super::{Action, Tracker};
     use checkpoint::{
         Redundancy,
-        keeper::{Event, Node, PartInfo, SnapshotId, Topology},
+        keeper::{ChecksumDigest, Event, Node, PartInfo, SnapshotId, Topology},
     };
     use std::time::Duration;
 
@@ -309,7 +311,7 @@ mod tests {
                 let part = PartInfo {
                     rank,
                     bytes: 1,
-                    crcs: vec![0],
+                    digest: ChecksumDigest::of(&[0]),
                 };
                 let id = id(step);
                 let event = Event::Complete { id, part, durable };

@@ -8,7 +8,7 @@ use crate::launcher::engine::{
     keepers::KeeperId,
     requests::RequestId,
 };
-use checkpoint::keeper::{Closer, Error, Peer, Secret};
+use checkpoint::keeper::{Closer, Error, EventStream, Peer, Secret};
 use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
@@ -55,6 +55,10 @@ impl Connections {
         open.closers.push(closer);
     }
 
+    fn have_ended(&self) -> bool {
+        self.0.lock().has_ended
+    }
+
     fn end(&self) {
         let mut open = self.0.lock();
         open.has_ended = true;
@@ -76,9 +80,36 @@ pub(super) struct KeeperLinks {
 fn failed(error: Error) -> Failed {
     match error {
         // The keeper is alive.
-        Error::Refused(_) | Error::Busy => Failed::Refused(error.to_string()),
+        Error::Refused(_) | Error::Busy | Error::TooLong { .. } => {
+            Failed::Refused(error.to_string())
+        }
         Error::TimedOut => Failed::Silent(error.to_string()),
         error => Failed::Lost(error.to_string()),
+    }
+}
+
+/// A request that failed.
+struct Broken {
+    failed: Failed,
+    /// A new connection, if the old one cannot be used and the keeper answers.
+    successor: Option<Peer>,
+}
+
+/// Finds out whether a keeper is lost, or only a connection to it: one that answers is alive.
+fn examine(error: Error, connect: impl FnOnce() -> Result<Peer, Error>) -> Broken {
+    let failed = failed(error);
+    if let Failed::Lost(reason) = &failed
+        && let Ok(peer) = connect()
+    {
+        let reason = format!("{reason}; it answers on another connection");
+        return Broken {
+            failed: Failed::Refused(reason),
+            successor: Some(peer),
+        };
+    }
+    Broken {
+        failed,
+        successor: None,
     }
 }
 
@@ -145,10 +176,12 @@ impl KeeperLinks {
             return;
         }
         let connect = self.long_connector(keeper);
+        let connect_again = self.long_connector(keeper);
         let events = self.events.clone();
         let ask = move || {
-            let reply = connect().and_then(|mut peer| ask(&mut peer, request));
-            let reply = reply.map_err(failed);
+            let reply = connect().map_err(failed).and_then(|mut peer| {
+                ask(&mut peer, request).map_err(|error| examine(error, connect_again).failed)
+            });
             events.push(Event::Reply { id, reply });
         };
         if let Err(error) = std::thread::Builder::new().spawn(ask) {
@@ -175,6 +208,7 @@ impl KeeperLinks {
 }
 
 /// Connects to one keeper.
+#[derive(Clone)]
 struct Connector {
     launcher: u64,
     keeper: KeeperId,
@@ -203,7 +237,13 @@ impl Connector {
                 Some(Order::End) => return,
                 None => continue,
             };
-            let reply = ask(&mut peer, request).map_err(failed);
+            let reply = ask(&mut peer, request).map_err(|error| {
+                let broken = examine(error, || self.connect_for_requests());
+                if let Some(successor) = broken.successor {
+                    peer = successor;
+                }
+                broken.failed
+            });
             let is_lost = matches!(reply, Err(Failed::Lost(_) | Failed::Silent(_)));
             self.events.push(Event::Reply { id, reply });
             if is_lost {
@@ -214,21 +254,51 @@ impl Connector {
 
     /// Opens a connection for requests and one for events.
     fn connect(&self) -> Result<Peer, Error> {
-        let connect = || Peer::connect(self.address, &self.secret, self.reply_timeout);
-        let stream = connect()?.subscribe(self.launcher)?;
-        self.connections.add(stream.closer());
-        let peer = connect()?;
-        self.connections.add(peer.closer());
-        let keeper = self.keeper;
-        let events = self.events.clone();
-        let receive = move || {
-            let error = stream.for_each_event(|event| events.push(Event::Keeper { keeper, event }));
-            let failed = failed(error);
-            events.push(Event::KeeperGone { keeper, failed });
-        };
-        let spawned = std::thread::Builder::new().spawn(receive);
+        let stream = self.subscribe()?;
+        let peer = self.connect_for_requests()?;
+        let connector = self.clone();
+        let spawned = std::thread::Builder::new().spawn(move || connector.forward_events(stream));
         spawned.map_err(Error::from)?;
         Ok(peer)
+    }
+
+    fn connect_for_requests(&self) -> Result<Peer, Error> {
+        let peer = Peer::connect(self.address, &self.secret, self.reply_timeout)?;
+        self.connections.add(peer.closer());
+        Ok(peer)
+    }
+
+    fn subscribe(&self) -> Result<EventStream, Error> {
+        let peer = Peer::connect(self.address, &self.secret, self.reply_timeout)?;
+        let stream = peer.subscribe(self.launcher)?;
+        self.connections.add(stream.closer());
+        Ok(stream)
+    }
+
+    /// Forwards events until the keeper is gone. One that has ended a stream, but answers, gets
+    /// another: the launcher abandons the snapshots whose events it missed.
+    fn forward_events(&self, mut stream: EventStream) {
+        let keeper = self.keeper;
+        loop {
+            let mut has_events = false;
+            let error = stream.for_each_event(|event| {
+                has_events = true;
+                self.events.push(Event::Keeper { keeper, event });
+            });
+            let failed = failed(error);
+            let is_wanted = has_events && !self.connections.have_ended();
+            if let Failed::Lost(reason) = &failed
+                && is_wanted
+                && let Ok(successor) = self.subscribe()
+            {
+                let address = self.address;
+                tracing::warn!("the events of the keeper at {address} were interrupted: {reason}");
+                stream = successor;
+                continue;
+            }
+            self.events.push(Event::KeeperGone { keeper, failed });
+            return;
+        }
     }
 }
 
@@ -257,4 +327,84 @@ fn ask(peer: &mut Peer, request: KeeperRequest) -> Result<Answer, Error> {
         } => peer.protect(&snapshot, node, &sources)?,
     }
     Ok(Answer::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use checkpoint::keeper::serve::{self, Settings};
+    use std::{sync::mpsc::channel, time::Instant};
+
+    const LONG: Duration = Duration::from_secs(20);
+    const KEEPER: KeeperId = KeeperId(1);
+
+    fn serve_keeper(secret: &Secret) -> SocketAddr {
+        let settings = Settings {
+            socket: format!("moerun-test/links/{}", secret.name()),
+            secret: secret.clone(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            memory_limit: None,
+            orphan_timeout: Duration::from_secs(60),
+        };
+        let (sender, address) = channel();
+        std::thread::spawn(move || {
+            serve::run(settings, |address| {
+                let _ = sender.send(address);
+                Ok(())
+            })
+        });
+        address.recv().unwrap()
+    }
+
+    /// Waits for the reply to a request, and panics if the launcher loses the keeper.
+    fn reply_to(events: &Queue<Event>, wanted: u64) -> Result<Answer, Failed> {
+        let began = Instant::now();
+        while began.elapsed() < LONG {
+            match events.pop(LONG) {
+                Some(Event::Reply { id, reply }) if id == RequestId(wanted) => return reply,
+                Some(Event::KeeperGone { failed, .. }) => panic!("it was given up: {failed:?}"),
+                _ => {}
+            }
+        }
+        panic!("no reply to {wanted}");
+    }
+
+    fn wait_for_event(events: &Queue<Event>, is_wanted: impl Fn(&Event) -> bool) {
+        let began = Instant::now();
+        while began.elapsed() < LONG {
+            if events.pop(LONG).is_some_and(|event| is_wanted(&event)) {
+                return;
+            }
+        }
+        panic!("no such event");
+    }
+
+    #[test]
+    fn a_keeper_that_answers_survives_its_connections() {
+        let secret = Secret::random().unwrap();
+        let address = serve_keeper(&secret);
+        let events = Queue::new();
+        let mut links = KeeperLinks::new(secret, LONG, events.clone());
+        links.connect(RequestId(1), KEEPER, address);
+        reply_to(&events, 1).unwrap();
+        let is_heartbeat = |event: &Event| matches!(event, Event::Keeper { .. });
+        wait_for_event(&events, is_heartbeat);
+        for closer in &links.links[&KEEPER].connections.0.lock().closers {
+            closer.close();
+        }
+        links.ask(RequestId(2), KEEPER, KeeperRequest::Inventory);
+        let refused = reply_to(&events, 2).unwrap_err();
+        assert!(matches!(refused, Failed::Refused(_)), "{refused:?}");
+        assert!(
+            refused
+                .reason()
+                .ends_with("it answers on another connection")
+        );
+        links.ask(RequestId(3), KEEPER, KeeperRequest::Inventory);
+        assert!(matches!(reply_to(&events, 3), Ok(Answer::Inventory(_))));
+        wait_for_event(&events, is_heartbeat);
+        // One that has ended is gone.
+        links.ask(RequestId(4), KEEPER, KeeperRequest::Stop);
+        wait_for_event(&events, |event| matches!(event, Event::KeeperGone { .. }));
+    }
 }

@@ -76,6 +76,42 @@ fn a_lost_keeper_of_a_spare_machine_is_replaced() {
     assert!(world.step() > 150, "training continues: {}", world.step());
 }
 
+/// Kills a rank while keeper 1 refuses to list what it holds, and returns the world after that.
+fn restarted_with_refusals(times: usize) -> World {
+    let mut world = trained(0, &json!({"checkpoint": {"every": 0}}));
+    let keepers = world.live_keepers();
+    world.refuse_inventories(1, times);
+    world.kill_rank(0);
+    let long = Duration::from_secs(30);
+    assert!(world.run_until(long, |world| world.step() > 20));
+    assert_eq!(world.live_keepers(), keepers, "{:?}", world.printed);
+    world
+}
+
+#[test]
+fn a_keeper_that_refuses_an_answer_is_asked_again() {
+    // Requests before and after the nodes were seated.
+    for times in 1..=2 {
+        let world = restarted_with_refusals(times);
+        let printed = world.printed.join("\n");
+        assert!(
+            printed.contains("resuming from the snapshot of step 1"),
+            "{printed}"
+        );
+        assert!(!printed.contains("did not list"), "{printed}");
+    }
+}
+
+#[test]
+fn a_keeper_that_always_refuses_is_not_replaced_and_others_have_its_parts() {
+    let world = restarted_with_refusals(100);
+    let printed = world.printed.join("\n");
+    let rebuilt = "parts of ranks 2, 3 rebuilt from";
+    assert!(printed.contains(rebuilt), "{printed}");
+    let reason = "did not list what it holds: a message of 9 bytes is longer than 8";
+    assert!(printed.contains(reason), "{printed}");
+}
+
 #[test]
 fn a_request_for_a_checkpoint_is_answered_once() {
     let mut world = World::new(

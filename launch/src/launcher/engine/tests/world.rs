@@ -15,7 +15,8 @@ use crate::{
     registry::{KeeperEntry, KeeperRegistry},
 };
 use checkpoint::keeper::{
-    self, Identity, Inventory, PartInfo, RankStatus, Secret, Snapshot, SnapshotId, Topology,
+    self, ChecksumDigest, Identity, Inventory, PartInfo, RankStatus, Secret, Shared, Snapshot,
+    SnapshotId, Topology,
     recover::{Rebuild, candidates},
 };
 use nix::sys::signal::Signal;
@@ -59,11 +60,13 @@ struct SimKeeper {
     /// The time at which it was continued.
     continued_at: Option<Duration>,
     subscriber: Option<KeeperId>,
-    memberships: Vec<(Topology, usize)>,
+    memberships: Vec<(Shared<Topology>, usize)>,
     parts: BTreeMap<(SnapshotId, usize), PartInfo>,
     protected: BTreeSet<SnapshotId>,
     complete: BTreeMap<SnapshotId, Snapshot>,
     pinned: Option<SnapshotId>,
+    /// Number of times that it will refuse to list what it holds.
+    refusals: usize,
 }
 
 /// A generation of ranks.
@@ -187,6 +190,7 @@ impl World {
             ranks_per_machine: 2,
             spare_nodes: spares,
             world_size: 2 * (machines - spares),
+            chunk_bytes: 1,
             config,
         };
         let launch = Launch {
@@ -372,6 +376,12 @@ impl World {
     }
 
     /// Stops the process of a keeper.
+    /// Lets a live keeper refuse N times to list what it holds.
+    pub(super) fn refuse_inventories(&mut self, index: usize, times: usize) {
+        let mut live = self.keepers.values_mut().filter(|keeper| keeper.is_alive);
+        live.nth(index).expect("a keeper").refusals = times;
+    }
+
     pub(super) fn hang_keeper(&mut self, index: usize) {
         let alive = self.keepers.values_mut().filter(|keeper| keeper.is_alive);
         let mut alive: Vec<&mut SimKeeper> = alive.collect();
@@ -730,6 +740,7 @@ impl World {
                 protected: BTreeSet::new(),
                 complete: BTreeMap::new(),
                 pinned: None,
+                refusals: 0,
             },
         );
         self.reply(id, Ok(Answer::KeeperStarted { pid, address }));
@@ -799,13 +810,18 @@ impl World {
     fn answer(&mut self, address: SocketAddr, request: KeeperRequest) -> Result<Answer, Failed> {
         let keeper = self.keepers.get_mut(&address).expect("it was looked up");
         match request {
+            KeeperRequest::Inventory if keeper.refusals > 0 => {
+                keeper.refusals -= 1;
+                let reason = "a message of 9 bytes is longer than 8";
+                return Err(Failed::Refused(reason.into()));
+            }
             KeeperRequest::Inventory => return Ok(Answer::Inventory(keeper.inventory())),
             KeeperRequest::Verify(_) => return Ok(Answer::Damaged(Vec::new())),
             KeeperRequest::SetUp { topology, node } => {
                 keeper
                     .memberships
                     .retain(|(other, _)| other.generation != topology.generation);
-                keeper.memberships.push((topology, node));
+                keeper.memberships.push((topology.into(), node));
             }
             KeeperRequest::Commit(snapshot) => keeper.commit(snapshot),
             KeeperRequest::Pin(id) => keeper.pinned = Some(id),
@@ -1015,7 +1031,7 @@ impl World {
                 let part = PartInfo {
                     rank,
                     bytes: 1,
-                    crcs: vec![0],
+                    digest: ChecksumDigest::of(&[0]),
                 };
                 keeper.parts.insert((id, rank), part.clone());
                 events.push(keeper::Event::Complete { id, part, durable });
