@@ -4,7 +4,7 @@
 //! ranks are in folders `ranks-NNNNN`, named by the first rank. File systems search and lock a folder as a
 //! whole, so thousands of ranks should not create files in one.
 
-use crate::{Error, manifest::MANIFEST, run_folder::RunFolder};
+use crate::{Error, names::MANIFEST, run_folder::RunFolder};
 use nix::sys::stat::FileStat;
 use std::fs::File;
 
