@@ -415,16 +415,16 @@ fn a_newer_formats_checkpoint_stays_and_does_not_count() {
     let experiment = trained(10);
     let newest = checkpoint(&experiment, 10);
     let good = manifest_of(&newest);
-    rewrite(&newest, &good, |manifest| manifest["format"] = json!(3));
+    rewrite(&newest, &good, |manifest| manifest["format"] = json!(4));
     let more = ["train.steps=8", "checkpoint.keep=1", WITHOUT_KEEPERS];
     let said = succeed(&mut experiment.train(2, &more));
-    assert!(said.contains("format 3 is newer than 2"), "{said}");
+    assert!(said.contains("format 4 is newer than 3"), "{said}");
     assert_eq!(names(&experiment), ["08", "10"]);
     // A run that reaches its step does not overwrite it.
     let more = ["train.steps=10", "checkpoint.keep=1", WITHOUT_KEEPERS];
     succeed(&mut experiment.train(2, &more));
     assert_eq!(names(&experiment), ["10", "10.damaged"]);
-    assert_eq!(manifest_of(&newest.with_extension("damaged"))["format"], 3);
+    assert_eq!(manifest_of(&newest.with_extension("damaged"))["format"], 4);
 }
 
 /// fault-23 b: what a crash left of a checkpoint is never written again by itself.

@@ -6,8 +6,10 @@
 
 use crate::{
     Checkpoint, Error,
-    manifest::{MANIFEST, ParsedManifest},
-    names::{DAMAGED, LEFTOVER_SUFFIXES, REMOVING, is_damaged_suffix, step_of, suffix_of},
+    manifest::ParsedManifest,
+    names::{
+        DAMAGED, LEFTOVER_SUFFIXES, MANIFEST, REMOVING, is_damaged_suffix, step_of, suffix_of,
+    },
     run_folder::RunFolder,
     verified::{self, Summary},
 };

@@ -52,6 +52,7 @@ mod assemble;
 mod checksum;
 mod erasure;
 mod error;
+mod file_identity;
 pub mod folder;
 mod format;
 mod image;

@@ -20,9 +20,6 @@ const FORMAT: u32 = 2;
 /// The version in which shards are also in folders of their own, for more ranks.
 const FORMAT_WITH_FOLDERS: u32 = 3;
 
-/// The name of the manifest in the folder of a checkpoint.
-pub(crate) const MANIFEST: &str = "manifest.json";
-
 /// The key of the manifest's own checksum: the CRC-32C of the other keys as compact JSON. Earlier
 /// versions ignore the key.
 const CHECKSUM_KEY: &str = "crc32c";

@@ -1,7 +1,10 @@
 //! Names of the folders in a folder of checkpoints: `step-NNNNNNNN`, with a suffix for all that is
-//! no checkpoint.
+//! no checkpoint. In each is a manifest.
 
 use std::path::Path;
+
+/// The name of the manifest in the folder of a checkpoint.
+pub(crate) const MANIFEST: &str = "manifest.json";
 
 /// Suffix of a checkpoint that is being written.
 pub(crate) const WRITING: &str = "writing";

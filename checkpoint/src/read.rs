@@ -4,13 +4,13 @@ use crate::{
     Error, TensorSlice,
     assemble::Contents,
     checksum::FileChecksum,
+    file_identity::FileIdentity,
     format::{ImageHeader, TensorIndex, kind_of},
-    manifest::{FileEntry, MANIFEST, Manifest, ParsedManifest},
+    manifest::{FileEntry, Manifest, ParsedManifest},
     memory::with_tensor_bytes,
-    names::step_of,
+    names::{MANIFEST, step_of},
     run_folder::RunFolder,
     shard_names,
-    verified::FileIdentity,
 };
 use std::{
     collections::BTreeMap,

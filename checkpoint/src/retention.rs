@@ -120,7 +120,7 @@ mod tests {
         assert_eq!(steps(root.path()), [40, 30]);
     }
 
-    /// What this process wrote is compared with the times of the files.
+    /// Times of files show whether a checkpoint that this process wrote has changed.
     #[test]
     fn a_known_checkpoint_is_not_read_again() {
         let root = tempfile::tempdir().unwrap();

@@ -1,7 +1,9 @@
 //! The checkpoints that this process has verified, which it need not read again.
 
-use crate::{Checkpoint, Error, manifest::MANIFEST, run_folder::RunFolder, shard_names};
-use nix::sys::stat::FileStat;
+use crate::{
+    Checkpoint, Error, file_identity::FileIdentity, names::MANIFEST, run_folder::RunFolder,
+    shard_names,
+};
 use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
@@ -15,29 +17,6 @@ const TICK_NS: i128 = 50_000_000;
 
 /// The checkpoints whose files all had the right checksums, by their folders.
 static VERIFIED: Mutex<BTreeMap<PathBuf, Arc<Summary>>> = Mutex::new(BTreeMap::new());
-
-/// The inode, length and times of a file. All stay as they are unless the file changes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct FileIdentity {
-    inode: u64,
-    len: i64,
-    modified_ns: i128,
-    changed_ns: i128,
-}
-
-impl FileIdentity {
-    pub(crate) fn of(status: &FileStat) -> FileIdentity {
-        let time = |seconds: i64, nanoseconds: i64| {
-            i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
-        };
-        FileIdentity {
-            inode: status.st_ino,
-            len: status.st_size,
-            modified_ns: time(status.st_mtime, status.st_mtime_nsec),
-            changed_ns: time(status.st_ctime, status.st_ctime_nsec),
-        }
-    }
-}
 
 /// A checkpoint without its slices, and its files as they were when it was read.
 #[derive(Debug, PartialEq, Eq)]
@@ -91,7 +70,7 @@ impl Summary {
 
     /// True if a file has only just changed: another change in the same tick would not show.
     fn is_recent(&self) -> bool {
-        let times = self.files.iter().map(|(_, identity)| identity.changed_ns);
+        let times = self.files.iter().map(|(_, identity)| identity.changed_ns());
         let newest = times.max().unwrap_or(0);
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = since_epoch.map_or(0, |time| time.as_nanos() as i128);

@@ -248,8 +248,9 @@ impl Trainer {
         Ok(())
     }
 
-    /// Writes a checkpoint of the current state, and has old ones removed in a thread. Like a snapshot, it waits for the lines so far, so
-    /// that a run that resumes from it does not miss them.
+    /// Writes a checkpoint of the current state, and has old ones removed in a thread. Like a
+    /// snapshot, it waits for the lines so far, so that a run that resumes from it does not miss
+    /// them.
     ///
     /// # Collective
     /// All ranks.

@@ -274,6 +274,8 @@ mod tests {
         // The share of rank 1.
         let shard = path.join("shard-00004.safetensors");
         let mut bytes = std::fs::read(&shard).unwrap();
+        // The clock of file times has ticks of some milliseconds.
+        std::thread::sleep(Duration::from_millis(60));
         *bytes.last_mut().unwrap() ^= 1;
         std::fs::write(&shard, bytes).unwrap();
         for (rank, found) in inspect(&path).into_iter().enumerate() {

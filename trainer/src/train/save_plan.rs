@@ -371,7 +371,10 @@ mod tests {
             let mut counts: BTreeMap<String, (Vec<i64>, Vec<u32>)> = run
                 .tensors()
                 .into_iter()
-                .map(|whole| (whole.name.clone(), (whole.shape.clone(), vec![0; bytes(&whole) as usize])))
+                .map(|whole| {
+                    let counts = vec![0; bytes(&whole) as usize];
+                    (whole.name, (whole.shape, counts))
+                })
                 .collect();
             let mut sums = [0.0; Coverage::NUMBERS];
             // Of each slice that ranks hold, those that hold it and those that save it.
@@ -419,7 +422,8 @@ mod tests {
                     let total: u64 = of_set.iter().map(|(slice, _)| bytes(slice)).sum();
                     let largest = of_set.iter().map(|(slice, _)| bytes(slice)).max().unwrap_or(0);
                     let is_own = |slice: &&&(TensorSlice, Replicas)| own.contains(&slice.0);
-                    let saved: u64 = of_set.iter().filter(is_own).map(|(slice, _)| bytes(slice)).sum();
+                    let saved = of_set.iter().filter(is_own);
+                    let saved: u64 = saved.map(|(slice, _)| bytes(slice)).sum();
                     prop_assert!(saved <= total / holders + largest);
                 }
             }
