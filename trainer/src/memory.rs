@@ -22,7 +22,7 @@ const FP32_BYTES: u64 = 4;
 /// Ranks of one pipeline stage that hold equally much.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EqualRanks {
-    /// Ranks, ascending.
+    /// Numbers of the ranks, ascending.
     pub ranks: Vec<usize>,
     /// Memory of each of them.
     pub memory: RankMemory,

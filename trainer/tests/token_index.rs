@@ -1,5 +1,5 @@
-//! The cost of opening a data set does not grow with its documents: bytes read and held are counted,
-//! in a process without other work.
+//! The cost of opening a data set does not grow with its documents: bytes read and held are
+//! counted, in a process without other work.
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 use trainer::{

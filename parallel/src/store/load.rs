@@ -10,7 +10,7 @@ use torch_ext::{Error, StoreRequest};
 /// Requests to a store, and the bytes of their keys and values in both directions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StoreLoad {
-    /// Number of requests.
+    /// Requests of all clients together.
     pub requests: u64,
     /// Bytes of keys and values.
     pub bytes: u64,
@@ -45,7 +45,7 @@ impl LoadCounter {
 /// A cluster whose ranks make requests to a store, as far as the store can tell.
 #[derive(Debug, Clone, Copy)]
 pub struct SimulatedClients {
-    /// Number of ranks.
+    /// Ranks that the cluster has.
     pub ranks: usize,
     /// Connections of each rank. The requests are made on the first one.
     pub connections: usize,

@@ -161,7 +161,7 @@ impl IndexHeader {
     }
 }
 
-/// An open index.
+/// An open index, of which only the header has been read.
 struct Index {
     path: PathBuf,
     file: File,
@@ -266,7 +266,7 @@ impl Index {
 
 /// A sequence in the index.
 struct SequenceEntry {
-    /// Tokens.
+    /// Number of the sequence's tokens.
     length: i32,
     /// Bytes from the start of the tokens.
     offset: i64,

@@ -184,7 +184,7 @@ mod tests {
     fn assert_close(found: Option<Distribution>, values: &[Option<u64>]) {
         let expected = direct(values);
         assert_eq!(found.is_some(), expected.is_some());
-        let (Some(found), Some(expected)) = (found, expected) else {
+        let Some((found, expected)) = found.zip(expected) else {
             return;
         };
         let smallest = values.iter().flatten().min().unwrap();

@@ -106,13 +106,13 @@ pub struct RankDistributions {
 pub struct RankDistribution {
     /// Number of these ranks.
     pub count: u64,
-    /// Mean.
+    /// Mean over these ranks.
     pub mean: f64,
     /// Median, off by a 64th of the range of values at most.
     pub median: f64,
     /// 90th percentile, off by a 64th of the range of values at most.
     pub p90: f64,
-    /// Maximum.
+    /// Maximum over these ranks.
     pub largest: f64,
     /// Lowest rank that has the maximum.
     pub largest_rank: usize,

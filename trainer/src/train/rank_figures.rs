@@ -30,7 +30,7 @@ pub(crate) struct RankFigureSizes {
 /// The figures of all ranks.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct RankTable {
-    /// By rank.
+    /// The figures of each rank, by its number.
     pub(crate) ranks: Vec<RankFigures>,
 }
 
@@ -39,9 +39,9 @@ pub(crate) struct RankTable {
 pub(crate) struct ByFigure<T> {
     /// Computed tokens, by MoE layer.
     pub(crate) tokens: Vec<T>,
-    /// Bytes.
+    /// Peak bytes of tensors on the device.
     pub(crate) peak_memory: T,
-    /// Bytes.
+    /// Peak resident bytes of the process.
     pub(crate) peak_resident: T,
     /// In parts of [`PER_UNIT`].
     pub(crate) wait_ratio: T,

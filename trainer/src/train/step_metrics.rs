@@ -104,7 +104,7 @@ impl Trainer {
         self.world.size() / self.mesh.shape().pipeline
     }
 
-    /// Returns, for each MoE layer, the maximum over the mean of the tokens that its ranks computed.
+    /// Returns the maximum over the mean of the tokens that the ranks of each MoE layer computed.
     fn rank_imbalances(&self, ranks: &RankReport) -> Vec<f64> {
         match ranks {
             RankReport::Listed(table) => {

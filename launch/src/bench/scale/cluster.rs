@@ -39,7 +39,7 @@ struct StartUp {
     files: usize,
 }
 
-/// What one rank asks of the store in a run of some size.
+/// Requests of one rank to the store in a run of some size.
 #[derive(Clone, Copy)]
 struct RankLoad {
     ranks: usize,
@@ -173,7 +173,7 @@ fn join_for_real(ranks: usize) -> Result<StartUp> {
     }
 }
 
-/// A rank that keeps its groups until it is told to end.
+/// A rank that keeps its groups until its bench ends it.
 struct RankThread {
     release: Sender<()>,
     thread: JoinHandle<()>,

@@ -33,7 +33,7 @@ enum Origin {
     Simulated,
     /// The measured values of smaller runs and their exponents.
     Projected,
-    /// The formula.
+    /// The formula of the quantity, with the constants of the launcher.
     Computed,
 }
 
