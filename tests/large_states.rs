@@ -63,6 +63,7 @@ fn keepers_outlive_a_state_whose_checksums_exceed_a_message() {
         "checkpoint.every=0",
         "snapshot.every=5",
         "parallel.ranks_per_node=2",
+        "parallel.zero=1",
         "train.micro_batch=1",
         "model.hidden=64",
         "model.moe.ffn=128",
@@ -92,8 +93,12 @@ fn keepers_outlive_a_state_whose_checksums_exceed_a_message() {
         .iter()
         .map(|status| status["header_requests"].as_u64());
     let headers: u64 = headers.map(Option::unwrap).sum();
-    let of_all_parts = (RANKS * RANKS) as u64;
-    assert!(headers > 0 && headers < of_all_parts, "{headers} headers");
+    // With sharded optimizer states ranks have few companions.
+    let of_half_the_parts = (RANKS * RANKS / 2) as u64;
+    assert!(
+        headers > 0 && headers < of_half_the_parts,
+        "{headers} headers"
+    );
     let ended = run.wait_with_output().unwrap();
     let said = launcher_output(&experiment);
     assert!(ended.status.success(), "{said}");

@@ -207,6 +207,42 @@ fn a_completed_part_is_reported_and_encoded_once() {
 }
 
 #[test]
+fn checksums_stay_as_long_as_the_part_or_the_parity() {
+    let mut keeper = Keeper::new();
+    let request = |step, rank, waits| Request::Checksums {
+        id: id(1, step),
+        rank,
+        waits,
+    };
+    let list = |keeper: &mut Keeper, step, rank| match keeper.ask(request(step, rank, false)) {
+        Ok(Decision::Reply(Reply::Checksums(crcs))) => Some(crcs),
+        _ => None,
+    };
+    keeper.take(id(1, 1));
+    assert_eq!(list(&mut keeper, 1, 0), Some(vec![0]));
+    let missing = keeper.ask(request(1, 1, false));
+    let expected = "the checksums of rank 1's part of step 1 are not here";
+    assert_eq!(message(missing), expected);
+    let of_other = Checksums::new(vec![1]);
+    keeper.state.put_checksums(id(1, 1), 1, of_other.clone());
+    assert_eq!(list(&mut keeper, 1, 1), Some(vec![1]));
+    keeper.take(id(1, 2));
+    assert_eq!(list(&mut keeper, 1, 1), Some(vec![1]));
+    keeper.take(id(1, 3));
+    assert_eq!(list(&mut keeper, 1, 1), None);
+    // A part that is being filled has checksums for those that wait.
+    let slot = keeper.reserve(id(1, 4), 8).unwrap();
+    assert_eq!(list(&mut keeper, 4, 0), None);
+    let waiting = keeper.ask(request(4, 0, true));
+    assert!(matches!(waiting, Ok(Decision::Job(_))), "{waiting:?}");
+    keeper.fill(slot, 8, vec![4]).unwrap();
+    assert_eq!(list(&mut keeper, 4, 0), Some(vec![4]));
+    keeper.command(Request::Abandon(id(1, 4)));
+    keeper.state.put_checksums(id(1, 4), 1, of_other);
+    assert_eq!(list(&mut keeper, 4, 1), None);
+}
+
+#[test]
 fn parts_too_large_for_the_slots_are_skipped() {
     let mut keeper = Keeper::new();
     assert_eq!(keeper.reserve(id(1, 1), 9), None);

@@ -380,6 +380,22 @@ mod tests {
     }
 
     #[test]
+    fn a_keeper_is_lost_if_it_answers_on_no_connection() {
+        let none = || Err(Error::Closed);
+        let lost = examine(Error::Protocol("garbage".into()), none).failed;
+        assert_eq!(lost, Failed::Lost("garbage".into()));
+        let silent = examine(Error::TimedOut, none).failed;
+        assert!(matches!(silent, Failed::Silent(_)), "{silent:?}");
+        let too_long = Error::TooLong {
+            bytes: 9,
+            limit: 8,
+            label: "keeper",
+        };
+        let refused = examine(too_long, none).failed;
+        assert!(matches!(refused, Failed::Refused(_)), "{refused:?}");
+    }
+
+    #[test]
     fn a_keeper_that_answers_survives_its_connections() {
         let secret = Secret::random().unwrap();
         let address = serve_keeper(&secret);
@@ -403,8 +419,7 @@ mod tests {
         links.ask(RequestId(3), KEEPER, KeeperRequest::Inventory);
         assert!(matches!(reply_to(&events, 3), Ok(Answer::Inventory(_))));
         wait_for_event(&events, is_heartbeat);
-        // One that has ended is gone.
         links.ask(RequestId(4), KEEPER, KeeperRequest::Stop);
-        wait_for_event(&events, |event| matches!(event, Event::KeeperGone { .. }));
+        reply_to(&events, 4).unwrap();
     }
 }
