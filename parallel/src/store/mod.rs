@@ -10,9 +10,14 @@ mod client;
 mod message;
 mod server;
 mod table;
+mod traffic;
 
+#[cfg(test)]
 pub(crate) use client::connect;
+pub(crate) use client::connect_counted;
 pub use server::StoreServer;
+pub use traffic::StoreTraffic;
+pub(crate) use traffic::TrafficCounter;
 
 use secure_link::Secret;
 use serde::{Deserialize, Serialize};

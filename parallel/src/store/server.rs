@@ -431,6 +431,17 @@ mod tests {
     }
 
     #[test]
+    fn a_wait_does_not_keep_other_threads_from_the_store() {
+        let server = StoreServer::local().unwrap();
+        let store = std::sync::Arc::new(connect(server.access(), TIMEOUT).unwrap());
+        let other = store.clone();
+        let waiter = std::thread::spawn(move || other.get("late").unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        store.set("late", b"value").unwrap();
+        assert_eq!(waiter.join().unwrap(), b"value");
+    }
+
+    #[test]
     fn a_client_without_the_secret_is_refused() {
         let server = StoreServer::local().unwrap();
         let mut access = server.access().clone();
