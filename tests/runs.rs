@@ -146,7 +146,7 @@ fn a_stopped_rank_is_a_timeout_that_names_the_operation() {
     assert!(
         !output.status.success()
             && said.contains("rank 0 failed: ")
-            && said.contains("of ranks [0, 1] failed"),
+            && said.contains("of ranks 0, 1 failed"),
         "{said}"
     );
     experiment.assert_no_orphans();

@@ -34,6 +34,7 @@ mod progress;
 mod protocol;
 mod rank;
 mod rank_log;
+mod rank_ranges;
 mod reference;
 mod registry;
 mod restarts;

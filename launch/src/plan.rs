@@ -4,10 +4,11 @@ use crate::{
     cli::{MeshArgs, ScheduleArgs, VocabularyName},
     config_file::{load, refuse_problems},
     hint::WithHint,
+    rank_ranges::RankRanges,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use parallel::{
-    Coordinates, Mesh, RankRanges,
+    Coordinates, Mesh,
     pipeline::{
         Order, OrderFile, Schedule, Vocabulary,
         check::check,

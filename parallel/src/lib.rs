@@ -44,15 +44,17 @@ pub mod conformance;
 pub mod context;
 mod device;
 mod gradients;
+mod host_groups;
+mod machines;
 mod mesh;
-mod peers;
+mod networks;
 pub mod pipeline;
 mod rank_env;
-mod rank_ranges;
 pub mod recompute;
 mod rendezvous;
 mod rows;
 pub mod sharding;
+pub mod start_cost;
 mod store;
 mod sum;
 pub mod tensor;
@@ -63,18 +65,19 @@ pub use affinity::{CpuAffinity, CpuTopology};
 pub use bounded_io::{within, write_within};
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
-pub use comm::{Backend, CommError, Communicator, Local, MpiLaunch, ReduceOp, Work, mpi_library};
+pub use comm::{
+    Backend, CommError, Communicator, Local, MemberRanges, MpiLaunch, ReduceOp, Work, mpi_library,
+};
 pub use device::{
     Accelerator, Copier, Cpu, DiscreteDevice, MemoryUse, accelerator, device_kind, peak_resident,
 };
 pub use gradients::{BucketPlan, GradientBuckets, Replication, plan_buckets};
 pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape, NodeSplit};
 pub use rank_env::{RankEnv, Rendezvous};
-pub use rank_ranges::RankRanges;
 pub use recompute::Activation;
 pub use rows::{matrix_shape, own_rows};
 pub use secure_link::Secret;
-pub use store::{SimulatedClients, StoreAccess, StoreLoad, StoreServer};
+pub use store::{SimulatedClients, StoreAccess, StoreServer, StoreTraffic};
 pub use sum::GradientSum;
 pub use weight::{
     Contribution, DeferredGradient, Weight, add_gradients, linear, linear_f32, linears,

@@ -1,9 +1,13 @@
 //! The rendezvous: ranks connect to a store and check that they run the same version.
 
-use crate::{RankEnv, Rendezvous, StoreAccess, StoreServer, store};
+use crate::{
+    RankEnv, Rendezvous, StoreAccess, StoreServer, StoreTraffic,
+    store::{TrafficCounter, connect_counted},
+};
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs},
+    sync::Arc,
     time::Duration,
 };
 use torch_ext::{GlooAddress, Store};
@@ -20,6 +24,8 @@ pub(crate) struct RendezvousStore {
     location: StoreLocation,
     /// The rank that serves the store, unless the launcher does.
     pub(crate) store_rank: Option<usize>,
+    /// Counts the requests of the first connection, which joins the groups.
+    traffic: Arc<TrafficCounter>,
     /// The server, if this process serves an authenticated store.
     _server: Option<StoreServer>,
 }
@@ -71,6 +77,7 @@ impl RendezvousStore {
         Ok(RendezvousStore {
             location,
             store_rank: (!launcher_serves).then_some(0),
+            traffic: Arc::default(),
             _server: None,
         })
     }
@@ -92,7 +99,7 @@ impl RendezvousStore {
         };
         let store = match &self.location {
             StoreLocation::C10d(c10d) if serves => c10d.serve(env, store_timeout(timeout)),
-            _ => self.open(timeout),
+            _ => self.open(timeout, self.traffic.clone()),
         };
         let store = store.and_then(|store| store.prefixed(&prefix(env)));
         let store = store.map_err(|error| self.unreachable(operation, error))?;
@@ -112,7 +119,7 @@ impl RendezvousStore {
         env: &RankEnv,
         timeout: Duration,
     ) -> Result<Store, RendezvousError> {
-        self.open(timeout)
+        self.open(timeout, Arc::default())
             .and_then(|store| store.prefixed(&prefix(env)))
             .map_err(|error| self.unreachable("reaching the store", error))
     }
@@ -137,9 +144,25 @@ impl RendezvousStore {
         }
     }
 
-    fn open(&self, timeout: Duration) -> Result<Store, torch_ext::Error> {
+    /// True if this is moerun's own store.
+    pub(crate) fn is_authenticated(&self) -> bool {
+        matches!(self.location, StoreLocation::Authenticated(_))
+    }
+
+    /// Returns what was asked of the store by its first connection.
+    pub(crate) fn traffic(&self) -> StoreTraffic {
+        self.traffic.total()
+    }
+
+    fn open(
+        &self,
+        timeout: Duration,
+        traffic: Arc<TrafficCounter>,
+    ) -> Result<Store, torch_ext::Error> {
         match &self.location {
-            StoreLocation::Authenticated(access) => store::connect(access, store_timeout(timeout)),
+            StoreLocation::Authenticated(access) => {
+                connect_counted(access, store_timeout(timeout), traffic)
+            }
             StoreLocation::C10d(C10dStore { host, port, .. }) => {
                 Store::connect_tcp(host, *port, store_timeout(timeout))
             }
@@ -262,6 +285,7 @@ fn find_through_mpi(env: &RankEnv) -> Result<RendezvousStore, String> {
     Ok(RendezvousStore {
         location: StoreLocation::Authenticated(access),
         store_rank: Some(0),
+        traffic: Arc::default(),
         _server: server,
     })
 }

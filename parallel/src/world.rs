@@ -1,14 +1,15 @@
 //! The world: all ranks of a run, and the only place that creates communicators.
 
-#[cfg(feature = "mpi")]
-use crate::comm::Mpi;
 use crate::{
     Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous, StoreServer,
+    StoreTraffic,
     comm::{
-        DeviceComm, DeviceTransport, FlightRecorder, Gloo, Hccl, HostTransport, HybridComm,
-        Membership, Nccl, Shm, Transports,
+        DeviceComm, DeviceTransport, FlightRecorder, Hccl, HostTransport, HybridComm, MemberRanges,
+        Membership, Nccl, Transports,
     },
-    peers::exchange_addresses,
+    host_groups::{GroupLimits, HostGroups, HostGroupsState},
+    machines::{Machines, machine_identity},
+    networks::Network,
     rendezvous::{RendezvousStore, init_mpi},
 };
 use std::{path::Path, sync::Arc, time::Duration};
@@ -26,17 +27,34 @@ pub struct World {
 }
 
 struct Joined {
-    store: Store,
+    store: Arc<Store>,
     transports: Transports,
     /// A tensor on the device of this rank.
     like: Tensor,
     /// True if groups of one rank use the backend too: a backend that was requested by name is
     /// tested even then.
     force_backend: bool,
-    device: GlooDevice,
+    host_groups: HostGroups,
     recorder: FlightRecorder,
-    /// The server of the store, if this rank serves it. Dropped last.
-    _rendezvous: RendezvousStore,
+    /// Has the server of the store, if this rank serves it. Dropped last.
+    rendezvous: RendezvousStore,
+}
+
+/// Properties of a rank that joins a world, which tests change.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Joining {
+    /// Identifies the rank's machine.
+    pub(crate) machine: u64,
+    pub(crate) limits: GroupLimits,
+}
+
+impl Default for Joining {
+    fn default() -> Joining {
+        Joining {
+            machine: machine_identity(),
+            limits: GroupLimits::default(),
+        }
+    }
 }
 
 impl World {
@@ -67,10 +85,21 @@ impl World {
         backend: Backend,
         device: &dyn Accelerator,
     ) -> Result<World, CommError> {
+        World::join_as(env, timeout, backend, device, Joining::default())
+    }
+
+    /// Joins as [`World::join`] does.
+    pub(crate) fn join_as(
+        env: &RankEnv,
+        timeout: Duration,
+        backend: Backend,
+        device: &dyn Accelerator,
+        joining: Joining,
+    ) -> Result<World, CommError> {
         let failed = |operation: &'static str, reason: String| CommError {
             rank: env.rank,
             group: "world".into(),
-            members: (0..env.world_size).collect(),
+            members: MemberRanges::first(env.world_size),
             operation,
             reason,
         };
@@ -97,29 +126,40 @@ impl World {
         let rendezvous = rendezvous.map_err(|e| failed("rendezvous through MPI", e))?;
         let store = rendezvous.connect(env, timeout);
         let store = store.map_err(|e| failed(e.operation, e.reason))?;
-        let peers = exchange_addresses(env, &store);
-        let peers = peers.map_err(|e| failed("exchanging addresses", e.to_string()))?;
         let recorder_store = rendezvous.connect_again(env, timeout);
         let recorder_store = recorder_store.map_err(|e| failed(e.operation, e.reason))?;
         let store_rank = rendezvous.store_rank;
+        // Each rank shows a sign of life before any rank has joined.
         let recorder = FlightRecorder::start(env.rank, store_rank, timeout, recorder_store);
+        let machines = Machines::exchange(env, &store, joining.machine);
+        let machines = machines.map_err(|e| failed("exchanging addresses", e.to_string()))?;
+        let store = Arc::new(store);
         Ok(World {
             rank: env.rank,
             size: env.world_size,
             ranks_per_node: env.local_world_size.clamp(1, env.world_size),
             timeout,
             joined: Some(Joined {
+                host_groups: HostGroups::new(HostGroupsState {
+                    rank: env.rank,
+                    store: store.clone(),
+                    transports,
+                    timeout,
+                    device: GlooDevice {
+                        address: rendezvous.gloo_address(env),
+                        tls: env.gloo_tls.clone(),
+                        peers: machines.networks.iter().map(Network::as_peer).collect(),
+                    },
+                    machines,
+                    limits: joining.limits,
+                    has_concurrent_store: rendezvous.is_authenticated(),
+                }),
                 store,
                 transports,
                 like,
                 force_backend,
-                device: GlooDevice {
-                    address: rendezvous.gloo_address(env),
-                    tls: env.gloo_tls.clone(),
-                    peers,
-                },
                 recorder,
-                _rendezvous: rendezvous,
+                rendezvous,
             }),
         })
     }
@@ -173,6 +213,14 @@ impl World {
         self.ranks_per_node
     }
 
+    /// Returns what this rank has asked of the store to join the world and its groups. Zero for
+    /// c10d's store, and in a world of one.
+    pub fn store_traffic(&self) -> StoreTraffic {
+        let joined = self.joined.as_ref();
+        let traffic = joined.map(|joined| joined.rendezvous.traffic());
+        traffic.unwrap_or_default()
+    }
+
     /// Creates the communicator of the group `name` with the global ranks `members`, which include
     /// this rank.
     ///
@@ -180,7 +228,8 @@ impl World {
     /// All members, with the same name and members. A name is used once per run.
     ///
     /// # Errors
-    /// If a member does not join within the timeout.
+    /// If a member does not join within the timeout. Large groups between machines, and the host's
+    /// side of groups on a device, are joined by their first operation, which fails then.
     pub fn group(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
         self.create_group(name, members, false)
     }
@@ -212,40 +261,15 @@ impl World {
             return Ok(Arc::new(Local::new(self.rank, name)));
         };
         let membership = Membership::new(name, members, self.rank)?;
-        let host = self.host_comm(joined, &membership)?;
-        let device = self.device_comm(joined, &membership, p2p)?;
-        let group = match device {
-            Some(device) => Arc::new(HybridComm { host, device }),
-            None => host,
+        let host_groups = &joined.host_groups;
+        let group = match self.device_comm(joined, &membership, p2p)? {
+            Some(device) => {
+                let host = host_groups.join_on_use(&membership)?;
+                Arc::new(HybridComm { host, device })
+            }
+            None => host_groups.join(&membership)?,
         };
-        Ok(joined.recorder.wrap(group, name, members))
-    }
-
-    /// Joins the communicator for tensors in host memory.
-    fn host_comm(
-        &self,
-        joined: &Joined,
-        membership: &Membership,
-    ) -> Result<Arc<dyn Communicator>, CommError> {
-        let store = joined.group_store("", membership)?;
-        // A group of one has a communicator only to test the device's backend.
-        if joined.transports.shared_memory && membership.members.len() > 1 {
-            let shared_memory = Shm::join(&store, membership, self.timeout)?;
-            if let Some(shared_memory) = shared_memory {
-                return Ok(Arc::new(shared_memory));
-            }
-        }
-        match joined.transports.host {
-            HostTransport::Gloo => {
-                let device = &joined.device;
-                let gloo = Gloo::join(&store, membership.clone(), self.timeout, device)?;
-                Ok(Arc::new(gloo))
-            }
-            #[cfg(feature = "mpi")]
-            HostTransport::Mpi => Ok(Arc::new(Mpi::join(membership.clone(), self.timeout)?)),
-            #[cfg(not(feature = "mpi"))]
-            HostTransport::Mpi => unreachable!("a build without MPI never chooses it"),
-        }
+        Ok(joined.recorder.wrap(group, membership))
     }
 
     /// Joins the communicator for device tensors, if the device has a library for them.
@@ -259,7 +283,9 @@ impl World {
             return Ok(None);
         };
         let failed = |reason: String| membership.error("joining", reason);
-        let store = joined.group_store("device/", membership)?;
+        let key = format!("device/{}", membership.store_key());
+        let store = joined.store.prefixed(&key);
+        let store = store.map_err(|error| membership.error("joining", error))?;
         let membership = membership.clone();
         let like = joined.like.shallow_clone();
         let comm: Arc<dyn Communicator> = match transport {
@@ -289,7 +315,7 @@ impl World {
             return Ok(None);
         };
         let store = joined.store.prefixed(&format!("plain/{name}"))?;
-        let device = &joined.device;
+        let device = joined.host_groups.device();
         let gloo = torch_ext::Gloo::new(&store, self.rank, self.size, self.timeout, device)?;
         Ok(Some(gloo))
     }
@@ -304,16 +330,6 @@ impl World {
     pub fn all(&self, name: &str) -> Result<Arc<dyn Communicator>, CommError> {
         let members: Vec<usize> = (0..self.size).collect();
         self.group(name, &members)
-    }
-}
-
-impl Joined {
-    /// Returns the part of the store that belongs to a group, below `folder`.
-    fn group_store(&self, folder: &str, membership: &Membership) -> Result<Store, CommError> {
-        let name = membership.name();
-        let members = &membership.members;
-        let store = self.store.prefixed(&format!("{folder}{name}/{members:?}"));
-        store.map_err(|error| membership.error("joining", error))
     }
 }
 
@@ -350,17 +366,32 @@ where
     T: Send + 'static,
     F: Fn(&World) -> T + Send + Sync + 'static,
 {
+    run_on_threads_as(size, timeout, |_| Joining::default(), body)
+}
+
+/// Runs `body` as [`run_on_threads`] does, on ranks that join as `joining` tells.
+pub(crate) fn run_on_threads_as<T, F>(
+    size: usize,
+    timeout: Duration,
+    joining: impl Fn(usize) -> Joining,
+    body: F,
+) -> Vec<T>
+where
+    T: Send + 'static,
+    F: Fn(&World) -> T + Send + Sync + 'static,
+{
     let server = StoreServer::local().expect("a store on loopback");
     let access = server.access().clone();
     let body = Arc::new(body);
     let start = |rank: usize| {
         let body = body.clone();
         let access = access.clone();
+        let joining = joining(rank);
         std::thread::spawn(move || {
             // Each thread has a setting of its own.
             tch::set_num_threads(1);
             let env = RankEnv::single_node(rank, size, access);
-            let world = World::join(&env, timeout, Backend::Auto, &Cpu);
+            let world = World::join_as(&env, timeout, Backend::Auto, &Cpu, joining);
             body(&world.expect("ranks join over loopback"))
         })
     };

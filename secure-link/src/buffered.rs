@@ -2,7 +2,7 @@
 
 use super::{
     error::Error,
-    frame::{Connection, Head, Seal, decode, framed},
+    frame::{Connection, Head, Seal, decode_body, framed},
     purpose::Purpose,
     socket::Socket,
 };
@@ -85,7 +85,7 @@ impl<S: Socket> Buffered<S> {
         if !self.incoming.matches(body, check) {
             return Err(Error::Protocol("a message has a wrong checksum".into()));
         }
-        let message = decode(body, self.purpose)?;
+        let message = decode_body(body, self.purpose)?;
         self.input.drain(..head.bytes + head.body_bytes);
         if self.input.is_empty() {
             // A large message does not hold its memory for the rest of the run.

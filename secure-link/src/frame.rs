@@ -115,7 +115,7 @@ impl<S: Socket> FrameReader<S> {
         if !self.seal.matches(&body, check) {
             return Err(Error::Protocol("a message has a wrong checksum".into()));
         }
-        decode(&body, self.purpose)
+        decode_body(&body, self.purpose)
     }
 
     fn reader(&mut self, deadline: Option<Instant>) -> DeadlineReader<'_, S> {
@@ -303,14 +303,14 @@ pub(super) fn framed(
     Ok(frame)
 }
 
-/// Returns the length in bytes of a message's body in a frame, whatever the limit.
+/// Returns a message as the body of a frame has it, whatever the limit.
 ///
 /// # Errors
 /// If the message cannot be encoded.
-pub fn encoded_bytes(message: &impl Serialize, purpose: Purpose) -> Result<usize, Error> {
+pub fn encode_body(message: &impl Serialize, purpose: Purpose) -> Result<Vec<u8>, Error> {
     let mut body = Vec::new();
     encode(message, purpose, &mut body)?;
-    Ok(body.len())
+    Ok(body)
 }
 
 fn encode(message: &impl Serialize, purpose: Purpose, frame: &mut Vec<u8>) -> Result<(), Error> {
@@ -328,7 +328,7 @@ fn encode(message: &impl Serialize, purpose: Purpose, frame: &mut Vec<u8>) -> Re
     Ok(())
 }
 
-pub(super) fn decode<T: DeserializeOwned>(body: &[u8], purpose: Purpose) -> Result<T, Error> {
+pub fn decode_body<T: DeserializeOwned>(body: &[u8], purpose: Purpose) -> Result<T, Error> {
     let failed = |error: String| Error::Protocol(format!("cannot decode a message: {error}"));
     let standard = bincode::config::standard();
     if purpose.encoding == Encoding::Json {

@@ -57,7 +57,7 @@ pub use buffered::Buffered;
 pub use client::{authenticate, connect_local, connect_tcp};
 pub use door::{Admitted, Door, Limits, Listener, Ticket};
 pub use error::Error;
-pub use frame::{Connection, FrameReader, FrameWriter, encoded_bytes};
+pub use frame::{Connection, FrameReader, FrameWriter, decode_body, encode_body};
 pub use purpose::{Encoding, Purpose};
 pub use refusals::{Refusal, RefusalCounts, Refusals};
 pub use secret::Secret;

@@ -91,6 +91,19 @@ int mtx_store_append(void* store, const char* key, const uint8_t* data, size_t s
 int mtx_store_check(void* store, const char* key, bool* out) {
   return mtx::guarded([&] { *out = store_of(store)->check({key}); });
 }
+// Blocks until the key is set, or fails after the timeout.
+int mtx_store_wait(void* store, const char* key, int64_t timeout_ms) {
+  return mtx::guarded([&] { store_of(store)->wait({key}, Milliseconds(timeout_ms)); });
+}
+// Blocks until all keys are set, and calls `take` with the state and each value, in order.
+int mtx_store_multi_get(
+    void* store, const char* const* keys, size_t count,
+    void (*take)(void*, const uint8_t*, size_t), void* state) {
+  return mtx::guarded([&] {
+    std::vector<std::string> names(keys, keys + count);
+    for (auto& value : store_of(store)->multiGet(names)) take(state, value.data(), value.size());
+  });
+}
 void mtx_store_free(void* store) { delete static_cast<StorePtr*>(store); }
 void mtx_free(void* data) { std::free(data); }
 

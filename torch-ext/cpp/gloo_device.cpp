@@ -38,17 +38,23 @@ void* mtx_create_pair(void* context, int rank, bool rank_as_number) {
 }
 
 extern "C" {
+// The addresses whose first `prefix` bits are those of `address`.
+struct MtxPeerNetwork {
+  // An IPv6 address, or an IPv4 address mapped to one.
+  uint8_t address[16];
+  // Without the bits that map an IPv4 address.
+  uint8_t prefix;
+};
 // Where Gloo listens: on `address`, or if that is empty on `interface`, or if both are empty on the
-// address of the host name. The files are empty without encryption. Connections of other addresses
-// than `peers` are dropped, if there are any.
+// address of the host name. The files are empty without encryption. Connections from outside of
+// `peers` are dropped, if there are any.
 struct MtxGlooDevice {
   const char* address;
   const char* interface;
   const char* key;
   const char* certificate;
   const char* authority;
-  // 16 bytes each: an IPv6 address, or an IPv4 address mapped to one.
-  const uint8_t* peers;
+  const MtxPeerNetwork* peers;
   size_t num_peers;
 };
 }
@@ -65,32 +71,35 @@ uint32_t word(const uint8_t* bytes) {
   return uint32_t(bytes[0]) << 24 | uint32_t(bytes[1]) << 16 | uint32_t(bytes[2]) << 8 | bytes[3];
 }
 
+// Instructions that accept packets whose source, at `offset`, is in the network.
+std::vector<sock_filter> accept_network(int offset, const uint8_t* address, int prefix) {
+  std::vector<sock_filter> program;
+  std::vector<size_t> comparisons;
+  for (int bits = prefix; bits > 0; bits -= 32, offset += 4, address += 4) {
+    uint32_t mask = bits >= 32 ? UINT32_MAX : ~(UINT32_MAX >> bits);
+    program.push_back(BPF_STMT(BPF_LD | BPF_W | BPF_ABS, uint32_t(SKF_NET_OFF + offset)));
+    if (mask != UINT32_MAX) program.push_back(BPF_STMT(BPF_ALU | BPF_AND | BPF_K, mask));
+    comparisons.push_back(program.size());
+    program.push_back(BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, word(address) & mask, 0, 0));
+  }
+  program.push_back(BPF_STMT(BPF_RET | BPF_K, UINT32_MAX));
+  // What differs is compared with the next network.
+  for (size_t at : comparisons) program[at].jf = uint8_t(program.size() - at - 1);
+  return program;
+}
+
 // A program for the kernel that accepts packets whose source is a peer.
 std::vector<sock_filter> peer_filter(int family, const MtxGlooDevice& device) {
-  auto load = [](int offset) {
-    return sock_filter BPF_STMT(BPF_LD | BPF_W | BPF_ABS, uint32_t(SKF_NET_OFF + offset));
-  };
-  auto equals = [](uint32_t value, uint8_t jump_otherwise) {
-    return sock_filter BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, value, 0, jump_otherwise);
-  };
-  const sock_filter accept = BPF_STMT(BPF_RET | BPF_K, UINT32_MAX);
-  const sock_filter refuse = BPF_STMT(BPF_RET | BPF_K, 0);
   std::vector<sock_filter> program;
-  if (family == AF_INET) program.push_back(load(12));
   for (size_t i = 0; i < device.num_peers; i++) {
-    const uint8_t* peer = device.peers + 16 * i;
-    if (family == AF_INET && is_mapped_v4(peer)) {
-      program.push_back(equals(word(peer + 12), 1));
-      program.push_back(accept);
-    } else if (family == AF_INET6 && !is_mapped_v4(peer)) {
-      for (int part = 0; part < 4; part++) {
-        program.push_back(load(8 + 4 * part));
-        program.push_back(equals(word(peer + 4 * part), uint8_t(7 - 2 * part)));
-      }
-      program.push_back(accept);
-    }
+    const MtxPeerNetwork& peer = device.peers[i];
+    bool is_v4 = is_mapped_v4(peer.address);
+    if (is_v4 != (family == AF_INET)) continue;
+    auto accept = is_v4 ? accept_network(12, peer.address + 12, peer.prefix)
+                        : accept_network(8, peer.address, peer.prefix);
+    program.insert(program.end(), accept.begin(), accept.end());
   }
-  program.push_back(refuse);
+  program.push_back(BPF_STMT(BPF_RET | BPF_K, 0));
   return program;
 }
 
@@ -163,7 +172,7 @@ std::shared_ptr<gloo::transport::Device> make_device(const MtxGlooDevice& device
   if (is_open && !*device.key) {
     TORCH_WARN_ONCE(
         "Gloo's port accepts connections from any address: the kernel takes no filter of ",
-        device.num_peers, " addresses. Set run.tls, or use a private network");
+        device.num_peers, " networks. Set run.tls, or use a private network");
   }
   return made;
 }

@@ -2,7 +2,7 @@
 
 use crate::{Error, ffi};
 use std::{
-    ffi::c_int,
+    ffi::{c_int, c_void},
     net::{IpAddr, TcpListener},
     os::fd::IntoRawFd,
     path::{Path, PathBuf},
@@ -148,6 +148,46 @@ impl Store {
         ffi::check(unsafe { ffi::mtx_store_check(self.0, key.as_ptr(), &mut out) })?;
         Ok(out)
     }
+
+    /// Waits for `key` for `timeout`, whatever the store's own timeout is.
+    ///
+    /// # Errors
+    /// If the key does not appear in time, or the server is gone.
+    pub fn wait(&self, key: &str, timeout: Duration) -> Result<(), Error> {
+        let key = ffi::c_string(key)?;
+        // SAFETY: the store is live, and `key` lives through the call.
+        ffi::check(unsafe { ffi::mtx_store_wait(self.0, key.as_ptr(), millis(timeout)) })
+    }
+
+    /// Waits for all keys and returns their values in the order of the keys, with one request.
+    ///
+    /// # Errors
+    /// As for [`Store::get`].
+    pub fn multi_get(&self, keys: &[String]) -> Result<Vec<Vec<u8>>, Error> {
+        let keys = keys.iter().map(|key| ffi::c_string(key));
+        let keys = keys.collect::<Result<Vec<_>, Error>>()?;
+        let pointers: Vec<_> = keys.iter().map(|key| key.as_ptr()).collect();
+        let mut values: Vec<Vec<u8>> = Vec::with_capacity(keys.len());
+        let state = (&raw mut values).cast();
+        // SAFETY: the store and the keys live through the call, which calls `take_value` only
+        // meanwhile, with the state that it expects.
+        ffi::check(unsafe {
+            ffi::mtx_store_multi_get(self.0, pointers.as_ptr(), keys.len(), take_value, state)
+        })?;
+        Ok(values)
+    }
+}
+
+/// Adds a value to the `Vec<Vec<u8>>` at `state`.
+unsafe extern "C" fn take_value(state: *mut c_void, data: *const u8, size: usize) {
+    // SAFETY: `multi_get` passes its own list, which nothing else uses during the call.
+    let values = unsafe { &mut *state.cast::<Vec<Vec<u8>>>() };
+    let value = match size {
+        0 => Vec::new(),
+        // SAFETY: the caller's array of `size` bytes.
+        _ => unsafe { std::slice::from_raw_parts(data, size) }.to_vec(),
+    };
+    values.push(value);
 }
 
 impl Drop for Store {
@@ -191,8 +231,15 @@ pub struct GlooTls {
 pub struct GlooDevice {
     pub address: GlooAddress,
     pub tls: Option<GlooTls>,
-    /// Addresses that may connect; all if empty.
-    pub peers: Vec<IpAddr>,
+    /// Networks from which ranks may connect; any if empty.
+    pub peers: Vec<PeerNetwork>,
+}
+
+/// Addresses whose first `prefix` bits are those of `address`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerNetwork {
+    pub address: IpAddr,
+    pub prefix: u8,
 }
 
 impl GlooDevice {
@@ -228,11 +275,14 @@ impl GlooDevice {
         let key = key?;
         let certificate = certificate?;
         let authority = authority?;
-        let octets = |peer: &IpAddr| match peer {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
-            IpAddr::V6(ip) => ip.octets(),
+        let raw = |peer: &PeerNetwork| ffi::PeerNetwork {
+            address: match peer.address {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                IpAddr::V6(ip) => ip.octets(),
+            },
+            prefix: peer.prefix,
         };
-        let peers: Vec<[u8; 16]> = self.peers.iter().map(octets).collect();
+        let peers: Vec<ffi::PeerNetwork> = self.peers.iter().map(raw).collect();
         Ok(use_device(&ffi::GlooDevice {
             address: address.as_ptr(),
             interface: interface.as_ptr(),
@@ -513,6 +563,14 @@ mod tests {
         assert!(!inner.contains("a").unwrap() && client.contains("a").unwrap());
         let error = inner.get("missing").unwrap_err().to_string();
         assert!(error.to_lowercase().contains("time"), "{error}");
+        let keys = ["a", "n", "empty"].map(String::from);
+        server.set("empty", b"").unwrap();
+        let values = client.multi_get(&keys).unwrap();
+        assert_eq!(values, [&b"one"[..], b"7", b""]);
+        client.wait("a", second).unwrap();
+        let began = Instant::now();
+        assert!(inner.wait("missing", second / 5).is_err());
+        assert!(began.elapsed() < second, "{:?}", began.elapsed());
     }
 
     #[test]

@@ -36,6 +36,13 @@ pub(crate) struct StoreRequest {
     pub(crate) timeout_ms: i64,
 }
 
+/// A network, as `cpp/gloo_device.cpp` declares it.
+#[repr(C)]
+pub(crate) struct PeerNetwork {
+    pub(crate) address: [u8; 16],
+    pub(crate) prefix: u8,
+}
+
 /// The socket of Gloo, as `cpp/gloo_device.cpp` declares it.
 #[repr(C)]
 pub(crate) struct GlooDevice {
@@ -44,9 +51,12 @@ pub(crate) struct GlooDevice {
     pub(crate) key: *const c_char,
     pub(crate) certificate: *const c_char,
     pub(crate) authority: *const c_char,
-    pub(crate) peers: *const [u8; 16],
+    pub(crate) peers: *const PeerNetwork,
     pub(crate) num_peers: usize,
 }
+
+/// Receives a value of the store.
+pub(crate) type TakeValue = unsafe extern "C" fn(*mut c_void, *const u8, usize);
 
 unsafe extern "C" {
     fn mtx_last_error() -> *const c_char;
@@ -145,6 +155,14 @@ unsafe extern "C" {
         size: usize,
     ) -> c_int;
     pub(crate) fn mtx_store_check(store: Handle, key: *const c_char, out: *mut bool) -> c_int;
+    pub(crate) fn mtx_store_wait(store: Handle, key: *const c_char, timeout_ms: i64) -> c_int;
+    pub(crate) fn mtx_store_multi_get(
+        store: Handle,
+        keys: *const *const c_char,
+        count: usize,
+        take: TakeValue,
+        state: *mut c_void,
+    ) -> c_int;
     pub(crate) fn mtx_store_free(store: Handle);
     pub(crate) fn mtx_free(data: *mut u8);
 

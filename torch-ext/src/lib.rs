@@ -53,7 +53,9 @@ mod stream;
 mod threads;
 
 pub use autograd::attach_backward;
-pub use c10d::{Gloo, GlooAddress, GlooDevice, GlooTls, ReduceOp, Store, Work, check_tls};
+pub use c10d::{
+    Gloo, GlooAddress, GlooDevice, GlooTls, PeerNetwork, ReduceOp, Store, Work, check_tls,
+};
 pub use cuda::{compute_capability, load_cuda, pci_bus_id};
 pub use custom_store::{StoreBackend, StoreOperation, StoreReply, StoreRequest};
 pub use device::{

@@ -34,14 +34,6 @@ impl InventoryPool {
             }
         }
     }
-
-    pub(super) fn snapshots(&self) -> impl Iterator<Item = &Snapshot> {
-        self.snapshots.values()
-    }
-
-    pub(super) fn topologies(&self) -> impl Iterator<Item = &Shared<Topology>> {
-        self.topologies.values()
-    }
 }
 
 #[cfg(test)]

@@ -1,18 +1,18 @@
 //! The interface of all communicators, their errors, and operations in progress.
 
-use super::ReduceOp;
+use super::{MemberRanges, ReduceOp};
 use tch::Tensor;
 
 /// An error of a collective or point-to-point operation.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("rank {rank}: {operation} in group '{group}' of ranks {members:?} failed: {reason}")]
+#[error("rank {rank}: {operation} in group '{group}' of ranks {members} failed: {reason}")]
 pub struct CommError {
     /// The global rank on which the operation failed.
     pub rank: usize,
     /// The name of the group.
     pub group: String,
     /// The global ranks of the group.
-    pub members: Vec<usize>,
+    pub members: MemberRanges,
     pub operation: &'static str,
     /// The message of the backend, or why moerun rejected the call.
     pub reason: String,

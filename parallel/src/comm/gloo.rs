@@ -14,10 +14,14 @@ use torch_ext::{GlooDevice, Store};
 /// A group of ranks that are connected by Gloo.
 ///
 /// All-gather and reduce-scatter use Gloo's all-to-all, which is several times faster than Gloo's
-/// own versions. The sum then runs in rank order on every rank, so it is the same each time.
+/// own versions. The sum then runs in rank order on every rank, so it is the same each time. Above
+/// [`MAX_MESH_SIZE`] ranks both use Gloo's rings.
 pub(crate) struct Gloo {
     state: Arc<GlooState>,
 }
+
+/// The largest group in which all ranks send to all others for an operation that can do without.
+pub(crate) const MAX_MESH_SIZE: usize = 64;
 
 struct GlooState {
     group: torch_ext::Gloo,
@@ -79,6 +83,60 @@ impl Gloo {
         }))
     }
 
+    /// Gathers around a ring, see [`Communicator::all_gather`].
+    fn ring_all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
+        self.check_parts("all_gather", output, input)?;
+        if input.numel() == 0 {
+            return Ok(Work::done());
+        }
+        self.collective("all_gather", &[output, input], |group, host| {
+            group.all_gather(&host[0], &host[1])
+        })
+    }
+
+    /// Reduces around a ring, see [`Communicator::reduce_scatter`].
+    fn ring_reduce_scatter(
+        &self,
+        output: &Tensor,
+        input: &Tensor,
+        op: ReduceOp,
+    ) -> Result<Work, CommError> {
+        self.check_parts("reduce_scatter", input, output)?;
+        let sums = input.copy();
+        let work = self.collective("reduce_scatter", &[&sums], |group, host| {
+            group.all_reduce(&host[0], op)
+        })?;
+        let mut parts = vec![self.size() as i64];
+        parts.extend(output.size());
+        let own = self.rank() as i64;
+        let mut output = output.shallow_clone();
+        Ok(Work::new(move || {
+            work.wait()?;
+            tch::no_grad(|| output.copy_(&sums.view(parts.as_slice()).select(0, own)));
+            Ok(())
+        }))
+    }
+
+    /// Rejects tensors unless `whole` has one `part` per rank.
+    fn check_parts(
+        &self,
+        operation: &'static str,
+        whole: &Tensor,
+        part: &Tensor,
+    ) -> Result<(), CommError> {
+        let size = self.size();
+        let is_contiguous = whole.is_contiguous() && part.is_contiguous();
+        let fits = whole.kind() == part.kind() && whole.numel() == part.numel() * size;
+        if fits && is_contiguous {
+            return Ok(());
+        }
+        let describe = |tensor: &Tensor| format!("{:?} {:?}", tensor.kind(), tensor.size());
+        let whole = describe(whole);
+        let part = describe(part);
+        let reason = format!("{whole} is not one contiguous part {part} for each of {size} ranks");
+        Err(self.state.error(operation, reason))
+    }
+
     fn point_to_point(
         &self,
         operation: &'static str,
@@ -118,6 +176,9 @@ impl Communicator for Gloo {
         })
     }
     fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, CommError> {
+        if self.size() > MAX_MESH_SIZE {
+            return self.ring_all_gather(output, input);
+        }
         let rows = vec![input.size().first().copied().unwrap_or(0); self.size()];
         let copies = Tensor::cat(&vec![input; self.size()], 0);
         check_splits(output, &copies, &rows, &rows, self.size())
@@ -132,6 +193,9 @@ impl Communicator for Gloo {
         input: &Tensor,
         op: ReduceOp,
     ) -> Result<Work, CommError> {
+        if self.size() > MAX_MESH_SIZE {
+            return self.ring_reduce_scatter(output, input, op);
+        }
         let rows = vec![output.size().first().copied().unwrap_or(0); self.size()];
         let parts = input.empty_like();
         check_splits(&parts, input, &rows, &rows, self.size())

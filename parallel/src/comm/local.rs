@@ -1,6 +1,6 @@
 //! The communicator of a group of one rank: every collective is a copy.
 
-use super::{CommError, Communicator, ReduceOp, Work, check_splits};
+use super::{CommError, Communicator, MemberRanges, ReduceOp, Work, check_splits};
 use tch::Tensor;
 
 /// The communicator of a group of one rank.
@@ -23,7 +23,7 @@ impl Local {
         CommError {
             rank: self.rank,
             group: self.group.clone(),
-            members: vec![self.rank],
+            members: MemberRanges::new(&[self.rank]),
             operation,
             reason,
         }

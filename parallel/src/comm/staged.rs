@@ -30,6 +30,21 @@ impl Staged {
     }
 }
 
+impl Staged {
+    /// Replaces the result by `values`, after an operation that did not write it.
+    pub(crate) fn finish_with(self, values: &Tensor) {
+        let mut result = self.result.unwrap_or_else(|| self.host[0].shallow_clone());
+        tch::no_grad(|| result.copy_(&values.view_as(&result)));
+    }
+
+    /// Replaces the result by one with these bytes, after an operation that did not write it.
+    pub(crate) fn finish_with_bytes(self, bytes: &Tensor) {
+        let kind = self.host[0].kind();
+        let values = bytes.view([-1]).view_dtype(kind);
+        self.finish_with(&values);
+    }
+}
+
 /// Copies a tensor to host memory, pinned if possible: the device copies to that directly.
 fn to_host(tensor: &Tensor) -> Tensor {
     if tensor.device() == Device::Cpu {

@@ -1,7 +1,9 @@
 //! The test suite for communicators.
 
 use super::outcome::{Outcome, Verdict, expect, text};
-use crate::{Accelerator, Backend, CommError, Communicator, RankEnv, ReduceOp, Work, World};
+use crate::{
+    Accelerator, Backend, CommError, Communicator, RankEnv, ReduceOp, Work, World, world::Joining,
+};
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -36,9 +38,19 @@ pub fn communicator(
     backend: Backend,
     device: &dyn Accelerator,
 ) -> Result<Vec<Outcome>, CommError> {
-    let world = World::join(env, OPERATION_TIMEOUT, backend, device)?;
-    let short_timeout_world =
-        World::join(&env.for_another_world(1), SHORT_TIMEOUT, backend, device)?;
+    communicator_as(env, backend, device, Joining::default())
+}
+
+/// Runs the suite on a rank that joins as `joining` tells.
+fn communicator_as(
+    env: &RankEnv,
+    backend: Backend,
+    device: &dyn Accelerator,
+    joining: Joining,
+) -> Result<Vec<Outcome>, CommError> {
+    let join = |env: &RankEnv, timeout| World::join_as(env, timeout, backend, device, joining);
+    let world = join(env, OPERATION_TIMEOUT)?;
+    let short_timeout_world = join(&env.for_another_world(1), SHORT_TIMEOUT)?;
     let everyone: Vec<usize> = (0..world.size()).collect();
     let context = TestContext {
         world: &world,
@@ -532,4 +544,55 @@ fn abort(context: &TestContext) -> Verdict {
     }
     context.finish(context.all.barrier())?;
     verdict
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Cpu, StoreServer, host_groups::GroupLimits};
+
+    fn conforms(size: usize, backend: Backend, joining: impl Fn(usize) -> Joining) {
+        let server = StoreServer::local().unwrap();
+        let start = |rank| {
+            let env = RankEnv::single_node(rank, size, server.access().clone());
+            let joining = joining(rank);
+            std::thread::spawn(move || communicator_as(&env, backend, &Cpu, joining).unwrap())
+        };
+        let ranks: Vec<_> = (0..size).map(start).collect();
+        for (rank, outcomes) in ranks.into_iter().enumerate() {
+            for outcome in outcomes.join().unwrap() {
+                let name = outcome.name;
+                assert_eq!(outcome.problem, None, "{size} ranks, rank {rank}: {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn groups_that_are_joined_on_use_conform() {
+        for backend in [Backend::Auto, Backend::Gloo] {
+            let limits = GroupLimits {
+                always_lazy: true,
+                ..GroupLimits::default()
+            };
+            conforms(4, backend, |_| Joining {
+                limits,
+                ..Joining::default()
+            });
+        }
+    }
+
+    #[test]
+    fn trees_conform() {
+        let limits = GroupLimits {
+            without_tree: 2,
+            always_lazy: false,
+        };
+        let machine_of = |rank: usize| Joining {
+            machine: rank as u64 / 3,
+            limits,
+        };
+        for backend in [Backend::Auto, Backend::Gloo] {
+            conforms(7, backend, machine_of);
+        }
+    }
 }

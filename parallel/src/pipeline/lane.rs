@@ -2,7 +2,7 @@
 //!
 //! It is a thread if the host waits for collectives, and a stream if the device does.
 
-use crate::{Accelerator, CommError, Communicator, background};
+use crate::{Accelerator, CommError, Communicator, MemberRanges, background};
 use parking_lot::Mutex;
 use std::{
     collections::VecDeque,
@@ -154,7 +154,7 @@ fn failed(group: &dyn Communicator, error: &torch_ext::Error) -> CommError {
     CommError {
         rank: group.rank(),
         group: "pipeline".into(),
-        members: (0..group.size()).collect(),
+        members: MemberRanges::first(group.size()),
         operation: "queueing a collective",
         reason: error.to_string(),
     }

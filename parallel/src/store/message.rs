@@ -47,16 +47,6 @@ pub(super) enum Reply {
     Failed(String),
 }
 
-impl Reply {
-    /// Returns the bytes of the values.
-    pub(super) fn value_bytes(&self) -> usize {
-        match self {
-            Reply::Done(values) => values.values.iter().map(Vec::len).sum(),
-            Reply::Failed(_) => 0,
-        }
-    }
-}
-
 /// A [`StoreReply`] as it is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Values {

@@ -11,10 +11,15 @@ mod load;
 mod message;
 mod server;
 mod table;
+mod traffic;
 
+#[cfg(test)]
 pub(crate) use client::connect;
-pub use load::{SimulatedClients, StoreLoad};
+pub(crate) use client::connect_counted;
+pub use load::SimulatedClients;
 pub use server::StoreServer;
+pub use traffic::StoreTraffic;
+pub(crate) use traffic::TrafficCounter;
 
 use secure_link::Secret;
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,7 @@
 //! The server of a store: one thread for all authenticated connections.
 
 use super::{
-    StoreAccess, StoreLoad,
-    load::LoadCounter,
+    StoreAccess,
     message::{Reply, Request},
     table::{Answer, ClientId, Table},
 };
@@ -14,10 +13,7 @@ use std::{
     collections::{BTreeSet, HashMap},
     io::{self, PipeReader, PipeWriter, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    sync::{
-        Arc,
-        mpsc::{Receiver, Sender, TryRecvError, channel},
-    },
+    sync::mpsc::{Receiver, Sender, TryRecvError, channel},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -45,7 +41,6 @@ const NEWS: u64 = 0;
 /// A store that serves authenticated clients until this is dropped.
 pub struct StoreServer {
     access: StoreAccess,
-    load: Arc<LoadCounter>,
     door: Option<Door>,
     thread: Option<JoinHandle<()>>,
 }
@@ -73,7 +68,6 @@ impl StoreServer {
         )?;
         let (sender, admitted) = channel();
         let server = ServerThread::new(reader, admitted, limits.message_timeout)?;
-        let load = server.load.clone();
         let thread = std::thread::Builder::new().name("store".into());
         let thread = thread.spawn(move || server.run())?;
         let limits = Limits {
@@ -86,7 +80,6 @@ impl StoreServer {
         let door = Door::open(listener, secret.clone(), Purpose::STORE, limits, serve);
         Ok(StoreServer {
             access: StoreAccess { address, secret },
-            load,
             door: Some(door.map_err(io::Error::other)?),
             thread: Some(thread),
         })
@@ -104,11 +97,6 @@ impl StoreServer {
     /// Returns the address and the secret for clients.
     pub fn access(&self) -> &StoreAccess {
         &self.access
-    }
-
-    /// Returns what the clients have asked of the store since its start.
-    pub fn load(&self) -> StoreLoad {
-        self.load.load()
     }
 
     /// Returns the counts of refused connections.
@@ -166,7 +154,6 @@ struct ServerThread {
     deadlines: BTreeSet<(Instant, ClientId)>,
     next_id: ClientId,
     table: Table,
-    load: Arc<LoadCounter>,
 }
 
 impl ServerThread {
@@ -186,7 +173,6 @@ impl ServerThread {
             deadlines: BTreeSet::new(),
             next_id: NEWS + 1,
             table: Table::default(),
-            load: Arc::default(),
         })
     }
 
@@ -338,7 +324,6 @@ impl ServerThread {
             return Err(Error::Protocol("an unknown operation".into()));
         };
         client.waits = true;
-        self.load.add_request(&request);
         for answer in self.table.request(id, request, Instant::now()) {
             self.answer(answer);
         }
@@ -351,7 +336,6 @@ impl ServerThread {
             return;
         };
         client.waits = false;
-        self.load.add_bytes(reply.value_bytes());
         let queued = client.connection.queue(&reply).or_else(|error| {
             let reason = format!("the store's answer: {error}");
             client.connection.queue(&Reply::Failed(reason))
@@ -444,6 +428,17 @@ mod tests {
         assert!(error.contains("is longer than"), "{error}");
         drop(server);
         assert!(store.get("in/n").is_err() && store.get("in/n").is_err());
+    }
+
+    #[test]
+    fn a_wait_does_not_keep_other_threads_from_the_store() {
+        let server = StoreServer::local().unwrap();
+        let store = std::sync::Arc::new(connect(server.access(), TIMEOUT).unwrap());
+        let other = store.clone();
+        let waiter = std::thread::spawn(move || other.get("late").unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        store.set("late", b"value").unwrap();
+        assert_eq!(waiter.join().unwrap(), b"value");
     }
 
     #[test]

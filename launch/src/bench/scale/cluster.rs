@@ -1,24 +1,16 @@
 //! Start-up of ranks: real ones as threads of this process, and simulated ones that ask as much of
 //! the store.
 
-use super::{Origin, STORE_CONNECTIONS, Series, reference};
+use super::{Origin, Series, reference};
 use crate::cli::ScaleArgs;
 use anyhow::{Context, Result, anyhow};
 use parallel::{
-    Backend, Cpu, GroupKind, Mesh, RankEnv, SimulatedClients, StoreAccess, StoreLoad, StoreServer,
-    World,
+    Backend, GroupKind, SimulatedClients, StoreServer, StoreTraffic,
+    start_cost::{JoinCost, PlannedGroup, StartCost, StartPlan},
 };
-use std::{
-    sync::mpsc::{Receiver, Sender, channel},
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 const TIMEOUT: Duration = Duration::from_secs(600);
-
-/// Requests, or bytes, above which a start-up is projected only.
-const MAX_SIMULATED_REQUESTS: f64 = 4e6;
-const MAX_SIMULATED_BYTES: f64 = 4e9;
 
 /// The groups that a rank of the reference job joins.
 const GROUPS: [GroupKind; 6] = [
@@ -30,18 +22,9 @@ const GROUPS: [GroupKind; 6] = [
     GroupKind::Pipeline,
 ];
 
-/// The cost of a start-up, without communicators of a device.
-struct StartUp {
-    ranks: usize,
-    seconds: f64,
-    load: StoreLoad,
-    /// Files that are open in this process, at both ends of each connection.
-    files: usize,
-}
-
-/// Requests of one rank to the store in a run of some size.
+/// Mean traffic of a rank in a run of some size.
 #[derive(Clone, Copy)]
-struct RankLoad {
+struct RankTraffic {
     ranks: usize,
     requests: f64,
     bytes: f64,
@@ -59,72 +42,64 @@ pub(super) fn start_up(args: &ScaleArgs) -> Result<()> {
     let mut series = StartUpSeries {
         seconds: Series::new("time until all ranks have joined", "N x requests", "s"),
         requests: Series::new("requests to the store", "N x groups", "requests"),
-        bytes: Series::new("bytes through the store", "N x groups x keys", "bytes"),
-        files: Series::new("open files of ranks and store", "N x peers", "files"),
+        bytes: Series::new("bytes through the store", "N x groups", "bytes"),
+        files: Series::new("open files of a rank", "groups x log N", "files"),
     };
-    let mut loads = Vec::new();
+    let mut measured = Vec::new();
     for &ranks in &args.measured {
-        let measured = join_for_real(ranks)?;
-        series.print_measured(&measured);
-        loads.push(RankLoad {
-            ranks,
-            requests: measured.load.requests as f64 / ranks as f64,
-            bytes: measured.load.bytes as f64 / ranks as f64,
-        });
+        let joins = join_for_real(ranks)?;
+        measured.push(series.print_measured(ranks, &joins));
     }
     for &ranks in &args.ranks {
-        let load = projected(&loads, ranks).context("--measured needs a size")?;
-        series.simulate(load, args.threads)?;
+        let traffic = projected(&measured, ranks).context("--measured needs a size")?;
+        series.simulate(traffic, args.threads)?;
     }
     Ok(())
 }
 
 impl StartUpSeries {
-    fn print_measured(&mut self, measured: &StartUp) {
-        let StartUp { ranks, load, .. } = *measured;
+    fn print_measured(&mut self, ranks: usize, joins: &[JoinCost]) -> RankTraffic {
         let origin = Origin::Measured;
-        self.seconds.print(ranks, measured.seconds, origin);
-        self.requests.print(ranks, load.requests as f64, origin);
-        self.bytes.print(ranks, load.bytes as f64, origin);
-        self.files.print(ranks, measured.files as f64, origin);
+        let total: StoreTraffic = joins.iter().map(|join| join.total).sum();
+        let seconds: f64 = joins.iter().map(|join| join.seconds).sum();
+        let files: f64 = joins.iter().map(|join| join.files_per_rank).sum();
+        self.seconds.print(ranks, seconds, origin);
+        self.requests.print(ranks, total.requests as f64, origin);
+        self.bytes.print(ranks, total.bytes as f64, origin);
+        self.files.print(ranks, files, origin);
+        RankTraffic {
+            ranks,
+            requests: total.requests as f64 / ranks as f64,
+            bytes: total.bytes as f64 / ranks as f64,
+        }
     }
 
-    fn simulate(&mut self, load: RankLoad, threads: usize) -> Result<()> {
-        let ranks = load.ranks;
-        let requests = load.requests * ranks as f64;
-        let bytes = load.bytes * ranks as f64;
-        if requests > MAX_SIMULATED_REQUESTS || bytes > MAX_SIMULATED_BYTES {
-            self.requests.print(ranks, requests, Origin::Projected);
-            self.bytes.print(ranks, bytes, Origin::Projected);
-            return Ok(());
-        }
+    fn simulate(&mut self, traffic: RankTraffic, threads: usize) -> Result<()> {
+        let ranks = traffic.ranks;
         let clients = SimulatedClients {
             ranks,
-            connections: STORE_CONNECTIONS,
-            load: StoreLoad {
-                requests: load.requests.round() as u64,
-                bytes: load.bytes.round() as u64,
+            traffic_per_rank: StoreTraffic {
+                requests: traffic.requests.round() as u64,
+                bytes: traffic.bytes.round() as u64,
             },
             threads,
         };
         let server = StoreServer::local().context("cannot serve a store")?;
         let begun = Instant::now();
-        clients
-            .run(server.access(), TIMEOUT)
-            .map_err(|error| anyhow!("simulated ranks: {error}"))?;
+        let total = clients.run(server.access(), TIMEOUT);
+        let total = total.map_err(|error| anyhow!("simulated ranks: {error}"))?;
         let seconds = begun.elapsed().as_secs_f64();
-        let served = server.load();
         let origin = Origin::Simulated;
         self.seconds.print(ranks, seconds, origin);
-        self.requests.print(ranks, served.requests as f64, origin);
-        self.bytes.print(ranks, served.bytes as f64, origin);
+        self.requests.print(ranks, total.requests as f64, origin);
+        self.bytes.print(ranks, total.bytes as f64, origin);
         Ok(())
     }
 }
 
-/// Returns the load of a rank in a run of `ranks`, by the power law through the two largest of the
-/// measured runs, whose sizes ascend.
-fn projected(measured: &[RankLoad], ranks: usize) -> Option<RankLoad> {
+/// Returns the traffic of a rank in a run of `ranks`, by the power law through the two largest of
+/// the measured runs, whose sizes ascend.
+fn projected(measured: &[RankTraffic], ranks: usize) -> Option<RankTraffic> {
     let last = *measured.last()?;
     let before = measured.iter().rev().nth(1).copied().unwrap_or(last);
     let growth_of_ranks = ranks as f64 / last.ranks as f64;
@@ -135,107 +110,48 @@ fn projected(measured: &[RankLoad], ranks: usize) -> Option<RankLoad> {
         let exponent = if exponent > 0.0 { exponent } else { 0.0 };
         last * growth_of_ranks.powf(exponent)
     };
-    Some(RankLoad {
+    Some(RankTraffic {
         ranks,
         requests: growth(before.requests, last.requests),
         bytes: growth(before.bytes, last.bytes),
     })
 }
 
-/// Starts `ranks` ranks as threads, which join through Gloo as if each was on another machine.
-fn join_for_real(ranks: usize) -> Result<StartUp> {
-    let files_before = open_files()?;
-    let server = StoreServer::local().context("cannot serve a store")?;
-    let begun = Instant::now();
-    let (joined, outcomes) = channel();
-    let threads: Vec<RankThread> = (0..ranks)
-        .map(|rank| RankThread::start(rank, ranks, server.access().clone(), joined.clone()))
-        .collect();
-    drop(joined);
-    let mut failure = None;
-    for outcome in outcomes.iter().take(ranks) {
-        failure = failure.or(outcome.err());
-    }
-    let seconds = begun.elapsed().as_secs_f64();
-    let load = server.load();
-    let files = open_files()?.saturating_sub(files_before);
-    for thread in threads {
-        thread.end()?;
-    }
-    match failure {
-        Some(error) => Err(error),
-        None => Ok(StartUp {
-            ranks,
-            seconds,
-            load,
-            files,
-        }),
-    }
-}
-
-/// A rank that keeps its groups until its bench ends it.
-struct RankThread {
-    release: Sender<()>,
-    thread: JoinHandle<()>,
-}
-
-impl RankThread {
-    fn start(
-        rank: usize,
-        ranks: usize,
-        store: StoreAccess,
-        joined: Sender<Result<()>>,
-    ) -> RankThread {
-        let (release, released) = channel();
-        let thread = std::thread::spawn(move || {
-            // The receivers of both channels live longer, unless the bench has failed.
-            let _ = hold_groups(rank, ranks, store, &joined, &released)
-                .map_err(|error| joined.send(Err(error)));
-        });
-        RankThread { release, thread }
-    }
-
-    fn end(self) -> Result<()> {
-        drop(self.release);
-        let ended = self.thread.join();
-        ended.map_err(|_| anyhow!("a rank of the bench panicked"))
-    }
-}
-
-fn hold_groups(
-    rank: usize,
-    ranks: usize,
-    store: StoreAccess,
-    joined: &Sender<Result<()>>,
-    released: &Receiver<()>,
-) -> Result<()> {
-    let mesh = reference::config(ranks)?.mesh(rank, ranks);
-    let mesh: Mesh = mesh.map_err(|error| anyhow!(error))?;
-    let env = RankEnv::single_node(rank, ranks, store);
-    let world = World::join(&env, TIMEOUT, Backend::Gloo, &Cpu)?;
-    let mut groups = Vec::new();
-    for kind in GROUPS {
-        groups.push(world.group(&format!("{kind:?}"), &mesh.group(kind))?);
-    }
-    let _ = joined.send(Ok(()));
-    // Returns when the bench drops the other end.
-    let _ = released.recv();
-    drop(groups);
-    Ok(())
-}
-
-/// Returns the number of open files of this process.
-fn open_files() -> Result<usize> {
-    let files = std::fs::read_dir("/proc/self/fd").context("cannot read /proc/self/fd")?;
-    Ok(files.count())
+/// Starts `ranks` ranks as threads, which join their world and groups as if each 8 were on a
+/// machine of their own.
+fn join_for_real(ranks: usize) -> Result<Vec<JoinCost>> {
+    let mesh = |rank| {
+        let mesh = reference::config(ranks)?.mesh(rank, ranks);
+        mesh.map_err(|error| anyhow!(error))
+    };
+    let meshes = (0..ranks).map(mesh).collect::<Result<Vec<_>>>()?;
+    let group = |kind: GroupKind| {
+        let mut members: Vec<Vec<usize>> = meshes.iter().map(|mesh| mesh.group(kind)).collect();
+        members.sort();
+        members.dedup();
+        PlannedGroup {
+            name: format!("{kind:?}"),
+            members,
+        }
+    };
+    let plan = StartPlan {
+        ranks,
+        ranks_per_machine: reference::RANKS_PER_MACHINE,
+        backend: Backend::Auto,
+        groups: GROUPS.into_iter().map(group).collect(),
+    };
+    let cost = StartCost::measure(&plan, TIMEOUT)?;
+    let mut joins = vec![cost.world];
+    joins.extend(cost.groups);
+    Ok(joins)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn load(ranks: usize, requests: f64, bytes: f64) -> RankLoad {
-        RankLoad {
+    fn traffic(ranks: usize, requests: f64, bytes: f64) -> RankTraffic {
+        RankTraffic {
             ranks,
             requests,
             bytes,
@@ -243,11 +159,11 @@ mod tests {
     }
 
     #[test]
-    fn loads_grow_as_they_did_between_the_largest_measured_runs() {
+    fn traffic_grows_as_it_did_between_the_largest_measured_runs() {
         let measured = [
-            load(8, 99.0, 1.0),
-            load(16, 20.0, 100.0),
-            load(32, 20.0, 200.0),
+            traffic(8, 99.0, 1.0),
+            traffic(16, 20.0, 100.0),
+            traffic(32, 20.0, 200.0),
         ];
         let large = projected(&measured, 3200).unwrap();
         assert_eq!((large.ranks, large.requests), (3200, 20.0));

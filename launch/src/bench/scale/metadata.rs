@@ -1,9 +1,12 @@
-//! Metadata of a restart: the heads of all ranks' parts, made up, parsed and assembled as each rank
-//! of a restart does.
+//! Metadata of snapshots: messages about them, the launcher's memory of all keepers' answers, and the
+//! heads of all ranks' parts, made up, parsed and assembled as each rank of a restart does if its
+//! layout has changed.
 
 use super::{Origin, Series, reference};
-use anyhow::{Result, bail};
-use checkpoint::{Checkpoint, Error, ImageHeader, ImageLayout, TensorSlice};
+use anyhow::{Context, Result, bail};
+use checkpoint::{
+    Checkpoint, Error, ImageHeader, ImageLayout, TensorSlice, keeper::message_bytes::SimulatedRun,
+};
 use serde_json::Value;
 use std::{io, path::Path, time::Instant};
 use tch::Kind;
@@ -20,6 +23,46 @@ const COLUMNS: i64 = 64;
 struct Stage {
     number: usize,
     ranks: usize,
+}
+
+const MIB: f64 = (1u64 << 20) as f64;
+
+/// Bytes of saved state for each rank: those of 780 billion parameters on 4,096.
+const STATE_PER_RANK: u64 = 2_300_000_000;
+
+/// Prints the lengths of messages about snapshots, and the costs of all keepers' answers for the
+/// launcher.
+pub(super) fn messages(sizes: &[usize]) -> Result<()> {
+    let mut commit = Series::new("bytes of a commit to a keeper", "N", "bytes");
+    let mut inventory = Series::new("bytes of a keeper's inventory", "N", "bytes");
+    let mut seconds = Series::new("time to encode and decode all inventories", "N x K", "s");
+    let mut memory = Series::new("memory of all inventories at the launcher", "N + K", "MiB");
+    for &ranks in sizes {
+        let run = SimulatedRun {
+            ranks,
+            ranks_per_node: reference::RANKS_PER_MACHINE,
+            state_bytes: STATE_PER_RANK * ranks as u64,
+        };
+        let bytes = run.message_bytes()?;
+        commit.print(ranks, bytes.commit as f64, Origin::Simulated);
+        inventory.print(ranks, bytes.inventory as f64, Origin::Simulated);
+        let before = resident_bytes()?;
+        let begun = Instant::now();
+        let mut inventories = Vec::new();
+        run.receive_inventories(|inventory| inventories.push(inventory))?;
+        seconds.print(ranks, begun.elapsed().as_secs_f64(), Origin::Simulated);
+        let grown = resident_bytes()?.saturating_sub(before);
+        memory.print(ranks, grown as f64 / MIB, Origin::Simulated);
+    }
+    Ok(())
+}
+
+/// Returns the memory of this process in bytes.
+fn resident_bytes() -> Result<u64> {
+    let pages = std::fs::read_to_string("/proc/self/statm").context("cannot read memory use")?;
+    let resident = pages.split_whitespace().nth(1);
+    let resident: Option<u64> = resident.and_then(|pages| pages.parse().ok());
+    Ok(resident.context("cannot read memory use")? * rustix::param::page_size() as u64)
 }
 
 /// Prints the costs of the heads of all ranks.

@@ -6,21 +6,17 @@ mod metadata;
 mod reference;
 
 use super::figures::round;
-use crate::cli::ScaleArgs;
+use crate::{cli::ScaleArgs, open_files::RunSize};
 use anyhow::{Result, anyhow};
 use serde_json::json;
 use std::{process::ExitCode, time::Instant};
 
-/// Connections of a rank to the launcher's store.
-const STORE_CONNECTIONS: usize = 2;
-/// Files that the launcher keeps open for a keeper: connections and pipes.
-const FILES_PER_KEEPER: usize = 3;
-
 pub(crate) fn run(args: &ScaleArgs) -> Result<ExitCode> {
     cluster::start_up(args)?;
+    metadata::messages(&args.ranks)?;
     metadata::restart(&args.ranks)?;
     plan(&args.ranks)?;
-    open_files(&args.ranks);
+    open_files(&args.ranks)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -31,8 +27,6 @@ enum Origin {
     Measured,
     /// Real components with made-up ranks.
     Simulated,
-    /// The measured values of smaller runs and their exponents.
-    Projected,
     /// The formula of the quantity, with the constants of the launcher.
     Computed,
 }
@@ -42,7 +36,6 @@ impl Origin {
         match self {
             Origin::Measured => "measured",
             Origin::Simulated => "simulated",
-            Origin::Projected => "projected",
             Origin::Computed => "computed",
         }
     }
@@ -124,13 +117,17 @@ fn plan(sizes: &[usize]) -> Result<()> {
     Ok(())
 }
 
-fn open_files(sizes: &[usize]) {
-    let mut launcher = Series::new("open files of the launcher", "2 N + 3 K", "files");
+/// Prints the files that a run of the reference job is refused without.
+fn open_files(sizes: &[usize]) -> Result<()> {
+    let mut launcher = Series::new("open files of the launcher", "2 N + 4 K", "files");
+    let mut rank = Series::new("open files of a rank, at most", "N + groups", "files");
     for &ranks in sizes {
-        let keepers = ranks.div_ceil(reference::RANKS_PER_MACHINE);
-        let files = STORE_CONNECTIONS * ranks + FILES_PER_KEEPER * keepers;
-        launcher.print(ranks, files as f64, Origin::Computed);
+        let config = reference::config(ranks)?;
+        let size = RunSize::new(&config, ranks, reference::RANKS_PER_MACHINE);
+        launcher.print(ranks, size.launcher().files as f64, Origin::Computed);
+        rank.print(ranks, size.rank().files as f64, Origin::Computed);
     }
+    Ok(())
 }
 
 #[cfg(test)]

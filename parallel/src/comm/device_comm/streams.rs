@@ -1,8 +1,11 @@
 //! Streams, each with a vendor's communicator whose operations run on it.
 
-use super::{super::Membership, library::Library};
+use super::{
+    super::{Membership, arrival::Arrival},
+    library::Library,
+};
 use parking_lot::Mutex;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tch::Tensor;
 use torch_ext::{Store, Stream};
 
@@ -66,18 +69,8 @@ impl<L: Library> DeviceStream<L> {
             store.set(&id_key, &library.new_id()?).map_err(text)?;
         }
         // The library would wait for a missing rank without end.
-        let present_key = format!("{name}/here");
-        let start = Instant::now();
-        let mut present = store.add(&present_key, 1).map_err(text)?;
-        while present < size as i64 {
-            if start.elapsed() > timeout {
-                return Err(format!(
-                    "only {present} of {size} ranks joined within {timeout:.1?}"
-                ));
-            }
-            std::thread::sleep(Duration::from_millis(2));
-            present = store.add(&present_key, 0).map_err(text)?;
-        }
+        let key = &format!("{name}/here");
+        Arrival { store, key, size }.wait(timeout)?;
         let id = store.get(&id_key).map_err(text)?;
         let stream = Stream::from_pool(like).map_err(text)?;
         let comm = library.join(&id, rank, size)?;

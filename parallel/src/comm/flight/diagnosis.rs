@@ -1,169 +1,124 @@
-//! Diagnosis of a call that takes too long: the ranks' heartbeats tell which of them are missing.
+//! Diagnosis of a call that takes too long: which ranks are missing, by their heartbeats.
 
-use super::calls::{Call, Log};
-use serde::{Deserialize, Serialize};
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
+use super::{
+    super::MemberRanges,
+    calls::Call,
+    heartbeat::{Heartbeat, ReportedCollective},
 };
-use torch_ext::Store;
 
-pub(super) const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
-/// A rank that sends no heartbeat for this long has stopped.
-const HEARTBEAT_TIMEOUT: Duration = Duration::from_millis(1600);
+/// The most different problems that a message describes.
+const DESCRIBED_PROBLEMS: usize = 3;
+/// The most ranges of ranks that a message prints for a problem.
+const DESCRIBED_RANGES: usize = 4;
 
-/// The state that a rank publishes in the store.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(super) struct Heartbeat {
-    /// Counts the heartbeats of the rank.
-    beat: u64,
-    /// The rank's last collectives, by [`Call::key`].
-    last_collectives: BTreeMap<String, ReportedCollective>,
-    /// The call that the rank has waited for longest.
-    waits_for: Option<String>,
+/// Two readings of a rank's heartbeat.
+#[derive(Debug, Clone)]
+pub(super) struct Observation {
+    pub(super) rank: usize,
+    /// True if they are equal.
+    pub(super) is_silent: bool,
+    /// The second of them.
+    pub(super) heartbeat: Heartbeat,
 }
 
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-struct ReportedCollective {
-    number: u64,
-    operation: String,
+/// Ranks with one problem.
+struct Problem {
+    /// Such as `is missing`.
+    predicate: String,
+    ranks: Vec<usize>,
 }
 
-impl Heartbeat {
-    pub(super) fn new(beat: u64, log: &Log) -> Heartbeat {
-        let mut last_collectives = BTreeMap::new();
-        for (key, last) in &log.last_collectives {
-            let reported = ReportedCollective {
-                number: last.number,
-                operation: last.operation.to_string(),
-            };
-            last_collectives.insert(key.to_string(), reported);
+/// Describes the observed ranks that have not joined a call. The text is short, however many there
+/// are.
+pub(super) fn describe(observations: &[Observation], call: &Call) -> String {
+    let mut problems: Vec<Problem> = Vec::new();
+    for observation in observations {
+        let Some(predicate) = observation.problem(call) else {
+            continue;
+        };
+        let rank = observation.rank;
+        match problems.iter_mut().find(|it| it.predicate == predicate) {
+            Some(problem) => problem.ranks.push(rank),
+            None => problems.push(Problem {
+                predicate,
+                ranks: vec![rank],
+            }),
         }
-        let awaited = log.calls.iter().find(|call| call.is_awaited());
-        Heartbeat {
-            beat,
-            last_collectives,
-            waits_for: awaited.map(Call::name),
-        }
-    }
-
-    /// Publishes the heartbeat of `rank`; false without a store.
-    pub(super) fn publish(&self, rank: usize, store: &Store) -> bool {
-        let text = serde_json::to_vec(self).expect("plain data");
-        store.set(&key(rank), &text).is_ok()
-    }
-
-    /// Reads the last heartbeat of `rank`.
-    fn read(rank: usize, store: &Store) -> Option<Heartbeat> {
-        let key = key(rank);
-        if !store.contains(&key).ok()? {
-            return None;
-        }
-        let text = store.get(&key).ok()?;
-        serde_json::from_slice(&text).ok()
-    }
-}
-
-fn key(rank: usize) -> String {
-    format!("heartbeat/{rank}")
-}
-
-/// Describes the ranks that have not joined a call.
-///
-/// This rank calls `beat` meanwhile: others may be looking for it.
-pub(super) fn describe_missing_ranks(
-    store: &Store,
-    own: usize,
-    call: &Call,
-    beat: &mut dyn FnMut() -> bool,
-) -> String {
-    let others: Vec<usize> = match call.peer {
-        Some(peer) => vec![peer],
-        None => {
-            let members = call.members.iter().copied();
-            members.filter(|&rank| rank != own).collect()
-        }
-    };
-    let read = |&rank: &usize| Heartbeat::read(rank, store);
-    let before: Vec<Option<Heartbeat>> = others.iter().map(read).collect();
-    let start = Instant::now();
-    while start.elapsed() < HEARTBEAT_TIMEOUT {
-        std::thread::sleep(HEARTBEAT_INTERVAL / 2);
-        beat();
-    }
-    let mut missing = Vec::new();
-    for (&rank, before) in others.iter().zip(before) {
-        let now = Heartbeat::read(rank, store);
-        let beat_of = |heartbeat: &Option<Heartbeat>| heartbeat.as_ref().map(|it| it.beat);
-        let is_silent = beat_of(&now) == beat_of(&before);
-        missing.extend(describe_rank(
-            rank,
-            is_silent,
-            now.unwrap_or_default(),
-            call,
-        ));
     }
     let name = call.name();
-    if missing.is_empty() {
-        format!(
+    if problems.is_empty() {
+        return format!(
             "{name}: all ranks made this call and are alive; the network may be slow or cut off"
-        )
-    } else {
-        format!("{name}: {}", missing.join("; "))
+        );
+    }
+    let printed = problems.len().min(DESCRIBED_PROBLEMS);
+    let mut texts: Vec<String> = problems[..printed].iter().map(Problem::text).collect();
+    let left: usize = problems[printed..].iter().map(|it| it.ranks.len()).sum();
+    if left > 0 {
+        texts.push(format!("and {left} more ranks are missing or have stopped"));
+    }
+    format!("{name}: {}", texts.join("; "))
+}
+
+impl Problem {
+    fn text(&self) -> String {
+        let predicate = &self.predicate;
+        match self.ranks[..] {
+            [rank] => format!("rank {rank} {predicate}"),
+            _ => {
+                let ranges = MemberRanges::new(&self.ranks).text(DESCRIBED_RANGES);
+                format!("each of ranks {ranges} {predicate}")
+            }
+        }
     }
 }
 
-/// Describes what is wrong with a rank; `None` if it made the call and is alive.
-fn describe_rank(
-    rank: usize,
-    is_silent: bool,
-    heartbeat: Heartbeat,
-    call: &Call,
-) -> Option<String> {
-    let last = heartbeat.last_collectives.get(&*call.key).cloned();
-    let ReportedCollective { number, operation } = last.unwrap_or_default();
-    if is_silent {
-        let text = match (heartbeat.beat, call.number) {
-            (0, _) => format!("rank {rank} has never reported"),
-            (_, Some(own_number)) if number >= own_number => {
-                format!("rank {rank} has stopped inside this call")
-            }
-            _ if number == 0 => {
-                format!("rank {rank} has stopped; it had reported no call in this group")
-            }
-            _ => format!(
-                "rank {rank} has stopped; its last reported call here is {number}, {operation}"
-            ),
-        };
-        return Some(text);
-    }
-    match call.number {
-        Some(own_number) if number < own_number => {
-            let last_call = if number == 0 {
-                "it has made no call in this group".to_string()
-            } else {
-                format!("its last call here is {number}, {operation}")
-            };
-            let waits = match heartbeat.waits_for {
-                Some(other) => format!(", and it waits for {other}"),
-                None => String::new(),
-            };
-            Some(format!("rank {rank} is missing; {last_call}{waits}"))
+impl Observation {
+    /// Describes what is wrong with the rank; `None` if it made the call and is alive.
+    fn problem(&self, call: &Call) -> Option<String> {
+        let heartbeat = &self.heartbeat;
+        let group = call.group.membership.digest;
+        let last = heartbeat.last_collectives.get(&group).cloned();
+        let ReportedCollective { number, operation } = last.unwrap_or_default();
+        let waits_for = heartbeat.waits_for.as_ref();
+        if self.is_silent {
+            return Some(match (heartbeat.beat, call.number) {
+                (0, _) => "has never reported".into(),
+                (_, Some(own_number)) if number >= own_number => {
+                    "has stopped inside this call".into()
+                }
+                _ if number == 0 => "has stopped; it had reported no call in this group".into(),
+                _ => format!("has stopped; its last reported call here is {number}, {operation}"),
+            });
         }
-        Some(_) => None,
-        None => {
-            let waits = match heartbeat.waits_for {
-                Some(other) => format!(" and waits for {other}"),
-                None => String::new(),
-            };
-            Some(format!("rank {rank} is alive{waits}"))
+        match call.number {
+            Some(own_number) if number < own_number => {
+                let last_call = if number == 0 {
+                    "it has made no call in this group".to_string()
+                } else {
+                    format!("its last call here is {number}, {operation}")
+                };
+                let waits =
+                    waits_for.map_or(String::new(), |other| format!(", and it waits for {other}"));
+                Some(format!("is missing; {last_call}{waits}"))
+            }
+            Some(_) => None,
+            None => {
+                let waits =
+                    waits_for.map_or(String::new(), |other| format!(" and waits for {other}"));
+                Some(format!("is alive{waits}"))
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{super::calls::tests::call, *};
+    use super::{
+        super::calls::tests::{call, call_in, group},
+        *,
+    };
+    use proptest::prelude::*;
 
     fn heartbeat(number: u64, waits_for: Option<&str>) -> Heartbeat {
         let last = ReportedCollective {
@@ -172,38 +127,95 @@ mod tests {
         };
         Heartbeat {
             beat: 7,
-            last_collectives: [("experts/[0, 1, 2]".to_string(), last)].into(),
+            last_collectives: [(group(&[0, 1, 2]).membership.digest, last)].into(),
             waits_for: waits_for.map(str::to_string),
+        }
+    }
+
+    fn observed(rank: usize, is_silent: bool, heartbeat: Heartbeat) -> Observation {
+        Observation {
+            rank,
+            is_silent,
+            heartbeat,
         }
     }
 
     #[test]
     fn a_missing_rank_is_described_by_its_last_report() {
         let seven = call(Some(7), None);
-        assert_eq!(describe_rank(1, false, heartbeat(7, None), &seven), None);
-        assert_eq!(describe_rank(1, false, heartbeat(9, None), &seven), None);
-        let waits_for = Some("recv from rank 2 in group 'pipeline'");
         let described =
-            |rank, is_silent, heartbeat| describe_rank(rank, is_silent, heartbeat, &seven).unwrap();
+            |rank, is_silent, heartbeat| describe(&[observed(rank, is_silent, heartbeat)], &seven);
+        let name = "call 7, all_to_all in group 'experts'";
+        let all_well = format!(
+            "{name}: all ranks made this call and are alive; the network may be slow or cut off"
+        );
+        assert_eq!(described(1, false, heartbeat(7, None)), all_well);
+        assert_eq!(described(1, false, heartbeat(9, None)), all_well);
+        let waits_for = Some("recv from rank 2 in group 'pipeline'");
         assert_eq!(
             described(1, false, heartbeat(6, waits_for)),
-            "rank 1 is missing; its last call here is 6, all_gather, and it waits for recv from \
-             rank 2 in group 'pipeline'"
+            format!(
+                "{name}: rank 1 is missing; its last call here is 6, all_gather, and it waits for \
+                 recv from rank 2 in group 'pipeline'"
+            )
         );
         assert_eq!(
             described(1, true, heartbeat(6, None)),
-            "rank 1 has stopped; its last reported call here is 6, all_gather"
+            format!("{name}: rank 1 has stopped; its last reported call here is 6, all_gather")
         );
         assert_eq!(
             described(1, true, heartbeat(7, None)),
-            "rank 1 has stopped inside this call"
+            format!("{name}: rank 1 has stopped inside this call")
         );
         assert_eq!(
             described(2, true, Heartbeat::default()),
-            "rank 2 has never reported"
+            format!("{name}: rank 2 has never reported")
         );
         let receive = call(None, Some(2));
-        let text = describe_rank(2, false, heartbeat(6, None), &receive).unwrap();
-        assert_eq!(text, "rank 2 is alive");
+        assert_eq!(
+            describe(&[observed(2, false, heartbeat(6, None))], &receive),
+            "recv from rank 2 in group 'experts': rank 2 is alive"
+        );
+    }
+
+    #[test]
+    fn ranks_with_the_same_problem_are_one_entry() {
+        let seven = call(Some(7), None);
+        let stopped = (0..4096).step_by(16);
+        let stopped = stopped.map(|rank| observed(rank, true, heartbeat(6, None)));
+        let observations: Vec<Observation> = stopped
+            .chain([observed(5000, false, heartbeat(0, None))])
+            .collect();
+        assert_eq!(
+            describe(&observations, &seven),
+            "call 7, all_to_all in group 'experts': each of ranks 0..4096 by 16 has stopped; its \
+             last reported call here is 6, all_gather; rank 5000 is missing; it has made no call \
+             in this group"
+        );
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(30))]
+        #[test]
+        fn an_error_with_its_diagnosis_is_short(
+            states in prop::collection::vec((any::<bool>(), 0u64..9, any::<bool>()), 1..2000),
+        ) {
+            let members: Vec<usize> = (0..16_384).map(|rank| rank * rank % 1_000_003).collect();
+            let call = call_in(group(&members), Some(7), None);
+            let waits = Some("call 1234, reduce_scatter in group 'expert replicas'");
+            let observation = |(rank, (is_silent, number, is_waiting)): (usize, &(bool, u64, bool))| {
+                let mut heartbeat = heartbeat(0, waits.filter(|_| *is_waiting));
+                let last = ReportedCollective {
+                    number: *number,
+                    operation: "reduce_scatter".into(),
+                };
+                heartbeat.last_collectives.insert(call.group.membership.digest, last);
+                observed(rank * rank, *is_silent, heartbeat)
+            };
+            let observations: Vec<_> = states.iter().enumerate().map(observation).collect();
+            let described = describe(&observations, &call);
+            let error = call.group.membership.error("all_to_all", format!("{described} (timed out)"));
+            prop_assert!(error.to_string().len() < 1024, "{}", error);
+        }
     }
 }

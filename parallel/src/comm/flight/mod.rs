@@ -6,18 +6,22 @@
 
 mod calls;
 mod diagnosis;
+mod heartbeat;
+mod inquiry;
 mod recorded;
 
-use super::{CommError, Communicator, Progress};
+use super::{CommError, Communicator, Membership, Progress};
 use crate::write_within;
-use calls::{Call, Log};
-use diagnosis::{HEARTBEAT_INTERVAL, Heartbeat, describe_missing_ranks};
+use calls::{Call, Log, RecordedGroup};
+use heartbeat::{HEARTBEAT_INTERVAL, Heartbeat};
+use inquiry::{Inquirer, Occasion};
 use parking_lot::Mutex;
 use recorded::RecordedComm;
 use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     time::{Duration, Instant},
@@ -44,6 +48,8 @@ struct RecorderState {
     start: Instant,
     timeout: Duration,
     log: Mutex<Log>,
+    /// The number of groups so far.
+    groups: AtomicUsize,
     /// The file for the log if a call fails.
     dump: Mutex<Option<PathBuf>>,
     requests: Sender<DiagnosisRequest>,
@@ -102,6 +108,7 @@ impl FlightRecorder {
             start: Instant::now(),
             timeout,
             log: Mutex::default(),
+            groups: AtomicUsize::default(),
             dump: Mutex::default(),
             requests,
             queued: Mutex::default(),
@@ -109,6 +116,9 @@ impl FlightRecorder {
             on_stuck: Mutex::default(),
             store_rank,
         });
+        // A rank that has joined has a heartbeat, so that others need not ask whether it has. If
+        // the store is gone, the next request fails, too.
+        Heartbeat::default().publish(rank, &store);
         let watched = Arc::downgrade(&state);
         std::thread::spawn(move || watch(&watched, &inbox, &store));
         FlightRecorder(state)
@@ -139,16 +149,13 @@ impl FlightRecorder {
     pub(crate) fn wrap(
         &self,
         inner: Arc<dyn Communicator>,
-        group: &str,
-        members: &[usize],
+        membership: Membership,
     ) -> Arc<dyn Communicator> {
-        let key = format!("{group}/{members:?}").into();
+        let number = self.0.groups.fetch_add(1, Ordering::Relaxed);
         Arc::new(RecordedComm {
             inner,
             recorder: self.clone(),
-            group: group.into(),
-            members: members.into(),
-            key,
+            group: Arc::new(RecordedGroup { number, membership }),
         })
     }
 
@@ -240,7 +247,8 @@ fn watch(recorder: &Weak<RecorderState>, requests: &Receiver<DiagnosisRequest>, 
         match request {
             Ok(request) => {
                 let call = &request.call;
-                let missing = describe_missing_ranks(store, recorder.rank, call, &mut beat);
+                let mut inquirer = recorder.inquirer(store, &mut beat);
+                let missing = inquirer.describe_missing_ranks(call, Occasion::Failed);
                 // The caller may have stopped waiting.
                 let _ = request.answer.send(missing);
             }
@@ -254,20 +262,23 @@ fn watch(recorder: &Weak<RecorderState>, requests: &Receiver<DiagnosisRequest>, 
 }
 
 impl RecorderState {
+    fn inquirer<'a>(&self, store: &'a Store, beat: &'a mut dyn FnMut() -> bool) -> Inquirer<'a> {
+        Inquirer {
+            store,
+            rank: self.rank,
+            beat,
+        }
+    }
+
     /// Checks the queued operations: which are complete, failed or take too long.
     fn check_device_operations(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
         if let Some(FailedOperation { call, reason }) = self.first_failed_operation() {
             let reason = reason.unwrap_or_else(|| {
-                let missing = describe_missing_ranks(store, self.rank, &call, beat);
+                let mut inquirer = self.inquirer(store, beat);
+                let missing = inquirer.describe_missing_ranks(&call, Occasion::Failed);
                 format!("{missing} (not done after {:.1?})", self.timeout)
             });
-            self.abort_queued(CommError {
-                rank: self.rank,
-                group: call.group.to_string(),
-                members: call.members.to_vec(),
-                operation: call.operation,
-                reason,
-            });
+            self.abort_queued(call.group.membership.error(call.operation, reason));
         }
         let is_stuck = |failure: &&Failure| {
             !failure.reported && failure.since.elapsed() > DEVICE_STUCK_TIMEOUT
@@ -329,8 +340,7 @@ impl RecorderState {
         let Some(path) = self.dump.lock().clone() else {
             return;
         };
-        let dump = serde_json::json!({ "rank": self.rank, "calls": self.log.lock().calls });
-        let dump = dump.to_string().into_bytes();
+        let dump = self.log.lock().to_json(self.rank);
         if let Err(error) = write_within(DUMP_TIMEOUT, path.clone(), dump) {
             tracing::warn!("cannot write {}: {error}", path.display());
         }
@@ -344,7 +354,8 @@ impl RecorderState {
         };
         let stalled = self.log.lock().calls.iter().find(is_stalled).cloned();
         let Some(stalled) = stalled else { return };
-        let missing = describe_missing_ranks(store, self.rank, &stalled, beat);
+        let mut inquirer = self.inquirer(store, beat);
+        let missing = inquirer.describe_missing_ranks(&stalled, Occasion::Stalled);
         let waited = stalled.started.elapsed();
         tracing::warn!("{missing}; waiting for {waited:.0?}");
         let is_same = |call: &&mut Call| {

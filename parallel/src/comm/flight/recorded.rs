@@ -3,7 +3,7 @@
 use super::{
     super::{CommError, Communicator, ReduceOp, Work},
     DeviceOperation, FlightRecorder,
-    calls::Call,
+    calls::{Call, RecordedGroup},
 };
 use kernels::profile::{self, span};
 use std::{sync::Arc, time::Instant};
@@ -12,9 +12,7 @@ use tch::Tensor;
 pub(super) struct RecordedComm {
     pub(super) inner: Arc<dyn Communicator>,
     pub(super) recorder: FlightRecorder,
-    pub(super) group: Arc<str>,
-    pub(super) members: Arc<[usize]>,
-    pub(super) key: Arc<str>,
+    pub(super) group: Arc<RecordedGroup>,
 }
 
 impl RecordedComm {
@@ -48,11 +46,9 @@ impl RecordedComm {
     ) -> Result<Work, CommError> {
         let call = Call {
             group: self.group.clone(),
-            members: self.members.clone(),
-            key: self.key.clone(),
             number: None,
             operation,
-            peer: peer.and_then(|peer| self.members.get(peer).copied()),
+            peer: peer.and_then(|peer| self.group.membership.members.get(peer).copied()),
             tensor: tensor.map_or(String::new(), |tensor| {
                 format!("{:?} {:?}", tensor.kind(), tensor.size())
             }),

@@ -5,9 +5,9 @@
 
 use super::{
     buffer::{Buffer, Completion},
-    segment::{CACHE_LINE, Channel, Ring},
+    segment::{CACHE_LINE, Channel, Ring, Segment},
 };
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 /// The most bytes that one call copies.
 const PIECE_BYTES: usize = 64 << 10;
@@ -47,16 +47,22 @@ struct Peer {
     posted: VecDeque<PostedReceive>,
     incoming: Option<IncomingMessage>,
     unexpected: VecDeque<IncomingMessage>,
+    /// True once this rank has sent it a message.
+    has_sent: bool,
 }
 
 /// The messages of one rank of a group.
 pub(super) struct Messages {
     rank: usize,
+    /// True once this rank has sent a message.
+    sends: bool,
+    segment: Arc<Segment>,
     peers: Vec<Option<Peer>>,
 }
 
 impl Messages {
-    pub(super) fn new(rank: usize, size: usize, ring: impl Fn(usize, Channel) -> Ring) -> Messages {
+    pub(super) fn new(rank: usize, segment: &Arc<Segment>) -> Messages {
+        let ring = |writer, channel| Ring::new(segment, writer, channel);
         let peer = |other| Peer {
             rank: other,
             to: ring(rank, Channel::Message(other)),
@@ -65,10 +71,13 @@ impl Messages {
             posted: VecDeque::new(),
             incoming: None,
             unexpected: VecDeque::new(),
+            has_sent: false,
         };
         Messages {
             rank,
-            peers: (0..size)
+            sends: false,
+            segment: segment.clone(),
+            peers: (0..segment.members())
                 .map(|other| (other != rank).then(|| peer(other)))
                 .collect(),
         }
@@ -91,13 +100,19 @@ impl Messages {
         bytes: Buffer,
         completion: Completion,
     ) -> Result<(), String> {
-        self.peer(to)?.outgoing.push_back(OutgoingMessage {
+        let peer = self.peer(to)?;
+        let is_first = !std::mem::replace(&mut peer.has_sent, true);
+        peer.outgoing.push_back(OutgoingMessage {
             tag,
             bytes,
             written: 0,
             announced: false,
             completion,
         });
+        self.sends = true;
+        if is_first {
+            self.segment.announce_messages(to);
+        }
         Ok(())
     }
 
@@ -131,9 +146,13 @@ impl Messages {
     pub(super) fn make_progress(&mut self, touched: &mut [bool]) -> bool {
         let own = self.rank;
         let mut moved = false;
+        let gets_messages = self.segment.gets_messages(own);
+        if !gets_messages && !self.sends {
+            return false;
+        }
         for peer in self.peers.iter_mut().flatten() {
             let written = peer.write();
-            let read = peer.read(own);
+            let read = gets_messages && peer.read(own);
             touched[peer.rank] |= written || read;
             moved |= written || read;
         }

@@ -15,7 +15,9 @@ mod reduce;
 mod segment;
 mod state;
 
-use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
+use super::{
+    CommError, Communicator, Membership, ReduceOp, Staged, Work, arrival::Arrival, check_splits,
+};
 use buffer::{Buffer, Completion};
 use collective::{Collective, Rings};
 use engine::Engine;
@@ -120,15 +122,9 @@ impl Shm {
             let process = segment.process(rank);
             process.store(process_identity(), Ordering::SeqCst);
         }
-        let has_segment = u8::from(segment.is_some());
-        store
-            .set(&format!("shm/{rank}"), &[has_segment])
-            .map_err(failed)?;
-        let mut all_have_it = true;
-        for other in 0..size {
-            let answer = store.get(&format!("shm/{other}")).map_err(failed)?;
-            all_have_it &= answer == [1];
-        }
+        let key = "shm/opened";
+        let arrival = Arrival { store, key, size };
+        let all_have_it = arrival.agree(segment.is_some()).map_err(failed)?;
         // All ranks have opened it by now.
         drop(offered_file);
         let Some(segment) = segment.filter(|_| all_have_it) else {
@@ -137,7 +133,7 @@ impl Shm {
         let segment = Arc::new(segment);
         let ring = |writer, channel| Ring::new(&segment, writer, channel);
         let rings = Rings::new(rank, size, ring);
-        let messages = Messages::new(rank, size, ring);
+        let messages = Messages::new(rank, &segment);
         let state = Arc::new(ShmState {
             membership: membership.clone(),
             timeout,

@@ -23,8 +23,12 @@ pub(super) const CACHE_LINE: usize = 64;
 
 /// Bytes of all rings that one rank writes for collectives, or for messages.
 const RING_BYTES_PER_RANK: usize = 1 << 20;
-/// Limits of the bytes of one ring.
-const RING_BYTES_RANGE: RangeInclusive<usize> = 32 << 10..=256 << 10;
+/// Limits of the bytes of a ring that one rank reads, and of one that all read.
+const PAIR_RING_BYTES: RangeInclusive<usize> = 8 << 10..=256 << 10;
+const SHARED_RING_BYTES: RangeInclusive<usize> = 32 << 10..=256 << 10;
+
+/// Bytes of the positions of a writer and its only reader.
+const PAIR_POSITION_BYTES: usize = 2 * CACHE_LINE;
 
 /// The purpose of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,52 +42,89 @@ pub(super) enum Channel {
 }
 
 /// The offsets in the memory of a group.
+///
+/// First come the nonce and a line per rank, then the positions of all rings, then their bytes.
+/// Pages take memory only once they are used, so what one operation uses is adjacent.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
     members: usize,
-    ring_bytes: usize,
+    shared_ring_bytes: usize,
+    pair_ring_bytes: usize,
+}
+
+/// The place of a ring in the memory of a group.
+#[derive(Debug, Clone, Copy)]
+struct RingPlace {
+    /// Offset of the lines with the writer's and then the readers' positions.
+    positions: usize,
+    /// The only reader; `None` if all other ranks read.
+    reader: Option<usize>,
+    data: usize,
+    bytes: usize,
 }
 
 impl Layout {
     fn new(members: usize) -> Layout {
-        let ring_bytes = (RING_BYTES_PER_RANK / members)
-            .next_power_of_two()
-            .clamp(*RING_BYTES_RANGE.start(), *RING_BYTES_RANGE.end());
+        let fair = (RING_BYTES_PER_RANK / members).next_power_of_two();
+        let within = |range: RangeInclusive<usize>| fair.clamp(*range.start(), *range.end());
         Layout {
             members,
-            ring_bytes,
+            shared_ring_bytes: within(SHARED_RING_BYTES),
+            pair_ring_bytes: within(PAIR_RING_BYTES),
         }
     }
 
-    /// Returns the bytes of a ring's positions: one line for the writer and one per reader.
-    fn position_bytes(&self) -> usize {
+    /// Returns the number of rings for one pair, of each kind.
+    fn pairs(&self) -> usize {
+        self.members * self.members
+    }
+
+    fn ring(&self, writer: usize, channel: Channel) -> RingPlace {
+        // Rings of one reader are adjacent, since it looks at them together.
+        let pair = |reader: usize| reader * self.members + writer;
+        let (number, reader) = match channel {
+            Channel::All => {
+                return RingPlace {
+                    positions: self.shared_positions() + writer * self.shared_position_bytes(),
+                    reader: None,
+                    data: self.shared_data() + writer * self.shared_ring_bytes,
+                    bytes: self.shared_ring_bytes,
+                };
+            }
+            Channel::Part(reader) => (pair(reader), reader),
+            Channel::Message(reader) => (self.pairs() + pair(reader), reader),
+        };
+        RingPlace {
+            positions: self.pair_positions() + number * PAIR_POSITION_BYTES,
+            reader: Some(reader),
+            data: self.pair_data() + number * self.pair_ring_bytes,
+            bytes: self.pair_ring_bytes,
+        }
+    }
+
+    fn shared_position_bytes(&self) -> usize {
         (1 + self.members) * CACHE_LINE
     }
 
-    fn rings(&self) -> usize {
-        self.members * (2 * self.members + 1)
+    fn shared_positions(&self) -> usize {
+        (1 + self.members) * CACHE_LINE
     }
 
-    fn ring_index(&self, writer: usize, channel: Channel) -> usize {
-        let first = writer * (2 * self.members + 1);
-        match channel {
-            Channel::All => first,
-            Channel::Part(to) => first + 1 + to,
-            Channel::Message(to) => first + 1 + self.members + to,
-        }
+    fn pair_positions(&self) -> usize {
+        self.shared_positions() + self.members * self.shared_position_bytes()
     }
 
-    /// Returns the offset of a ring's positions. The nonce and one line per rank come before them.
-    fn positions(&self, ring: usize) -> usize {
-        (1 + self.members) * CACHE_LINE + ring * self.position_bytes()
+    fn shared_data(&self) -> usize {
+        let end = self.pair_positions() + 2 * self.pairs() * PAIR_POSITION_BYTES;
+        end.next_multiple_of(4096)
     }
 
-    fn data(&self, ring: usize) -> usize {
-        self.positions(self.rings()).next_multiple_of(4096) + ring * self.ring_bytes
+    fn pair_data(&self) -> usize {
+        self.shared_data() + self.members * self.shared_ring_bytes
     }
 
     fn len(&self) -> usize {
-        self.data(self.rings())
+        self.pair_data() + 2 * self.pairs() * self.pair_ring_bytes
     }
 }
 
@@ -136,8 +177,12 @@ impl Segment {
         Ok(segment)
     }
 
+    pub(super) fn members(&self) -> usize {
+        self.layout.members
+    }
+
     fn atomic_u64(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(8) && offset + 8 <= self.layout.data(0));
+        assert!(offset.is_multiple_of(8) && offset + 8 <= self.layout.shared_data());
         // SAFETY: aligned and inside the mapping, which is sealed against shrinking and lives as
         // long as `self`. All processes access these bytes only as atomic numbers.
         unsafe { &*self.map.as_mut_ptr().add(offset).cast::<AtomicU64>() }
@@ -173,6 +218,17 @@ impl Segment {
         fence(Ordering::SeqCst);
         self.pending(member).load(Ordering::SeqCst) > 0
             && self.waiters(member).load(Ordering::SeqCst) == 0
+    }
+
+    /// Tells a rank that it gets messages. Before, it does not look for any.
+    pub(super) fn announce_messages(&self, member: usize) {
+        self.word(member, Word::GetsMessages)
+            .store(1, Ordering::SeqCst);
+    }
+
+    /// True if another rank has sent a message to this one.
+    pub(super) fn gets_messages(&self, member: usize) -> bool {
+        self.word(member, Word::GetsMessages).load(Ordering::SeqCst) != 0
     }
 
     /// Wakes a rank's waiting threads, and its progress thread if it is needed.
@@ -267,12 +323,13 @@ enum Word {
     ProgressRung = 20,
     ProgressSleepers = 24,
     Pending = 28,
+    GetsMessages = 32,
 }
 
 /// One end of a ring of bytes. Positions count all bytes since the start.
 pub(super) struct Ring {
     segment: Arc<Segment>,
-    index: usize,
+    place: RingPlace,
     /// The writer's or the reader's position, whichever end this is.
     position: u64,
 }
@@ -287,32 +344,37 @@ impl Ring {
     pub(super) fn new(segment: &Arc<Segment>, writer: usize, channel: Channel) -> Ring {
         Ring {
             segment: segment.clone(),
-            index: segment.layout.ring_index(writer, channel),
+            place: segment.layout.ring(writer, channel),
             position: 0,
         }
     }
 
     /// Returns the writer's published position.
     fn head(&self) -> &AtomicU64 {
-        let offset = self.segment.layout.positions(self.index);
-        self.segment.atomic_u64(offset)
+        self.segment.atomic_u64(self.place.positions)
     }
 
     /// Returns a reader's published position.
     fn tail(&self, reader: usize) -> &AtomicU64 {
-        let offset = self.segment.layout.positions(self.index) + (1 + reader) * CACHE_LINE;
-        self.segment.atomic_u64(offset)
+        let line = match self.place.reader {
+            Some(only) => {
+                assert_eq!(only, reader, "the reader of a ring");
+                1
+            }
+            None => 1 + reader,
+        };
+        self.segment
+            .atomic_u64(self.place.positions + line * CACHE_LINE)
     }
 
     /// Returns the bytes from this end's position to where the ring wraps around.
     fn contiguous(&self) -> Contiguous {
-        let layout = &self.segment.layout;
-        let within = self.position as usize % layout.ring_bytes;
-        let offset = layout.data(self.index) + within;
+        let within = self.position as usize % self.place.bytes;
+        let offset = self.place.data + within;
         Contiguous {
             // SAFETY: inside the mapping, since `within` is less than the ring's length.
             data: unsafe { self.segment.map.as_mut_ptr().add(offset) },
-            len: layout.ring_bytes - within,
+            len: self.place.bytes - within,
         }
     }
 
@@ -321,8 +383,7 @@ impl Ring {
         let tails = readers.into_iter().map(|reader| self.tail(reader));
         let read = tails.map(|tail| tail.load(Ordering::Acquire)).min();
         let unread = self.position.saturating_sub(read.unwrap_or(self.position));
-        let ring_bytes = self.segment.layout.ring_bytes;
-        ring_bytes.saturating_sub(unread as usize)
+        self.place.bytes.saturating_sub(unread as usize)
     }
 
     /// Writes the first of `bytes`, up to `free` and up to where the ring wraps around.
@@ -371,6 +432,22 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn what_many_ranks_look_at_is_small() {
+        let layout = Layout::new(256);
+        let shared = layout.pair_positions() - layout.shared_positions();
+        assert!(shared < 5 << 20, "{shared} bytes of positions");
+        // Where a rank looks for messages from all others.
+        let row = layout.ring(255, Channel::Message(0)).positions
+            - layout.ring(0, Channel::Message(0)).positions;
+        assert!(row < 33 << 10, "{row} bytes of positions of one reader");
+        assert!(
+            layout.len() < 2 << 30,
+            "{} bytes of addresses",
+            layout.len()
+        );
+    }
+
     proptest! {
         #[test]
         fn rings_are_disjoint(members in 2..9usize) {
@@ -380,16 +457,29 @@ mod tests {
                     .chain((0..members).map(Channel::Part))
                     .chain((0..members).map(Channel::Message))
             };
-            let mut indices = Vec::new();
+            let mut positions = Vec::new();
+            let mut data = Vec::new();
             for writer in 0..members {
-                let of_writer = channels().map(|channel| layout.ring_index(writer, channel));
-                indices.extend(of_writer);
+                for place in channels().map(|channel| layout.ring(writer, channel)) {
+                    let lines = 1 + if place.reader.is_some() { 1 } else { members };
+                    positions.push((place.positions, lines * CACHE_LINE));
+                    data.push((place.data, place.bytes));
+                    prop_assert!(place.bytes.is_multiple_of(CACHE_LINE));
+                }
             }
-            indices.sort_unstable();
-            prop_assert!(indices.iter().copied().eq(0..layout.rings()));
-            prop_assert!(layout.positions(layout.rings()) <= layout.data(0));
-            prop_assert_eq!(layout.len() - layout.data(0), layout.rings() * layout.ring_bytes);
-            prop_assert!(layout.ring_bytes.is_multiple_of(CACHE_LINE));
+            let end_of_ranks = (1 + members) * CACHE_LINE;
+            for (mut parts, first, end) in [
+                (positions, end_of_ranks, layout.shared_data()),
+                (data, layout.shared_data(), layout.len()),
+            ] {
+                parts.sort_unstable();
+                let mut last_end = first;
+                for (offset, len) in parts {
+                    prop_assert_eq!(offset, last_end);
+                    last_end = offset + len;
+                }
+                prop_assert!(last_end <= end && end - last_end < 4096);
+            }
         }
 
         #[test]

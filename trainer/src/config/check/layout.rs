@@ -2,7 +2,7 @@
 
 use super::problems::{Problems, Quantity};
 use crate::config::{BatchSize, BatchStage, Config, MoeConfig, RecomputedLayers};
-use parallel::{GroupKind, Mesh, MeshShape, NodeSplit, RankRanges, context::ContextKind};
+use parallel::{GroupKind, MemberRanges, Mesh, MeshShape, NodeSplit, context::ContextKind};
 
 impl Config {
     pub(super) fn check_layout(&self, mesh: &Mesh, ranks: usize, problems: &mut Problems) {
@@ -264,7 +264,7 @@ pub(crate) fn hierarchical_groups(mesh: &Mesh, per_node: usize) -> Result<NodeSp
              node: nodes of {per_node} ranks do not divide the expert ranks {} (with \
              parallel.expert_tensor {} into whole experts); change ranks per node, \
              parallel.expert or expert_tensor, or use another dispatch",
-            RankRanges::new(&mesh.group(GroupKind::Expert)),
+            MemberRanges::new(&mesh.group(GroupKind::Expert)),
             mesh.shape().expert_tensor
         )
     })

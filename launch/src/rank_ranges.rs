@@ -20,7 +20,7 @@ struct RepeatedRun {
 /// A set of ranks whose text is short where the ranks are regular: `0..8`, `0..4096 by 16`, or
 /// `0..4 every 16 below 4096`. Ends are exclusive.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RankRanges(Vec<RepeatedRun>);
+pub(crate) struct RankRanges(Vec<RepeatedRun>);
 
 impl Run {
     fn last(self) -> usize {
@@ -55,7 +55,7 @@ fn runs(numbers: &[usize]) -> Vec<Run> {
 
 impl RankRanges {
     /// Describes `ranks`, which ascend.
-    pub fn new(ranks: &[usize]) -> RankRanges {
+    pub(crate) fn new(ranks: &[usize]) -> RankRanges {
         let runs = runs(ranks);
         let is_alike = |a: &Run, b: &Run| a.count == b.count && a.stride == b.stride;
         let mut repeated = Vec::new();
