@@ -449,7 +449,7 @@ mod tests {
     fn a_short_frame_cannot_allocate_much() {
         // A list of 2^40 bytes, of which none follow.
         let body: Vec<u8> = [[253].as_slice(), &(1u64 << 40).to_le_bytes()].concat();
-        let error = decode::<serde_bytes::ByteBuf>(&body, Purpose::KEEPER).unwrap_err();
+        let error = decode_body::<serde_bytes::ByteBuf>(&body, Purpose::KEEPER).unwrap_err();
         assert!(error.to_string().contains("LimitExceeded"), "{error}");
     }
 
@@ -486,8 +486,8 @@ mod tests {
         #[test]
         fn any_bytes_are_decoded_or_refused(body in prop::collection::vec(any::<u8>(), 0..200)) {
             type Message = (Option<Vec<String>>, u64, Vec<(u32, bool)>);
-            let _ = decode::<Message>(&body, Purpose::KEEPER);
-            let _ = decode::<Message>(&body, Purpose::AGENT);
+            let _ = decode_body::<Message>(&body, Purpose::KEEPER);
+            let _ = decode_body::<Message>(&body, Purpose::AGENT);
         }
     }
 }
