@@ -113,10 +113,12 @@ proptest! {
         let mesh = |rank| Mesh::new(shape, rank, ranks).unwrap();
         let kinds = GroupKind::ALL;
         let groups = kinds.map(|kind| {
-            let mut members: Vec<Vec<usize>> = (0..ranks).map(|rank| mesh(rank).group(kind)).collect();
+            let group_of = |rank| mesh(rank).group(kind);
+            let mut members: Vec<Vec<usize>> = (0..ranks).map(group_of).collect();
             members.sort();
             members.dedup();
-            PlannedGroup { name: format!("{kind:?}"), members }
+            let name = format!("{kind:?}");
+            PlannedGroup { name, members }
         });
         let cost = measure(ranks, ranks, groups.into());
         for group in &cost.groups {
