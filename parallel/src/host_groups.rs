@@ -18,6 +18,8 @@ use torch_ext::{GlooDevice, Store};
 pub(crate) struct GroupLimits {
     /// The largest group of several machines without a tree.
     pub(crate) without_tree: usize,
+    /// The largest group of several machines whose ranks all connect from the start.
+    pub(crate) eager: usize,
     /// True if groups are joined when they are first used, even without a device's communicator.
     pub(crate) always_lazy: bool,
 }
@@ -26,10 +28,13 @@ impl Default for GroupLimits {
     fn default() -> GroupLimits {
         GroupLimits {
             without_tree: MAX_MESH_SIZE,
+            eager: GlooDevice::MAX_EAGER_SIZE,
             always_lazy: false,
         }
     }
 }
+
+type JoinGroup = fn(&HostGroups, &Membership) -> Result<Arc<dyn Communicator>, CommError>;
 
 /// Joins the groups of one rank; clones are cheap.
 #[derive(Clone)]
@@ -90,11 +95,7 @@ impl HostGroups {
         self.join_now(membership)
     }
 
-    fn lazy(
-        &self,
-        membership: &Membership,
-        join: fn(&HostGroups, &Membership) -> Result<Arc<dyn Communicator>, CommError>,
-    ) -> LazyComm {
+    fn lazy(&self, membership: &Membership, join: JoinGroup) -> LazyComm {
         let groups = self.clone();
         let joined = membership.clone();
         let join = move || join(&groups, &joined);

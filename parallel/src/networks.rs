@@ -94,8 +94,8 @@ pub(crate) fn own_addresses() -> String {
 
 /// Returns networks that contain all addresses of `text`, which has spaces between them.
 ///
-/// The networks contain nothing else, unless that takes more than [`MAX_NETWORKS`] of a family. Then
-/// those that are closest to each other become one.
+/// The networks contain nothing else, unless that takes more than [`MAX_NETWORKS`] of a family.
+/// Then those that are closest to each other become one.
 pub(crate) fn summarize(text: &str) -> Vec<Network> {
     let addresses = text.split_whitespace().filter_map(|word| word.parse().ok());
     let unique: BTreeSet<IpAddr> = addresses.collect();

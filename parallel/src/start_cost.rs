@@ -65,7 +65,7 @@ pub struct JoinCost {
 type Step = Arc<Barrier>;
 
 impl StartCost {
-    /// Runs the start.
+    /// Starts the ranks of a plan as threads, and measures each step.
     ///
     /// # Errors
     /// If the groups of a name do not have each rank once, the store cannot be served, or ranks

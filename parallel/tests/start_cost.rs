@@ -68,7 +68,7 @@ fn groups_of_one_machine_cost_four_requests_of_any_size() {
 
 #[test]
 fn open_files_of_a_large_group_grow_with_its_logarithm() {
-    for ranks in [96, 192] {
+    for ranks in [32, 64, 96, 192] {
         let cost = measure(ranks, 1, vec![everyone(ranks)]);
         println!("{ranks} ranks: {cost:?}");
         // A level of a tree has up to 16 ranks, each of which stores an address for all others.
@@ -113,10 +113,12 @@ proptest! {
         let mesh = |rank| Mesh::new(shape, rank, ranks).unwrap();
         let kinds = GroupKind::ALL;
         let groups = kinds.map(|kind| {
-            let mut members: Vec<Vec<usize>> = (0..ranks).map(|rank| mesh(rank).group(kind)).collect();
+            let group_of = |rank| mesh(rank).group(kind);
+            let mut members: Vec<Vec<usize>> = (0..ranks).map(group_of).collect();
             members.sort();
             members.dedup();
-            PlannedGroup { name: format!("{kind:?}"), members }
+            let name = format!("{kind:?}");
+            PlannedGroup { name, members }
         });
         let cost = measure(ranks, ranks, groups.into());
         for group in &cost.groups {

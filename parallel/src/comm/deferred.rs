@@ -27,7 +27,7 @@ impl AbortFlag {
         self.is_aborted.store(true, Ordering::SeqCst);
     }
 
-    /// Runs `start`.
+    /// Runs `start`, during which no abort can begin.
     ///
     /// # Errors
     /// If the group was aborted.

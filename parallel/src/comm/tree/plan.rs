@@ -19,7 +19,7 @@ pub(super) struct Level {
 pub(super) struct TreePlan {
     /// The group's ranks by position in the tree: machine by machine.
     pub(super) order: Vec<usize>,
-    /// This rank's position.
+    /// The index of this rank in `order`.
     pub(super) position: usize,
     /// This rank's levels. It is the first member of all but the last of them, and of that only at
     /// the root.
