@@ -215,10 +215,16 @@ fn growth_with_the_ranks_is_measured_and_simulated() {
             "{quantity}: {values:?}"
         );
     }
-    assert_eq!(
-        values("open files of the launcher"),
-        [(16, "computed", 38.0), (64, "computed", 152.0)]
-    );
+    for quantity in [
+        "open files of the launcher",
+        "bytes of a keeper's inventory",
+    ] {
+        let values = values(quantity);
+        assert!(
+            values[1].2 > 2.0 * values[0].2 && values[1].2 < 4.0 * values[0].2,
+            "{quantity}: {values:?}"
+        );
+    }
     let heads = values("bytes of all heads");
     assert_eq!(heads[1].2, 4.0 * heads[0].2);
     for quantity in [

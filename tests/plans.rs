@@ -90,6 +90,7 @@ fn equal_ranks_of_a_large_mesh_share_a_line() {
     let experiment = Experiment::new();
     let changes = [
         "parallel={pipeline: 2, expert: 8, zero: 1}",
+        "model.moe.experts=8",
         "train.global_batch=16384",
         "train.micro_batch=1",
     ];

@@ -255,11 +255,11 @@ fn the_configuration_in_a_checkpoint_is_checked() {
     let manifest = experiment.path("run/checkpoints/step-00000005/manifest.json");
     let original = std::fs::read_to_string(&manifest).unwrap();
     // As an earlier version wrote it: a checksum would refuse any change.
-    let (original, _checksum) = original.rsplit_once(",\n  \"crc32c\"").unwrap();
-    let original = format!("{original}\n}}");
+    let (original, _checksum) = original.rsplit_once(",\"crc32c\"").unwrap();
+    let original = format!("{original}}}");
     for (from, to) in [
-        ("\"layers\": 2", "\"layers\": 1000000000"),
-        ("\"heads\": 4", "\"heads\": 0"),
+        ("\"layers\":2", "\"layers\":1000000000"),
+        ("\"heads\":4", "\"heads\":0"),
     ] {
         assert!(original.contains(from));
         std::fs::write(&manifest, original.replace(from, to)).unwrap();

@@ -54,16 +54,22 @@ impl Range {
         })
     }
 
-    fn bin_width(self) -> f64 {
-        (self.largest - self.smallest + 1) as f64 / BINS as f64
+    /// Number of possible values.
+    fn values(self) -> u128 {
+        u128::from(self.largest - self.smallest) + 1
     }
 
     fn bin(self, value: u64) -> usize {
-        let values = u128::from(self.largest - self.smallest) + 1;
-        (u128::from(value - self.smallest) * BINS as u128 / values) as usize
+        (u128::from(value - self.smallest) * BINS as u128 / self.values()) as usize
     }
 
-    /// Returns the middle of the bin that holds the value at `fraction` of the sorted values.
+    /// Returns the smallest value in a bin or, if it has none, in a later one.
+    fn first_of(self, bin: usize) -> u64 {
+        let offset = (bin as u128 * self.values()).div_ceil(BINS as u128);
+        self.smallest + offset as u64
+    }
+
+    /// Returns the middle of the values of the bin that holds the value at `fraction` of the sorted values.
     fn quantile(self, bins: &[f64], fraction: f64) -> f64 {
         let count: f64 = bins.iter().sum();
         let place = ((count - 1.0) * fraction).round();
@@ -73,8 +79,8 @@ impl Range {
             before > place
         };
         let bin = bins.iter().position(holds).unwrap_or(BINS - 1);
-        let middle = self.smallest as f64 + (bin as f64 + 0.5) * self.bin_width();
-        middle.clamp(self.smallest as f64, self.largest as f64)
+        let last = self.first_of(bin + 1) - 1;
+        (self.first_of(bin) as f64 + last as f64) / 2.0
     }
 }
 
@@ -188,7 +194,7 @@ mod tests {
             return;
         };
         let smallest = values.iter().flatten().min().unwrap();
-        let off = (expected.largest - smallest + 1) as f64 / 64.0;
+        let off = (expected.largest - smallest) as f64 / 64.0;
         assert_eq!(found.count, expected.count);
         assert_eq!(found.largest, expected.largest);
         assert_eq!(found.largest_rank, expected.largest_rank);
