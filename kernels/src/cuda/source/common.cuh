@@ -12,6 +12,9 @@ typedef long long Long;
 #ifndef KERNEL
 #define KERNEL extern "C" __global__
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#define STATIC_SHARED(type, name, count) __shared__ type name[count]
+// The emulator checks what a GPU only traps on.
+#define ASSERT_ALIGNED(address, bytes)
 #endif
 
 __device__ __forceinline__ float wide(float x) { return x; }
@@ -35,10 +38,12 @@ template <class T, int V> struct alignas(sizeof(T) * V) Pack {
 typedef Pack<Number, VECTOR> Numbers;
 
 template <int V = VECTOR, class T> __device__ __forceinline__ Pack<T, V> load(const T* x) {
+    ASSERT_ALIGNED(x, sizeof(T) * V);
     return *reinterpret_cast<const Pack<T, V>*>(x);
 }
 template <int V = VECTOR, class T>
 __device__ __forceinline__ void store(T* x, const Pack<T, V>& pack) {
+    ASSERT_ALIGNED(x, sizeof(T) * V);
     *reinterpret_cast<Pack<T, V>*>(x) = pack;
 }
 
