@@ -5,16 +5,16 @@
 
 use crate::{
     config::{Config, Dtype, MAX_ESTIMATED_LAYERS, MoeConfig, QkNorm, RecomputedPart},
-    model::{ModelPart, PipelineSplit, StagePart, VocabularyShard, parameters::Replicas},
+    model::{
+        ModelPart, PipelineSplit, StagePart, VocabularyShard, logits_chunk_bytes,
+        parameters::Replicas,
+    },
     process_groups::zero_rank_and_size,
 };
 use parallel::{
     BucketPlan, Coordinates, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets,
 };
 use std::ops::Range;
-
-/// Limit for the fp32 logits that the loss computes at once.
-const LOGITS_CHUNK_BYTES: u64 = 16 << 20;
 
 const FP32_BYTES: u64 = 4;
 
@@ -336,7 +336,8 @@ impl RankSizes<'_> {
         let rows = self.vocabulary_rows(part);
         let shares_vocabulary = part.vocabulary.is_some();
         let states = self.tokens * hidden * self.element;
-        let logits = LOGITS_CHUNK_BYTES.min(self.tokens * rows * FP32_BYTES);
+        let limit = logits_chunk_bytes(self.config.run.device == "cpu") as u64;
+        let logits = limit.min(self.tokens * rows * FP32_BYTES);
         let mut saved = 0;
         let mut largest = 0;
         for stage in &part.stages {

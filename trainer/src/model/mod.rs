@@ -41,7 +41,7 @@ use tch::{Kind, Tensor};
 pub use build_context::BuildContext;
 pub(crate) use documents::Documents;
 pub(crate) use experts::LocalExperts;
-pub(crate) use loss::{IGNORED, LossScale, with_gradient};
+pub(crate) use loss::{IGNORED, LossScale, logits_chunk_bytes, with_gradient};
 pub use part::{ModelPart, PipelineSplit, StagePart, VocabularyShard, split_layers};
 
 /// This rank's part of a decoder, and its parameters.
