@@ -4,6 +4,7 @@
 //! data centers); not yet run there. On the CPU libtorch loops over the groups, which the tests
 //! use.
 
+use crate::upload::upload;
 use tch::{Device, Kind, Tensor};
 
 /// Required alignment of addresses and strides, in bytes.
@@ -43,7 +44,10 @@ fn offsets(counts: &[i64], device: Device) -> Tensor {
         end += count as i32;
         offsets.push(end);
     }
-    Tensor::from_slice(&offsets).to_device(device)
+    let offsets = upload(&[&offsets], device);
+    offsets
+        .unwrap_or_else(|error| panic!("offsets of groups: {error}"))
+        .remove(0)
 }
 
 /// Does what [`crate::grouped_gemm`] does.

@@ -49,6 +49,7 @@ mod softmax;
 mod squares;
 mod swiglu;
 mod tensors;
+mod upload;
 
 pub use adamw::adamw;
 pub use adamw_update::AdamWUpdate;
@@ -67,3 +68,4 @@ pub use routing::{RouterGradients, RouterOutput, RouterScoring};
 pub use softmax::{softmax, softmax_gradient};
 pub use squares::sum_of_squares;
 pub use swiglu::{swiglu, swiglu_backward};
+pub use upload::upload;

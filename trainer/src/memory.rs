@@ -283,8 +283,10 @@ impl RankSizes<'_> {
             }
         }
         if recompute.recomputes_layer(index) {
+            // The experts of each token, and the routes of the rows.
+            let routing = |moe| self.routed_tokens(moe) * (8 + 4 * 4);
             LayerActivations {
-                saved: stream,
+                saved: stream + model.moe_config(index).map_or(0, routing),
                 transient: transient + saved,
             }
         } else {

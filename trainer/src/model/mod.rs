@@ -36,7 +36,7 @@ use norm::rms_norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use rope::Rope;
 use std::{ops::Range, sync::Arc};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use build_context::BuildContext;
 pub(crate) use documents::Documents;
@@ -295,13 +295,16 @@ impl Model {
             counts_le: counts.as_ref(),
             ..*totals
         };
-        let loss = load_balance_loss(stats, moe.top_k, moe.load_balance_pool_layers, &totals);
-        out.load_balance = loss.double_value(&[]);
-        let mut total = loss * moe.load_balance;
-        let loss = z_loss(stats, &totals);
-        out.z = loss.double_value(&[]);
+        let load_balance =
+            load_balance_loss(stats, moe.top_k, moe.load_balance_pool_layers, &totals);
+        let z = z_loss(stats, &totals);
+        // One copy to the host, so that it waits for a device once.
+        let both = tch::no_grad(|| Tensor::stack(&[&load_balance, &z], 0).to_device(Device::Cpu));
+        out.load_balance = both.double_value(&[0]);
+        out.z = both.double_value(&[1]);
+        let mut total = load_balance * moe.load_balance;
         if moe.z_loss > 0.0 {
-            total = total + loss * moe.z_loss;
+            total = total + z * moe.z_loss;
         }
         out.total = Some(total);
         out
