@@ -23,6 +23,7 @@ impl Model {
     /// Builds the part `part` of the model that `config` and the seed describe, with the matrices
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
+        kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
         let tensor = &ctx.groups.tensor;
         let shard = part.vocabulary.unwrap_or(VocabularyShard {
             rank: tensor.rank(),
