@@ -108,14 +108,14 @@ pub(crate) fn grouped_gemm_to_sums(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::test_gpu,
+        cuda::tests::{test_gpu, with_cases},
         matmul::{grouped_gemm, grouped_gemm_accumulate, grouped_gemm_overwrite},
         tensors::tests::{TestTensor, randn},
     };
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(100))]
+        #![proptest_config(with_cases(100))]
         #[test]
         fn it_matches_one_gemm_per_group(
             own in prop::collection::vec(0i64..20, 1..5),

@@ -98,13 +98,13 @@ mod tests {
     use super::*;
     use crate::{
         combine::{backward_by_libtorch, combine_by_libtorch},
-        cuda::tests::{TestInput, close, test_gpu},
+        cuda::tests::{TestInput, close, test_gpu, with_cases},
     };
     use proptest::prelude::*;
     use tch::{Kind, kind::FLOAT_CPU};
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(60))]
+        #![proptest_config(with_cases(60))]
         #[test]
         fn it_matches_libtorch(
             tokens in 0i64..40,

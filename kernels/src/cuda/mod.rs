@@ -102,6 +102,14 @@ pub(crate) mod tests {
         }
     }
 
+    /// Returns the configuration of a property test with `number` cases, or with the number in
+    /// MOERUN_TEST_CASES: a memory checker makes each case slow.
+    pub(crate) fn with_cases(number: u32) -> ProptestConfig {
+        let given = std::env::var("MOERUN_TEST_CASES").ok();
+        let number = given.map_or(number, |given| given.parse().expect("a number of cases"));
+        ProptestConfig::with_cases(number)
+    }
+
     /// Fails unless `ours` is `plain` within a relative and absolute tolerance.
     pub(crate) fn close(
         ours: &Tensor,

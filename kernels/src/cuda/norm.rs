@@ -92,7 +92,7 @@ pub(crate) fn rms_norm_backward(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::{TestInput, close, test_gpu},
+        cuda::tests::{TestInput, close, test_gpu, with_cases},
         tensors::{LAST_DIM, tests::TestTensor},
     };
     use proptest::prelude::*;
@@ -121,7 +121,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(with_cases(40))]
         #[test]
         fn it_matches_the_formula(
             rows in 0i64..50,

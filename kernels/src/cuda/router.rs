@@ -161,14 +161,14 @@ pub(crate) fn router_backward(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::{close, test_gpu},
+        cuda::tests::{close, test_gpu, with_cases},
         router::tests::{consecutive, plain},
         tensors::tests::TestTensor,
     };
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(30))]
+        #![proptest_config(with_cases(30))]
         #[test]
         fn it_matches_libtorch(
             lens in proptest::collection::vec(0usize..100, 1..3),
