@@ -27,6 +27,7 @@
 
 mod adamw;
 mod adamw_update;
+mod add_rows;
 mod attention;
 mod combine;
 mod cross_entropy;
@@ -53,6 +54,7 @@ mod upload;
 
 pub use adamw::adamw;
 pub use adamw_update::AdamWUpdate;
+pub use add_rows::add_rows;
 pub use attention::{attention, attention_backward, repeat_heads, sum_repeated_heads};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;

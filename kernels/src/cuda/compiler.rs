@@ -45,6 +45,7 @@ pub(super) fn source() -> String {
         ("cross_entropy.cu", include_str!("source/cross_entropy.cu")),
         ("adamw.cu", include_str!("source/adamw.cu")),
         ("router.cu", include_str!("source/router.cu")),
+        ("add_rows.cu", include_str!("source/add_rows.cu")),
     ];
     parts
         .iter()

@@ -135,6 +135,7 @@ struct Named {
 #define NAMED(kernel) {#kernel, unpacked<kernel>}
 static const Named kernels[] = {
     NAMED(adamw),
+    NAMED(add_rows),
     NAMED(select_experts),
     NAMED(combine),
     NAMED(combine_backward),

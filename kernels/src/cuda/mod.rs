@@ -6,6 +6,7 @@
 //! run on hardware.
 
 mod adamw;
+mod add_rows;
 mod combine;
 mod compiler;
 mod cross_entropy;
@@ -19,6 +20,7 @@ mod router;
 mod swiglu;
 
 pub(crate) use adamw::adamw;
+pub(crate) use add_rows::add_rows;
 pub(crate) use combine::{combine, combine_backward};
 pub(crate) use cross_entropy::{cross_entropy, softmax, softmax_gradient};
 pub(crate) use launch::Gpu;

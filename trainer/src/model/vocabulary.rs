@@ -289,8 +289,8 @@ pub(crate) fn embed_rows(tokens_t: &Tensor, weight: &Weight, rows: &Range<usize>
 /// `[T, D]`.
 pub(crate) fn add_rows(tokens_t: &Tensor, gradient: &Tensor, sum: &Tensor, rows: &Range<usize>) {
     let (index, inside) = local_rows(tokens_t, rows);
-    let gradient = gradient.to_kind(Kind::Float) * inside;
-    let _ = sum.shallow_clone().index_add_(0, &index, &gradient);
+    let targets = index.masked_fill(&inside.squeeze_dim(1).eq(0.0), -1);
+    kernels::add_rows(sum, &targets, &gradient.contiguous());
 }
 
 /// Returns the row of each token on this rank, and an fp32 column: 1 if this rank has it, else 0.
