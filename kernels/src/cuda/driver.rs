@@ -3,7 +3,8 @@
 //! Types come from cudarc. The functions are looked up here, for the reason given in `compiler.rs`.
 
 use super::{
-    compiler::Compiler,
+    code_cache::CodeCache,
+    compiler::{Compiler, options, source},
     launch::{Gpu, KernelLaunch, Variant, pointers},
 };
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
@@ -190,7 +191,7 @@ impl Device {
         if let Some(module) = modules.get(&variant) {
             return Ok(*module);
         }
-        let code = self.compiler.compile(variant, &self.architecture)?;
+        let code = self.code(variant)?;
         self.enter()?;
         let mut module = std::ptr::null_mut();
         // SAFETY: `module` is an out-parameter, and the driver copies the machine code.
@@ -198,6 +199,16 @@ impl Device {
         self.driver.check(status)?;
         modules.insert(variant, module);
         Ok(module)
+    }
+
+    /// Returns the machine code of a variant, compiled unless the cache on disk has it.
+    fn code(&self, variant: Variant) -> Result<Vec<u8>, String> {
+        let version = self.compiler.version()?;
+        let options = options(variant, &self.architecture).join(" ");
+        CodeCache::of_user().get_or_compile(&[&source(), &options, &version], || {
+            let compiled = self.compiler.compile(variant, &self.architecture)?;
+            Ok(compiled.code)
+        })
     }
 
     fn function(&self, variant: Variant, name: &'static str) -> Result<CUfunction, String> {

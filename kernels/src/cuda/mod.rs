@@ -1,12 +1,14 @@
 //! CUDA kernels of our own for norms, routers, losses and other memory-bound operations.
 //!
-//! The kernels are in `source/`. NVRTC compiles them at first use (`compiler.rs`), and CUDA's
-//! driver queues them on libtorch's streams (`driver.rs`). If either library is missing,
+//! The kernels are in `source/`. NVRTC compiles them at first use (`compiler.rs`), which a cache on
+//! disk remembers (`code_cache.rs`), and CUDA's driver queues them on libtorch's streams
+//! (`driver.rs`). If either library is missing,
 //! libtorch's operations run instead. Tests run the kernels on the host (`emulator.rs`). Not yet
 //! run on hardware.
 
 mod adamw;
 mod add_rows;
+mod code_cache;
 mod combine;
 mod compiler;
 mod cross_entropy;
