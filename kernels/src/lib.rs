@@ -42,6 +42,7 @@ mod norm;
 mod number;
 mod positions;
 pub mod profile;
+mod quantize;
 mod rotary;
 mod router;
 mod routing;
@@ -64,6 +65,7 @@ pub use matmul::{
     grouped_gemm_accumulate, grouped_gemm_overwrite,
 };
 pub use norm::{rms_norm, rms_norm_backward};
+pub use quantize::quantize_rows;
 pub use rotary::apply_rotary;
 pub use router::{router, router_backward, select_experts, supports_router};
 pub use routing::{RouterGradients, RouterOutput, RouterScoring};

@@ -306,7 +306,7 @@ impl MoeLayer {
                 &dispatched.rows_rd,
                 weights,
                 counts,
-                self.gemm,
+                &self.gemm,
                 self.save.experts,
             )?;
             let combine = self

@@ -29,7 +29,7 @@ pub struct RankMemory {
     pub stages: Vec<StagePart>,
     /// Number of parameters that the rank updates.
     pub parameters: u64,
-    /// Weights in the model's dtype.
+    /// Weights in the model's dtype, and those of experts in 8 bits.
     pub weights: u64,
     /// Gradients during a step.
     pub gradients: u64,
@@ -396,6 +396,20 @@ impl Shards<'_> {
         self.shapes.iter().map(|s| self.own_elements(s)).sum()
     }
 
+    /// Returns the bytes of the experts' weights in 8 bits, for forward and for backward.
+    fn rounded_bytes(&self) -> u64 {
+        if !self.config.train.fp8_experts {
+            return 0;
+        }
+        let of_experts = |shape: &&ParameterShape| shape.replicas == Replicas::Expert;
+        let elements = self
+            .shapes
+            .iter()
+            .filter(of_experts)
+            .map(ParameterShape::elements);
+        2 * elements.sum::<u64>()
+    }
+
     fn unsharded(&self) -> u64 {
         self.shapes.iter().map(ParameterShape::elements).sum()
     }
@@ -556,7 +570,7 @@ impl Config {
             coordinates: mesh.coordinates(),
             stages: part.stages,
             parameters,
-            weights: shards.weight_bytes(),
+            weights: shards.weight_bytes() + shards.rounded_bytes(),
             gradients: shards.gradient_bytes(),
             optimizer,
             host: if is_offloaded { moments_and_masters } else { 0 },

@@ -54,6 +54,7 @@ pub(super) fn source() -> String {
         ("adamw.cu", include_str!("source/adamw.cu")),
         ("router.cu", include_str!("source/router.cu")),
         ("add_rows.cu", include_str!("source/add_rows.cu")),
+        ("quantize.cu", include_str!("source/quantize.cu")),
     ];
     parts
         .iter()

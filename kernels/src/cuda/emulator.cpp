@@ -142,6 +142,7 @@ static const Named kernels[] = {
     NAMED(cross_entropy),
     NAMED(router),
     NAMED(router_backward),
+    NAMED(quantize),
     NAMED(rms_norm),
     NAMED(rms_norm_backward),
     NAMED(apply_rotary),

@@ -17,6 +17,9 @@ mod driver;
 mod emulator;
 mod launch;
 mod norm;
+#[cfg(test)]
+mod on_gpu;
+mod quantize;
 mod rotary;
 mod router;
 mod swiglu;
@@ -27,6 +30,7 @@ pub(crate) use combine::{combine, combine_backward};
 pub(crate) use cross_entropy::{cross_entropy, softmax, softmax_gradient};
 pub(crate) use launch::Gpu;
 pub(crate) use norm::{MAX_NORM_WIDTH, rms_norm, rms_norm_backward};
+pub(crate) use quantize::quantize_rows;
 pub(crate) use rotary::apply_rotary;
 pub(crate) use router::{MAX_EXPERTS, router, router_backward, select_experts};
 pub(crate) use swiglu::{swiglu, swiglu_backward};

@@ -293,7 +293,7 @@ impl Builder<'_> {
             balance_scope: config.load_balance_over,
             tensor: groups.tensor.clone(),
             sequence: groups.sequence.clone(),
-            gemm: ctx.expert_gemm,
+            gemm: ctx.expert_gemm.for_layer(),
             save: SavePolicy {
                 dispatched: ctx.recompute.keeps(RecomputedPart::Dispatch),
                 experts: ctx.recompute.keeps(RecomputedPart::Experts),

@@ -416,7 +416,7 @@ impl Model {
         out
     }
 
-    /// Marks gathered weights as stale after an update of the shards.
+    /// Marks gathered and rounded weights as stale after an update.
     pub(crate) fn mark_stale(&self) {
         for vocabulary_weight in self.embedding.iter().chain(&self.head) {
             vocabulary_weight.unit.mark_stale();
@@ -428,6 +428,9 @@ impl Model {
             if let Some((_, unit)) = &stage.norm {
                 unit.mark_stale();
             }
+        }
+        for (_, moe, _) in self.local_moe_layers() {
+            moe.gemm.mark_stale();
         }
     }
 
