@@ -15,6 +15,7 @@ mod doctor;
 mod drawn_layouts;
 mod faults;
 mod fixture;
+mod gpu_check;
 mod keeper_ports;
 mod kills;
 mod launchers;
