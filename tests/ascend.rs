@@ -363,3 +363,87 @@ fn what_is_missing_is_said_in_one_sentence() {
         refused(&["run.device=cuda"], "libtorch_cuda.so could not be loaded");
     }
 }
+
+/// Operations of the host on the stand-in, outside of backward and in it, in the order of `Count`
+/// in `torch_npu.cpp`.
+#[derive(Debug, Clone, Copy, Default)]
+struct HostCounts([[f64; 5]; 2]);
+
+impl HostCounts {
+    /// Adds up the files of all processes.
+    fn read(folder: &Path) -> HostCounts {
+        let mut counts = HostCounts::default();
+        for file in std::fs::read_dir(folder).unwrap() {
+            let bytes = std::fs::read(file.unwrap().path()).unwrap();
+            let numbers = bytes.chunks_exact(8);
+            let sums = counts.0.iter_mut().flatten();
+            for (sum, number) in sums.zip(numbers) {
+                *sum += u64::from_le_bytes(number.try_into().unwrap()) as f64;
+            }
+        }
+        counts
+    }
+
+    /// Returns `factor` times the difference.
+    fn difference(self, other: HostCounts, factor: f64) -> HostCounts {
+        let mut result = self;
+        for (a, b) in result.0.iter_mut().flatten().zip(other.0.iter().flatten()) {
+            *a = (*a - b) * factor;
+        }
+        result
+    }
+
+    /// Returns how often the host waited for the device, outside of backward and in it.
+    fn waits(self) -> [f64; 2] {
+        self.0
+            .map(|[_, _, copies_in, copies_out, others]| copies_in + copies_out + others)
+    }
+}
+
+/// Runs steps of a model on the stand-in and returns the counts of one layer and microbatch.
+fn counts_of_a_layer(ranks: usize, changes: &[&str]) -> HostCounts {
+    const STEPS: usize = 2;
+    let experiment = Experiment::new();
+    let run = |layers: usize, microbatches: usize| {
+        let name = format!("{layers}-{microbatches}");
+        let folder = experiment.path(&format!("counts-{name}"));
+        std::fs::create_dir(&folder).unwrap();
+        let sequences = 2 * microbatches * ranks;
+        let mut command = experiment.train(ranks, changes);
+        for change in [
+            format!("train.steps={STEPS}"),
+            format!("train.global_batch={sequences}"),
+            format!("model.layers={layers}"),
+            format!("run.dir=run-{name}"),
+        ] {
+            command.args(["--set", &change]);
+        }
+        command.args(["--set", "run.device=npu"]);
+        let output = finish(with_npus(&mut command).env("MOERUN_STANDIN_COUNTS", &folder));
+        assert!(output.status.success(), "{changes:?}: {}", text(&output));
+        HostCounts::read(&folder)
+    };
+    // What does not depend on both the layers and the microbatches drops out.
+    let growth = |layers| run(layers, 3).difference(run(layers, 1), 1.0);
+    let per_layer = 1.0 / (2 * 2 * STEPS * ranks) as f64;
+    growth(3).difference(growth(1), per_layer)
+}
+
+#[test]
+fn the_host_rarely_waits_for_a_layer() {
+    let layouts: [(usize, &[&str]); 4] = [
+        (1, &["parallel={}"]),
+        (1, &["parallel={recompute: {layers: all}}"]),
+        (2, &["parallel={expert: 2}"]),
+        (2, &["parallel={expert: 2, recompute: {layers: all}}"]),
+    ];
+    for (ranks, changes) in layouts {
+        let counts = counts_of_a_layer(ranks, changes);
+        eprintln!("{changes:?}: {counts:?}");
+        let [forward, backward] = counts.waits();
+        assert!(
+            forward <= 2.0 && backward <= 1.0,
+            "{changes:?}: the host waits {forward} times in forward and {backward} in backward"
+        );
+    }
+}

@@ -16,6 +16,7 @@ mod drawn_layouts;
 mod faults;
 mod fixture;
 mod forks;
+mod gpu_check;
 mod keeper_ports;
 mod kills;
 mod large_states;

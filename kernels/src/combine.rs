@@ -16,7 +16,7 @@ const CHUNK: usize = 64;
 
 /// Returns the weighted sum of each token's rows, `[T, D]` in the dtype of `rows` `[N, D]`.
 ///
-/// `row_ids` `[T, K]` int64 holds the row of each routed token, or -1 if it has none. A row belongs
+/// `row_ids` `[T, K]` int32 holds the row of each routed token, or -1 if it has none. A row belongs
 /// to one routed token. The weights are `[T, K]` fp32, or 1.
 ///
 /// # Panics
@@ -77,12 +77,12 @@ pub fn combine_backward(
 
 fn on_host(tensors: &[&Tensor], row_ids: &Tensor) -> Option<Kind> {
     let indexed =
-        row_ids.device() == Device::Cpu && row_ids.kind() == Kind::Int64 && row_ids.is_contiguous();
+        row_ids.device() == Device::Cpu && row_ids.kind() == Kind::Int && row_ids.is_contiguous();
     host_kind(tensors).filter(|_| indexed)
 }
 
 fn on_gpu(tensors: &[&Tensor], row_ids: &Tensor) -> Option<&'static dyn cuda::Gpu> {
-    let indexed = cuda::same_device_contiguous(tensors[0], row_ids, Kind::Int64);
+    let indexed = cuda::same_device_contiguous(tensors[0], row_ids, Kind::Int);
     cuda::gpu(tensors).filter(|_| indexed)
 }
 
@@ -125,13 +125,15 @@ pub(crate) fn backward_by_libtorch(
 ) -> (Tensor, Tensor) {
     let factors = factors(row_ids, Some(weights), rows.kind());
     let grad_routed = grad.unsqueeze(1) * factors;
-    let flat_ids = row_ids.flatten(0, -1);
-    let with_row = flat_ids.ge(0).nonzero().squeeze_dim(-1);
-    let row_ids_with_row = flat_ids.index_select(0, &with_row);
-    let grad_routed = grad_routed.flatten(0, 1).index_select(0, &with_row);
-    let grad_rows = rows
-        .zeros_like()
-        .index_copy(0, &row_ids_with_row, &grad_routed);
+    // Routed tokens without a row write to one that is dropped: to leave them out, the host would
+    // have to wait for their number.
+    let [count, width] = sizes(rows);
+    let flat_ids = row_ids.flatten(0, -1).to_kind(Kind::Int64);
+    let flat_ids = flat_ids.masked_fill(&flat_ids.lt(0), count as i64);
+    let with_dropped = empty_as(rows, [count + 1, width]).zero_();
+    let grad_rows = with_dropped
+        .index_copy(0, &flat_ids, &grad_routed.flatten(0, 1))
+        .narrow(0, 0, count as i64);
     let products = gather_rows(rows, row_ids) * grad.unsqueeze(1);
     let products = products.to_kind(Kind::Float);
     let dots = products.sum_dim_intlist(LAST_DIM, false, Kind::Float);
@@ -149,7 +151,7 @@ fn combine_on_threads<T: Number>(
     // SAFETY: `on_host` has checked the device, layout and dtype; the rest is created here.
     let [rows, out] = unsafe { HostData::<T>::of_all([rows, out]) };
     // SAFETY: as above.
-    let row_ids = unsafe { Indices::of(row_ids) };
+    let row_ids = unsafe { Indices::<i32>::of(row_ids) };
     // SAFETY: as above.
     let weights = weights.map(|weights| unsafe { HostData::<f32>::of(weights) });
     for_rows(tokens, width * top_k, |_, range| {
@@ -216,7 +218,7 @@ fn backward_on_threads<T: Number>(
     // SAFETY: as in `combine_on_threads`.
     let [grad, rows, grad_rows] = unsafe { HostData::<T>::of_all([grad, rows, grad_rows]) };
     // SAFETY: as above.
-    let row_ids = unsafe { Indices::of(row_ids) };
+    let row_ids = unsafe { Indices::<i32>::of(row_ids) };
     // SAFETY: as above.
     let [weights, grad_weights] =
         [weights, grad_weights].map(|x| unsafe { HostData::<f32>::of(x) });
@@ -291,7 +293,7 @@ mod tests {
             let row_ids = Tensor::randperm(routed, INT64_CPU);
             let row_ids = row_ids.view([tokens, top_k]);
             let count = if missing { routed * 2 / 3 } else { routed };
-            let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1);
+            let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1).to_kind(Kind::Int);
             let rows = randn(&[count, width], kind);
             let grad = randn(&[tokens, width], kind);
             let weights = randn(&[tokens, top_k], Kind::Float);
@@ -312,7 +314,7 @@ mod tests {
     #[should_panic]
     fn a_row_id_out_of_range_panics() {
         let rows = Tensor::zeros([2, 4], FLOAT_CPU);
-        let row_ids = Tensor::from_slice(&[2i64]).view([1, 1]);
+        let row_ids = Tensor::from_slice(&[2i32]).view([1, 1]);
         let _ = combine(&rows, &row_ids, None);
     }
 }

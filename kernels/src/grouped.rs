@@ -1,12 +1,12 @@
 //! Grouped GEMMs by libtorch's `_grouped_mm`, one kernel for all groups.
 //!
-//! libtorch has it for bf16 on NVIDIA GPUs since Hopper; not yet run there. On the CPU libtorch
-//! loops over the groups, which the tests use.
+//! libtorch has it for bf16 on NVIDIA GPUs of compute capability 9 and 10 (Hopper and Blackwell of
+//! data centers); not yet run there. On the CPU libtorch loops over the groups, which the tests
+//! use.
 
+use crate::upload::upload;
 use tch::{Device, Kind, Tensor};
 
-/// Compute capability of the first GPUs with the kernel.
-const HOPPER: (i32, i32) = (9, 0);
 /// Required alignment of addresses and strides, in bytes.
 const ALIGNMENT: usize = 16;
 
@@ -16,7 +16,13 @@ pub(crate) fn supports_grouped_mm(tensors: &[&Tensor]) -> bool {
         return false;
     };
     tensors.iter().all(|tensor| fits(tensor))
-        && torch_ext::compute_capability(index).is_ok_and(|capability| capability >= HOPPER)
+        && torch_ext::compute_capability(index).is_ok_and(has_kernel)
+}
+
+/// True if libtorch has the kernel for GPUs of this compute capability. On others it loops over the
+/// groups and waits for the offsets.
+fn has_kernel(capability: (i32, i32)) -> bool {
+    matches!(capability.0, 9 | 10)
 }
 
 fn fits(tensor: &Tensor) -> bool {
@@ -38,16 +44,24 @@ fn offsets(counts: &[i64], device: Device) -> Tensor {
         end += count as i32;
         offsets.push(end);
     }
-    Tensor::from_slice(&offsets).to_device(device)
+    let offsets = upload(&[&offsets], device);
+    offsets
+        .unwrap_or_else(|error| panic!("offsets of groups: {error}"))
+        .remove(0)
 }
 
-/// Does what [`crate::grouped_gemm`] does, into `out`.
-pub(crate) fn grouped_gemm_into(
-    out: &Tensor,
-    rows: &Tensor,
-    matrices: &[Tensor],
-    rows_per_group: &[i64],
-) {
+/// Does what [`crate::grouped_gemm`] does.
+pub(crate) fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], rows_per_group: &[i64]) -> Tensor {
+    if let [matrices] = matrices
+        && rows_per_group.len() as i64 == matrices.size()[0]
+    {
+        let offsets = Some(offsets(rows_per_group, rows.device()));
+        let products = rows.internal_grouped_mm(matrices, offsets, None, None);
+        // libtorch pads rows whose length is not a multiple of 16 bytes.
+        return products.contiguous();
+    }
+    let shape = [rows.size()[0], matrices[0].size()[2]];
+    let out = Tensor::empty(shape, (rows.kind(), rows.device()));
     let mut rows_per_group = rows_per_group;
     let mut start = 0;
     for matrices in matrices {
@@ -62,6 +76,7 @@ pub(crate) fn grouped_gemm_into(
         rows_per_group = later;
         start += len;
     }
+    out
 }
 
 /// Does what [`crate::grouped_gemm_accumulate`] does, or [`crate::grouped_gemm_overwrite`] if not
@@ -93,14 +108,14 @@ pub(crate) fn grouped_gemm_to_sums(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::test_gpu,
+        cuda::tests::{test_gpu, with_cases},
         matmul::{grouped_gemm, grouped_gemm_accumulate, grouped_gemm_overwrite},
         tensors::tests::{TestTensor, randn},
     };
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(100))]
+        #![proptest_config(with_cases(100))]
         #[test]
         fn it_matches_one_gemm_per_group(
             own in prop::collection::vec(0i64..20, 1..5),
@@ -136,9 +151,9 @@ mod tests {
                 let off = (ours.to_f64() - plain.to_f64()).norm();
                 off.double_value(&[]) <= 1e-2 * plain.to_f64().norm().double_value(&[])
             };
-            let out = there(&grad).empty_like();
             let there_matrices: Vec<_> = matrices.iter().map(there).collect();
-            grouped_gemm_into(&out, &there(&rows), &there_matrices, &counts);
+            let out = super::grouped_gemm(&there(&rows), &there_matrices, &counts);
+            prop_assert!(out.is_contiguous());
             prop_assert!(close(&here(&out), &grouped_gemm(&rows, &matrices, &counts)));
             let sums = randn(&[counts.len() as i64, outer, inner], Kind::Float);
             let ours = there(&sums).copy();
@@ -150,6 +165,14 @@ mod tests {
             }
             prop_assert!(close(&here(&ours), &sums));
         }
+    }
+
+    #[test]
+    fn the_kernel_exists_for_two_generations() {
+        let with_kernel = [(9, 0), (10, 0), (10, 3)];
+        let without = [(8, 0), (8, 9), (11, 0), (12, 0), (12, 1)];
+        assert!(with_kernel.into_iter().all(has_kernel));
+        assert!(!without.into_iter().any(has_kernel));
     }
 
     #[test]

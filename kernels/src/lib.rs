@@ -27,6 +27,7 @@
 
 mod adamw;
 mod adamw_update;
+mod add_rows;
 mod attention;
 mod combine;
 mod cross_entropy;
@@ -41,6 +42,7 @@ mod norm;
 mod number;
 mod positions;
 pub mod profile;
+mod quantize;
 mod rotary;
 mod router;
 mod routing;
@@ -49,9 +51,11 @@ mod softmax;
 mod squares;
 mod swiglu;
 mod tensors;
+mod upload;
 
 pub use adamw::adamw;
 pub use adamw_update::AdamWUpdate;
+pub use add_rows::add_rows;
 pub use attention::{attention, attention_backward, repeat_heads, sum_repeated_heads};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
@@ -61,9 +65,11 @@ pub use matmul::{
     grouped_gemm_accumulate, grouped_gemm_overwrite,
 };
 pub use norm::{rms_norm, rms_norm_backward};
+pub use quantize::quantize_rows;
 pub use rotary::apply_rotary;
 pub use router::{router, router_backward, select_experts, supports_router};
 pub use routing::{RouterGradients, RouterOutput, RouterScoring};
 pub use softmax::{softmax, softmax_gradient};
 pub use squares::sum_of_squares;
 pub use swiglu::{swiglu, swiglu_backward};
+pub use upload::upload;

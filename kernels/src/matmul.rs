@@ -50,8 +50,13 @@ pub fn gemm_f32(left: &Tensor, right: &Tensor) -> Tensor {
     let operands = || vec![GemmOperands::of_tensors(&out, left, right)];
     span("gemm", "in fp32", cost, || {
         if !try_own_gemm([&out, left, right], false, operands) {
-            let wide = [left, right].map(|x| x.to_kind(Kind::Float));
-            tch::no_grad(|| drop(wide[0].mm_out(&out, &wide[1])));
+            tch::no_grad(|| match SumPath::of(&out, left) {
+                SumPath::Wide => drop(left.mm_dtype_out(&out, right, Kind::Float)),
+                SumPath::SameKind | SumPath::Rounded => {
+                    let wide = [left, right].map(|x| x.to_kind(Kind::Float));
+                    drop(wide[0].mm_out(&out, &wide[1]));
+                }
+            });
         }
     });
     out
@@ -83,11 +88,23 @@ fn gemm_to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
 /// belong to the groups in order. There are no more matrices than counts, and the tensors may have
 /// any strides.
 pub fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tensor {
+    let groups = groups(counts);
+    let cost = || grouped_cost(&groups, &matrices[0], rows.kind());
+    span("gemm", "of experts", cost, || {
+        let inputs: Vec<_> = matrices.iter().chain([rows]).collect();
+        if groups.len() > 1 && grouped::supports_grouped_mm(&inputs) {
+            grouped::grouped_gemm(rows, matrices, counts)
+        } else {
+            grouped_gemm_one_by_one(rows, matrices, &groups)
+        }
+    })
+}
+
+/// Multiplies each group's rows by a GEMM of its own.
+fn grouped_gemm_one_by_one(rows: &Tensor, matrices: &[Tensor], groups: &[GemmGroup]) -> Tensor {
     let [total] = sizes(rows);
     let [_, _, columns] = sizes(&matrices[0]);
     let out = empty_as(rows, [total, columns]);
-    let groups = groups(counts);
-    let cost = || grouped_cost(&groups, &matrices[0], rows.kind());
     let operands = || {
         let out = Matrix::of(&out);
         let rows = Matrix::of(rows);
@@ -99,14 +116,9 @@ pub fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tenso
         };
         groups.iter().map(of_group).collect()
     };
-    span("gemm", "of experts", cost, || {
-        let inputs: Vec<_> = matrices.iter().chain([rows]).collect();
-        if groups.len() > 1 && grouped::supports_grouped_mm(&inputs) {
-            grouped::grouped_gemm_into(&out, rows, matrices, counts);
-        } else if !try_own_gemm([&out, rows, &matrices[0]], false, operands) {
-            grouped_gemm_by_libtorch(&out, rows, matrices, &groups);
-        }
-    });
+    if !try_own_gemm([&out, rows, &matrices[0]], false, operands) {
+        grouped_gemm_by_libtorch(&out, rows, matrices, groups);
+    }
     out
 }
 
@@ -250,13 +262,41 @@ fn all_groups(counts: &[i64]) -> impl Iterator<Item = GemmGroup> {
     })
 }
 
+/// libtorch's operation that adds a product to a sum.
+#[derive(Debug, PartialEq, Eq)]
+enum SumPath {
+    /// The dtype of the operands is that of the sum.
+    SameKind,
+    /// One cuBLAS call adds the bf16 product to the fp32 sum.
+    Wide,
+    /// The product is rounded to bf16, and then added.
+    Rounded,
+}
+
+impl SumPath {
+    fn of(sum: &Tensor, operand: &Tensor) -> SumPath {
+        SumPath::choose(sum.kind(), operand.kind(), sum.device())
+    }
+
+    fn choose(sum: Kind, operand: Kind, device: Device) -> SumPath {
+        match device {
+            _ if sum == operand => SumPath::SameKind,
+            // Of libtorch's backends only CUDA's has the operation.
+            Device::Cuda(_) if (sum, operand) == (Kind::Float, Kind::BFloat16) => SumPath::Wide,
+            _ => SumPath::Rounded,
+        }
+    }
+}
+
 fn by_libtorch(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
-    let mut sum = sum.shallow_clone();
-    tch::no_grad(|| match (left.kind() == sum.kind(), accumulate) {
-        (true, true) => drop(sum.addmm_(left, right)),
-        (true, false) => drop(left.mm_out(&sum, right)),
-        (false, true) => drop(sum.g_add_(&left.matmul(right).to_kind(Kind::Float))),
-        (false, false) => sum.copy_(&left.matmul(right)),
+    let mut out = sum.shallow_clone();
+    tch::no_grad(|| match (SumPath::of(sum, left), accumulate) {
+        (SumPath::SameKind, true) => drop(out.addmm_(left, right)),
+        (SumPath::SameKind, false) => drop(left.mm_out(&out, right)),
+        (SumPath::Wide, true) => drop(sum.addmm_dtype_out(sum, left, right, Kind::Float)),
+        (SumPath::Wide, false) => drop(left.mm_dtype_out(sum, right, Kind::Float)),
+        (SumPath::Rounded, true) => drop(out.g_add_(&left.matmul(right).to_kind(Kind::Float))),
+        (SumPath::Rounded, false) => out.copy_(&left.matmul(right)),
     });
 }
 
@@ -313,6 +353,7 @@ fn fits(GemmOperands { out, left, right }: &GemmOperands) -> bool {
 mod tests {
     use super::*;
     use crate::{
+        cuda::tests::test_gpu,
         matrix::tests::random,
         tensors::tests::{TestTensor, randn},
     };
@@ -398,6 +439,49 @@ mod tests {
             }
             prop_assert!(close(&sums, &Tensor::stack(&plain, 0), kind));
         }
+    }
+
+    #[test]
+    fn gpus_add_bf16_products_in_fp32() {
+        let gpu = Device::Cuda(0);
+        let path = |sum, operand, device| SumPath::choose(sum, operand, device);
+        assert_eq!(path(Kind::Float, Kind::BFloat16, gpu), SumPath::Wide);
+        assert_eq!(
+            path(Kind::Float, Kind::BFloat16, Device::Mps),
+            SumPath::Rounded
+        );
+        assert_eq!(
+            path(Kind::Float, Kind::BFloat16, Device::Cpu),
+            SumPath::Rounded
+        );
+        for device in [gpu, Device::Cpu] {
+            assert_eq!(
+                path(Kind::BFloat16, Kind::BFloat16, device),
+                SumPath::SameKind
+            );
+            assert_eq!(path(Kind::Float, Kind::Float, device), SumPath::SameKind);
+        }
+    }
+
+    #[test]
+    fn many_small_products_lose_no_bits() {
+        // Each product is far below the last bit of a bf16 sum.
+        let device = test_gpu().1;
+        let there = |x: &Tensor| x.to_device(device);
+        let left = randn(&[24, 40], Kind::BFloat16);
+        let right = randn(&[40, 32], Kind::BFloat16);
+        let sum = there(&(randn(&[24, 32], Kind::Float) * 100.0));
+        let mut plain = sum.to_f64().to_device(Device::Cpu);
+        for _ in 0..50 {
+            gemm_accumulate(&sum, &there(&left), &there(&right));
+            plain += left.to_f64().matmul(&right.to_f64());
+        }
+        assert!(close(&sum.to_device(Device::Cpu), &plain, Kind::Float));
+        gemm_overwrite(&sum, &there(&left), &there(&right));
+        let plain = left.to_f64().matmul(&right.to_f64());
+        assert!(close(&sum.to_device(Device::Cpu), &plain, Kind::Float));
+        let product = gemm_f32(&there(&left), &there(&right));
+        assert!(close(&product.to_device(Device::Cpu), &plain, Kind::Float));
     }
 
     #[test]

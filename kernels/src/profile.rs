@@ -1,20 +1,27 @@
 //! A profiler of named spans, with their operations and bytes, on every thread.
 //!
 //! [`write`] saves the spans as a Chrome trace, which <https://ui.perfetto.dev> opens. While the
-//! profiler is off, a span costs one read of a flag.
+//! profiler is off, a span costs one read of a flag. While it is on, spans wait for the device that
+//! [`wait_for_device_of`] names, so that their times are the device's and nothing overlaps.
 
 use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
     path::Path,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::Instant,
 };
-use tch::Tensor;
+use tch::{Device, Tensor};
+use torch_ext::{Error, Stream};
 
 static ON: AtomicBool = AtomicBool::new(false);
 static RECORDING: Mutex<Option<Recording>> = Mutex::new(None);
 static THREADS: AtomicU64 = AtomicU64::new(0);
+/// Waits for what the calling thread has queued.
+static WAIT: Mutex<Option<Arc<dyn Fn() + Send + Sync>>> = Mutex::new(None);
 
 thread_local! {
     static THREAD: u64 = THREADS.fetch_add(1, Ordering::Relaxed);
@@ -93,6 +100,39 @@ pub fn stop() -> Vec<Event> {
     recording.map_or(Vec::new(), |recording| recording.events)
 }
 
+/// Makes spans of a recording wait, at both ends, for what their thread has queued on the device of
+/// `like`. Processors queue nothing.
+pub fn wait_for_device_of(like: &Tensor) {
+    if like.device() == Device::Cpu {
+        return;
+    }
+    let like = Mutex::new(like.detach());
+    let wait = move || {
+        let like = like.lock().shallow_clone();
+        // A failure of the device appears at the next operation, with its name.
+        let _ = wait_for_current_stream(&like);
+    };
+    *WAIT.lock() = Some(Arc::new(wait));
+}
+
+/// Waits for the calling thread's stream alone: other streams may wait for other ranks.
+fn wait_for_current_stream(like: &Tensor) -> Result<(), Error> {
+    let end = Stream::current(like)?.record()?;
+    while !end.is_done()? {
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
+/// Returns the time once the device has done what this thread has queued.
+fn device_time() -> Instant {
+    let wait = WAIT.lock().clone();
+    if let Some(wait) = wait {
+        wait();
+    }
+    Instant::now()
+}
+
 /// Calls `body` and records it as a span.
 pub fn span<T>(
     kind: &'static str,
@@ -103,9 +143,9 @@ pub fn span<T>(
     if !ON.load(Ordering::Relaxed) {
         return body();
     }
-    let started = Instant::now();
+    let started = device_time();
     let result = body();
-    let ended = Instant::now();
+    let ended = device_time();
     if let Some(recording) = RECORDING.lock().as_mut() {
         let origin = recording.started;
         let since = |at: Instant| at.saturating_duration_since(origin).as_secs_f64();
@@ -187,6 +227,35 @@ pub fn write(events: &[Event], rank: usize, path: &Path) -> std::io::Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn spans_wait_at_both_ends_while_recording() {
+        static WAITS: AtomicU64 = AtomicU64::new(0);
+        let count = || {
+            WAITS.fetch_add(1, Ordering::SeqCst);
+        };
+        *WAIT.lock() = Some(Arc::new(count));
+        let waits_of_a_span = || {
+            let before = WAITS.load(Ordering::SeqCst);
+            let inside = span("test", "waiting", Cost::default, || {
+                WAITS.load(Ordering::SeqCst)
+            });
+            (inside - before, WAITS.load(Ordering::SeqCst) - inside)
+        };
+        assert_eq!(waits_of_a_span(), (0, 0));
+        start();
+        // Other tests may record spans at the same time.
+        let (before, after) = waits_of_a_span();
+        assert!(before >= 1 && after >= 1, "{before} {after}");
+        assert!(stop().iter().any(|event| event.name == "waiting"));
+        *WAIT.lock() = None;
+    }
+
+    #[test]
+    fn processors_are_not_waited_for() {
+        wait_for_device_of(&Tensor::zeros([1], tch::kind::FLOAT_CPU));
+        assert!(wait_for_current_stream(&Tensor::zeros([1], tch::kind::FLOAT_CPU)).is_err());
+    }
 
     #[test]
     fn nested_spans_count_once() {

@@ -217,7 +217,7 @@ struct Chunk {
 /// The logits and selected experts of all tokens, divided into chunks.
 struct Tokens<'a> {
     logits: HostData<f32>,
-    experts: Indices<'a>,
+    experts: Indices<'a, i64>,
     width: usize,
     top_k: usize,
     chunks: Vec<Chunk>,

@@ -119,13 +119,13 @@ impl<T> HostData<T> {
     }
 }
 
-/// The data of a contiguous int64 tensor in host memory.
-pub(crate) struct Indices<'a>(&'a [i64]);
+/// The data of a contiguous tensor of integers in host memory.
+pub(crate) struct Indices<'a, I>(&'a [I]);
 
-impl Indices<'_> {
+impl<I> Indices<'_, I> {
     /// # Safety
-    /// The tensor is contiguous in host memory and int64.
-    pub(crate) unsafe fn of(tensor: &Tensor) -> Indices<'_> {
+    /// The tensor is contiguous in host memory and has elements of type I.
+    pub(crate) unsafe fn of(tensor: &Tensor) -> Indices<'_, I> {
         match tensor.numel() {
             0 => Indices(&[]),
             // SAFETY: as the caller promises.
@@ -134,7 +134,7 @@ impl Indices<'_> {
     }
 
     /// Returns rows of `width` elements.
-    pub(crate) fn rows(&self, rows: &Range<usize>, width: usize) -> &[i64] {
+    pub(crate) fn rows(&self, rows: &Range<usize>, width: usize) -> &[I] {
         &self.0[rows.start * width..rows.end * width]
     }
 }

@@ -124,7 +124,7 @@ fn softmax_gradient_on_threads<T: Number>(
     // SAFETY: the caller has checked all devices, layouts and dtypes.
     let probs = unsafe { HostData::<T>::of(probs) };
     // SAFETY: as above.
-    let labels = unsafe { Indices::of(labels) };
+    let labels = unsafe { Indices::<i64>::of(labels) };
     // SAFETY: as above.
     let [prob_factors, label_factors] =
         unsafe { HostData::<f32>::of_all([prob_factors, label_factors]) };

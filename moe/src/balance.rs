@@ -28,12 +28,16 @@ pub enum BalanceScope {
 pub struct RouterStats {
     /// `[G, E]` fp32, no gradient: routed tokens per expert, of the group's tokens on all ranks.
     pub counts_ge: Tensor,
+    /// Tokens of each group, on all ranks. All groups have an equal number.
+    pub tokens_per_group: f64,
     /// `[G, E]` fp32, differentiable: router probabilities summed over the group's tokens on this
     /// rank.
     pub prob_sums_ge: Tensor,
     /// Scalar fp32, differentiable: squared log-sum-exp of the logits, summed over this rank's
     /// tokens.
     pub z_sum: Tensor,
+    /// `[T, K]` int64: the experts of this rank's tokens.
+    pub experts_tk: Tensor,
 }
 
 /// Totals of a whole step, which normalize the contribution of one forward pass.
@@ -68,9 +72,7 @@ pub fn load_balance_loss(
         Some(counts_le) => (counts_le.unsqueeze(1), totals.positions, 1.0),
         None => {
             let counts_lge = stack(|s| &s.counts_ge);
-            // All groups of one forward have an equal number of tokens.
-            let tokens = tokens_per_group(&stats[0], top_k);
-            (counts_lge, tokens, 1.0 / totals.groups)
+            (counts_lge, stats[0].tokens_per_group, 1.0 / totals.groups)
         }
     };
     let experts = probs_lge.size()[2] as f64;
@@ -83,11 +85,6 @@ pub fn load_balance_loss(
     } else {
         (counts_lge * probs_lge).sum(Kind::Float) * factor
     }
-}
-
-fn tokens_per_group(stats: &RouterStats, top_k: usize) -> f64 {
-    let routed_tokens = stats.counts_ge.sum(Kind::Double).double_value(&[]);
-    routed_tokens / top_k as f64 / stats.counts_ge.size()[0] as f64
 }
 
 /// Returns one forward's contribution to the router z-loss, summed over layers (ST-MoE, arXiv
@@ -114,9 +111,12 @@ pub fn update_bias(bias_e: &mut Tensor, counts_e: &Tensor, rate: f64) {
 mod tests {
     use super::*;
 
-    fn stats(counts: &[f32], probs: &[f32], groups: i64) -> RouterStats {
+    fn stats(counts: &[f32], probs: &[f32], groups: i64, top_k: usize) -> RouterStats {
+        let routed_tokens: f32 = counts.iter().sum();
         RouterStats {
             counts_ge: Tensor::from_slice(counts).view([groups, -1]),
+            tokens_per_group: f64::from(routed_tokens) / top_k as f64 / groups as f64,
+            experts_tk: Tensor::zeros([0, top_k as i64], (Kind::Int64, tch::Device::Cpu)),
             prob_sums_ge: Tensor::from_slice(probs).view([groups, -1]),
             z_sum: Tensor::from_slice(&[3f32]).sum(Kind::Float),
         }
@@ -137,18 +137,18 @@ mod tests {
 
     #[test]
     fn balanced_is_one_and_collapsed_is_the_number_of_experts() {
-        let balanced = stats(&[2., 2., 2., 2.], &[1., 1., 1., 1.], 1);
+        let balanced = stats(&[2., 2., 2., 2.], &[1., 1., 1., 1.], 1, 2);
         let balanced_loss = loss(&[balanced], 2, &totals(1.0, 4.0));
         assert!((balanced_loss - 1.0).abs() < 1e-6);
-        let collapsed = stats(&[4., 0., 0., 0.], &[4., 0., 0., 0.], 1);
+        let collapsed = stats(&[4., 0., 0., 0.], &[4., 0., 0., 0.], 1, 1);
         let collapsed_loss = loss(&[collapsed], 1, &totals(1.0, 4.0));
         assert!((collapsed_loss - 4.0).abs() < 1e-6);
     }
 
     #[test]
     fn contributions_of_two_microbatches_add_up_to_the_batch() {
-        let a = stats(&[3., 1.], &[2.5, 1.5], 1);
-        let b = stats(&[1., 3.], &[2., 2.], 1);
+        let a = stats(&[3., 1.], &[2.5, 1.5], 1, 1);
+        let b = stats(&[1., 3.], &[2., 2.], 1, 1);
         let whole = Tensor::from_slice(&[4f32, 4.]).view([1, 2]);
         let of_batch = BatchTotals {
             counts_le: Some(&whole),
@@ -156,14 +156,14 @@ mod tests {
         };
         let contributions = [a, b].map(|stats| loss(&[stats], 1, &of_batch));
         let sum: f64 = contributions.iter().sum();
-        let once = stats(&[4., 4.], &[4.5, 3.5], 1);
+        let once = stats(&[4., 4.], &[4.5, 3.5], 1, 1);
         let expected = loss(&[once], 1, &totals(1.0, 8.0));
         assert!((sum - expected).abs() < 1e-6);
     }
 
     #[test]
     fn sequences_are_balanced_separately() {
-        let two = stats(&[2., 0., 0., 2.], &[2., 0., 0., 2.], 2);
+        let two = stats(&[2., 0., 0., 2.], &[2., 0., 0., 2.], 2, 1);
         // Each sequence is collapsed although the batch is balanced.
         let loss = loss(&[two], 1, &totals(2.0, 4.0));
         assert!((loss - 2.0).abs() < 1e-6);

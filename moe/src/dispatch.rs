@@ -8,6 +8,9 @@
 //! Every rank of the expert group, in the same order: an all-gather of counts, an all-to-all of
 //! rows to the experts, and one back. Backward repeats the last two in reverse order.
 //! Hierarchical dispatch adds three small exchanges.
+//!
+//! With one expert rank a device sorts the tokens itself; the host fetches the counts and waits once
+//! per layer. With more ranks the host makes the plan, from the fetched experts.
 
 pub use crate::hierarchy::Hierarchy;
 
@@ -22,9 +25,10 @@ use crate::{
     permute::Permutation,
     plan::{
         ExpertTopology, RankPlan, RoutedTokens, RowTarget, chunk_range, count_tokens_per_expert,
-        plan_receive, plan_send, rank_plan,
+        plan_receive, rank_plan,
     },
 };
+use kernels::upload;
 use parallel::{Activation, Communicator, Weight, Work};
 use parking_lot::Mutex;
 use std::{sync::Arc, time::Instant};
@@ -59,6 +63,26 @@ pub struct DispatchPlan {
     pub(crate) lending: Option<Arc<Lending>>,
     /// Seconds of planning, without the collective.
     pub seconds: f64,
+    /// The routes of the chunks that were started: recomputation uses them again.
+    routes: Arc<Mutex<Vec<Option<ChunkRoute>>>>,
+    /// Routed tokens of each chunk and physical slot of this rank's tokens, `[chunks * E]`.
+    own_counts: Arc<Vec<i64>>,
+}
+
+/// The way of a chunk's tokens to their experts.
+struct ChunkRoute {
+    route: DispatchRoute,
+    /// Rows for each expert that this rank computes.
+    counts: Vec<i64>,
+}
+
+impl ChunkRoute {
+    fn copy(&self) -> ChunkRoute {
+        ChunkRoute {
+            route: self.route.copy(),
+            counts: self.counts.clone(),
+        }
+    }
 }
 
 /// Rows in flight to their experts.
@@ -85,6 +109,16 @@ pub struct PendingCombine {
 }
 
 impl DispatchPlan {
+    /// Returns the routed tokens of this rank per expert, `[E]`.
+    pub(crate) fn tokens_per_expert(&self) -> Vec<i64> {
+        let num_experts = self.physical_slots.len();
+        let of_slot = |&slot: &i64| {
+            let chunks = self.own_counts.iter().skip(slot as usize);
+            chunks.step_by(num_experts).sum()
+        };
+        self.physical_slots.iter().map(of_slot).collect()
+    }
+
     /// Starts to send lent weights to helpers. Returns None if no rank lends an expert.
     pub(crate) fn fetch(
         &self,
@@ -143,23 +177,88 @@ impl Dispatcher {
     /// If a collective fails.
     pub fn plan(&self, experts: &[i64], top_k: usize) -> Result<DispatchPlan, Error> {
         let physical_slots = self.physical_slots();
-        let num_experts = physical_slots.len();
         let count_chunk = |chunk: usize| {
             let tokens = chunk_range(experts.len() / top_k, chunk, self.chunks);
             let experts = &experts[tokens.start * top_k..tokens.end * top_k];
-            let slots = to_physical_slots(experts, &physical_slots);
-            count_tokens_per_expert(&slots, num_experts)
+            let counts = count_tokens_per_expert(experts, physical_slots.len());
+            in_slot_order(&counts, &physical_slots)
         };
         let own: Vec<i64> = (0..self.chunks).flat_map(count_chunk).collect();
-        let counts = if self.group.size() == 1 {
-            own
+        self.plan_from_counts(own, physical_slots.clone())
+    }
+
+    /// Plans as [`Dispatcher::plan`] does where this rank has all experts, without fetching
+    /// `experts_tk` `[T, K]` from its device. Waits for the counts only.
+    ///
+    /// # Errors
+    /// If libtorch fails.
+    pub(crate) fn plan_on_device(&self, experts_tk: &Tensor) -> Result<DispatchPlan, Error> {
+        let physical_slots = self.physical_slots();
+        let num_experts = physical_slots.len();
+        let device = experts_tk.device();
+        let is_renumbered = !physical_slots.iter().copied().eq(0..num_experts as i64);
+        let slots_tk = if is_renumbered {
+            let slots: Vec<i32> = physical_slots.iter().map(|&slot| slot as i32).collect();
+            let slots = upload(&[&slots], device)?.remove(0).to_kind(Kind::Int64);
+            slots
+                .index_select(0, &experts_tk.flatten(0, -1))
+                .view_as(experts_tk)
         } else {
-            all_gather_counts(&self.group, &own)?
+            experts_tk.shallow_clone()
+        };
+        let tokens = experts_tk.size()[0] as usize;
+        let mut permutations = Vec::new();
+        let mut ends = Vec::new();
+        for chunk in 0..self.chunks {
+            let range = chunk_range(tokens, chunk, self.chunks);
+            let slots_tk = slots_tk.narrow(0, range.start as i64, range.len() as i64);
+            let (permutation, ends_e) = Permutation::by_expert(&slots_tk, num_experts);
+            permutations.push(permutation);
+            ends.push(ends_e);
+        }
+        let ends = Vec::<i64>::try_from(Tensor::cat(&ends, 0)).map_err(failed)?;
+        let counts: Vec<i64> = ends.chunks(num_experts).flat_map(differences).collect();
+        let plan = self.plan_from_counts(counts.clone(), physical_slots)?;
+        let route = |(permutation, counts): (Permutation, &[i64])| {
+            let exchange = TokenExchange {
+                permutation,
+                all_to_all: None,
+            };
+            Some(ChunkRoute {
+                route: DispatchRoute(vec![exchange]),
+                counts: counts.to_vec(),
+            })
+        };
+        let routes = permutations.into_iter().zip(counts.chunks(num_experts));
+        *plan.routes.lock() = routes.map(route).collect();
+        Ok(plan)
+    }
+
+    /// True if [`Dispatcher::plan_on_device`] can plan for tokens on `device`. On processors the
+    /// host's plan is faster.
+    pub(crate) fn plans_on_device(&self, device: Device) -> bool {
+        self.group.size() == 1 && device != Device::Cpu
+    }
+
+    /// Plans from the routed tokens of this rank by chunk and physical slot, `[chunks * E]`.
+    fn plan_from_counts(
+        &self,
+        own: Vec<i64>,
+        physical_slots: Arc<Vec<i64>>,
+    ) -> Result<DispatchPlan, Error> {
+        let num_experts = physical_slots.len();
+        let own_counts = Arc::new(own);
+        let gathered;
+        let counts = if self.group.size() == 1 {
+            &*own_counts
+        } else {
+            gathered = all_gather_counts(&self.group, &own_counts)?;
+            &gathered
         };
         let started = Instant::now();
-        let assignment = self.assign(&counts, num_experts);
+        let assignment = self.assign(counts, num_experts);
         let rank_plan = rank_plan(
-            &counts,
+            counts,
             self.chunks,
             &assignment,
             &self.topology,
@@ -175,6 +274,8 @@ impl Dispatcher {
             rank_plan: Arc::new(rank_plan),
             lending,
             seconds,
+            routes: Arc::default(),
+            own_counts,
         })
     }
 
@@ -189,7 +290,8 @@ impl Dispatcher {
         }
     }
 
-    /// Starts to send the tokens `x_td` `[T, D]` of chunk `chunk` to their `experts` `[T * K]`.
+    /// Starts to send the tokens `x_td` `[T, D]` of chunk `chunk` to their `experts` `[T * K]`. The
+    /// experts of a chunk that was started before are not read.
     ///
     /// # Errors
     /// If a collective fails.
@@ -201,17 +303,21 @@ impl Dispatcher {
         plan: &DispatchPlan,
         chunk: usize,
     ) -> Result<PendingDispatch, Error> {
-        let routed = self.routed_tokens(experts, top_k, plan, chunk);
-        let device = x_td.device();
-        let (route, counts) = match &self.hierarchy {
-            Some(hierarchy) => hierarchy::dispatch_route(
-                hierarchy,
-                &self.topology.nodes,
-                &routed,
-                &plan.rank_plan.computed_experts,
-                device,
-            )?,
-            None => self.direct_route(&routed, plan, chunk, device),
+        let known = plan
+            .routes
+            .lock()
+            .get(chunk)
+            .and_then(Option::as_ref)
+            .map(ChunkRoute::copy);
+        let ChunkRoute { route, counts } = match known {
+            Some(known) => known,
+            None => {
+                let made = self.route(x_td.device(), experts, top_k, plan, chunk)?;
+                let mut routes = plan.routes.lock();
+                routes.resize_with(self.chunks, || None);
+                routes[chunk] = Some(made.copy());
+                made
+            }
         };
         let pending = route.start(x_td)?;
         Ok(PendingDispatch {
@@ -219,6 +325,28 @@ impl Dispatcher {
             counts,
             pending,
         })
+    }
+
+    /// Plans the route of a chunk's tokens, which are on `device`.
+    fn route(
+        &self,
+        device: Device,
+        experts: &[i64],
+        top_k: usize,
+        plan: &DispatchPlan,
+        chunk: usize,
+    ) -> Result<ChunkRoute, Error> {
+        let Some(hierarchy) = &self.hierarchy else {
+            return self.direct_route(device, experts, top_k, plan, chunk);
+        };
+        let (route, counts) = hierarchy::dispatch_route(
+            hierarchy,
+            &self.topology.nodes,
+            &self.routed_tokens(experts, top_k, plan, chunk),
+            &plan.rank_plan.computed_experts,
+            device,
+        )?;
+        Ok(ChunkRoute { route, counts })
     }
 
     /// Returns the destinations of a chunk's routed tokens: for an expert that ranks split, one
@@ -249,36 +377,42 @@ impl Dispatcher {
         }
     }
 
-    /// Plans the direct route. Also returns the rows for each expert that this rank computes.
     fn direct_route(
         &self,
-        routed: &RoutedTokens,
+        device: Device,
+        experts: &[i64],
+        top_k: usize,
         plan: &DispatchPlan,
         chunk: usize,
-        device: Device,
-    ) -> (DispatchRoute, Vec<i64>) {
+    ) -> Result<ChunkRoute, Error> {
+        let DispatchPlan {
+            physical_slots,
+            rank_plan,
+            ..
+        } = plan;
+        let chunk_plan = &rank_plan.chunks[chunk];
+        let send = chunk_plan.send_plan(experts, top_k, physical_slots, &self.topology);
+        let per_token = top_k * self.topology.slices;
         let ranks = self.group.size();
-        let send = plan_send(routed, ranks);
-        let permutation = Permutation::new(&send, routed.per_token, device);
         if ranks == 1 {
-            let exchange = TokenExchange {
-                permutation,
-                all_to_all: None,
-            };
-            return (DispatchRoute(vec![exchange]), send.counts);
+            let exchange = TokenExchange::new(&send, per_token, None, device)?;
+            return Ok(ChunkRoute {
+                route: DispatchRoute(vec![exchange]),
+                counts: send.counts,
+            });
         }
         let receive = plan_receive(
-            &plan.rank_plan.chunks[chunk].incoming,
-            &plan.rank_plan.computed_experts,
+            &chunk_plan.incoming,
+            &rank_plan.computed_experts,
             ranks,
-            routed.num_experts,
+            physical_slots.len(),
         );
-        let all_to_all = AllToAll::ordered(self.group.clone(), send.input_splits, &receive, device);
-        let exchange = TokenExchange {
-            permutation,
-            all_to_all: Some(all_to_all),
-        };
-        (DispatchRoute(vec![exchange]), receive.counts)
+        let received = Some((&self.group, &receive));
+        let exchange = TokenExchange::new(&send, per_token, received, device)?;
+        Ok(ChunkRoute {
+            route: DispatchRoute(vec![exchange]),
+            counts: receive.counts,
+        })
     }
 
     /// Starts to return the experts' results `y_rd` `[R, D]` to their tokens, which sum them with
@@ -321,7 +455,7 @@ impl Dispatcher {
         if self.topology.slices == 1 {
             return Ok(weights_tk.shallow_clone());
         }
-        let (tokens, top_k) = weights_tk.size2().map_err(|e| Error::new(e.to_string()))?;
+        let (tokens, top_k) = weights_tk.size2().map_err(failed)?;
         let slices = self.topology.slices as i64;
         let repeated = weights_tk
             .unsqueeze(-1)
@@ -401,6 +535,25 @@ fn to_physical_slots(experts: &[i64], physical_slots: &[i64]) -> Vec<i64> {
         .collect()
 }
 
+/// Puts counts by expert into the order of physical slots.
+fn in_slot_order(counts: &[i64], physical_slots: &[i64]) -> Vec<i64> {
+    let mut by_slot = vec![0; counts.len()];
+    for (&count, &slot) in counts.iter().zip(physical_slots) {
+        by_slot[slot as usize] = count;
+    }
+    by_slot
+}
+
+/// Returns the lengths of consecutive ranges with these ends.
+fn differences(ends: &[i64]) -> impl Iterator<Item = i64> {
+    let starts = std::iter::once(&0).chain(ends);
+    ends.iter().zip(starts).map(|(end, start)| end - start)
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::new(error.to_string())
+}
+
 /// Gathers the counts of all ranks, in rank order. Counts of rows fit 32 bits.
 fn all_gather_counts(group: &Arc<dyn Communicator>, counts: &[i64]) -> Result<Vec<i64>, Error> {
     let own: Vec<i32> = counts.iter().map(|&count| count as i32).collect();
@@ -411,6 +564,6 @@ fn all_gather_counts(group: &Arc<dyn Communicator>, counts: &[i64]) -> Result<Ve
     group
         .all_gather(&all, &Tensor::from_slice(&own))
         .and_then(Work::wait)?;
-    let all = Vec::<i32>::try_from(all).map_err(|e| Error::new(e.to_string()))?;
+    let all = Vec::<i32>::try_from(all).map_err(failed)?;
     Ok(all.into_iter().map(i64::from).collect())
 }

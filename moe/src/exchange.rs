@@ -2,8 +2,9 @@
 
 use crate::{
     permute::{Permutation, permute_rows},
-    plan::ReceivePlan,
+    plan::{ReceivePlan, SendPlan},
 };
+use kernels::upload;
 use parallel::{
     Communicator,
     collectives::{PendingAllToAll, start_all_to_all},
@@ -31,7 +32,7 @@ pub(crate) struct AllToAll {
     pub(crate) row_order: Option<RowOrder>,
 }
 
-/// A permutation of received rows.
+/// A permutation of received rows, int32.
 pub(crate) struct RowOrder {
     order: Tensor,
     inverse: Tensor,
@@ -70,6 +71,39 @@ impl DispatchRoute {
 }
 
 impl TokenExchange {
+    /// Returns the exchange of a plan with `per_token` rows per token: over `group`, into the order
+    /// of `receive`; or without an all-to-all.
+    ///
+    /// Its indices go to the device in one copy, for which the host does not wait.
+    pub(crate) fn new(
+        send: &SendPlan,
+        per_token: usize,
+        received: Option<(&Arc<dyn Communicator>, &ReceivePlan)>,
+        device: Device,
+    ) -> Result<TokenExchange, Error> {
+        let mut lists: Vec<&[i32]> = vec![&send.token_of_row, &send.row_of_routed_token];
+        if let Some((_, receive)) = received {
+            lists.extend([receive.order.as_slice(), &receive.inverse]);
+        }
+        let mut indices = upload(&lists, device)?.into_iter();
+        let mut next = || indices.next().expect("each list gives a tensor");
+        let token_of_row = next();
+        let permutation = Permutation::new(token_of_row, &next(), per_token);
+        let all_to_all = received.map(|(group, receive)| AllToAll {
+            group: group.clone(),
+            input_splits: send.input_splits.clone(),
+            output_splits: receive.output_splits.clone(),
+            row_order: Some(RowOrder {
+                order: next(),
+                inverse: next(),
+            }),
+        });
+        Ok(TokenExchange {
+            permutation,
+            all_to_all,
+        })
+    }
+
     fn start(&self, x_td: &Tensor) -> Result<PendingRows, Error> {
         let rows = self.permutation.gather(x_td)?;
         match &self.all_to_all {
@@ -131,24 +165,6 @@ impl TokenExchange {
 }
 
 impl AllToAll {
-    /// Returns an exchange whose received rows are put into the order of `receive`.
-    pub(crate) fn ordered(
-        group: Arc<dyn Communicator>,
-        input_splits: Vec<i64>,
-        receive: &ReceivePlan,
-        device: Device,
-    ) -> AllToAll {
-        AllToAll {
-            group,
-            input_splits,
-            output_splits: receive.output_splits.clone(),
-            row_order: Some(RowOrder {
-                order: upload(&receive.order, device),
-                inverse: upload(&receive.inverse, device),
-            }),
-        }
-    }
-
     fn start(&self, rows: &Tensor) -> Result<PendingRows, Error> {
         let pending = start_all_to_all(rows, &self.group, &self.output_splits, &self.input_splits)?;
         Ok(PendingRows::InFlight(pending))
@@ -181,8 +197,4 @@ impl RowOrder {
             inverse: self.inverse.shallow_clone(),
         }
     }
-}
-
-fn upload(numbers: &[i64], device: Device) -> Tensor {
-    Tensor::from_slice(numbers).to_device(device)
 }

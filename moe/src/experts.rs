@@ -4,8 +4,10 @@
 //! 2002.05202). For backward, only the input and optionally the gate-up product are kept.
 // Shapes: R rows, D hidden, F ffn, E computed experts (local, then lent).
 
+pub use crate::fp8::Fp8Weights;
+
 use crate::{
-    fp8,
+    fp8::{self, ExpertMatrix, Fp8Matrices, GpuSupport},
     lending::{
         transfer::{expert_numel, split_matrices},
         weights::LentWeights,
@@ -17,27 +19,61 @@ use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// Arithmetic of the experts' GEMMs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum GemmPrecision {
     /// The dtype of the model.
     Model,
     /// 8-bit operands in forward and for the gradients of rows. Gradients of weights use the
     /// dtype of the model.
-    Fp8,
+    Fp8(Fp8Weights),
 }
 
 impl GemmPrecision {
-    /// Multiplies each group of rows by its own matrix. `matrices` are stacks `[E, out, in]` of the
-    /// first experts, then of the next; `[E, in, out]` if not `transposed`.
+    /// Returns 8 bits, or the model's dtype on a GPU on which libtorch's kernel would stop the
+    /// program.
+    pub fn fp8_on(device: Device) -> GemmPrecision {
+        let Device::Cuda(index) = device else {
+            return GemmPrecision::Fp8(Fp8Weights::default());
+        };
+        match torch_ext::compute_capability(index).map(GpuSupport::of) {
+            Ok(GpuSupport::Trap) => GemmPrecision::Model,
+            // Of other GPUs and of errors the first product tells.
+            _ => GemmPrecision::Fp8(Fp8Weights::default()),
+        }
+    }
+
+    /// Returns the same arithmetic for another layer.
+    pub fn for_layer(&self) -> GemmPrecision {
+        match self {
+            GemmPrecision::Model => GemmPrecision::Model,
+            GemmPrecision::Fp8(_) => GemmPrecision::Fp8(Fp8Weights::default()),
+        }
+    }
+
+    /// Frees what is derived from the weights. To be called after each update of them.
+    pub fn mark_stale(&self) {
+        if let GemmPrecision::Fp8(weights) = self {
+            weights.forget();
+        }
+    }
+
+    /// Multiplies each group of rows by its own matrix of `which`.
     fn grouped(
-        self,
+        &self,
         rows: &Tensor,
-        matrices: &[Tensor],
+        matrices: &ExpertMatrices,
+        which: ExpertMatrix,
         counts: &[i64],
-        transposed: bool,
     ) -> Result<Tensor, Error> {
+        // The weights are `[E, out, in]` in forward, and `[E, in, out]` in backward.
+        let (stacks, in_backward) = match which {
+            ExpertMatrix::GateUp => (&matrices.gate_up_proj, false),
+            ExpertMatrix::Down => (&matrices.down_proj, false),
+            ExpertMatrix::GateUpTransposed => (&matrices.gate_up_proj, true),
+            ExpertMatrix::DownTransposed => (&matrices.down_proj, true),
+        };
         // GEMMs of the model's dtype take matrices `[in, out]`, those in 8 bits `[out, in]`.
-        let transpose = transposed == (self == GemmPrecision::Model);
+        let transpose = in_backward == matches!(self, GemmPrecision::Fp8(_));
         let orient = |stack: &Tensor| {
             if transpose {
                 stack.transpose(1, 2)
@@ -45,11 +81,19 @@ impl GemmPrecision {
                 stack.shallow_clone()
             }
         };
-        let matrices: Vec<Tensor> = matrices.iter().map(orient).collect();
-        match self {
-            GemmPrecision::Model => Ok(grouped_gemm(rows, &matrices, counts)),
-            GemmPrecision::Fp8 => fp8::grouped_matmul(rows, &Tensor::cat(&matrices, 0), counts),
-        }
+        let stacks: Vec<Tensor> = stacks.iter().map(orient).collect();
+        let weights = match self {
+            GemmPrecision::Model => return Ok(grouped_gemm(rows, &stacks, counts)),
+            GemmPrecision::Fp8(weights) => weights,
+        };
+        let own = weights.get(which, &stacks[0]);
+        let lent: Vec<_> = stacks[1..].iter().map(Fp8Matrices::of).collect();
+        let all = if lent.is_empty() {
+            own
+        } else {
+            Fp8Matrices::join(std::iter::once(own).chain(lent).collect())
+        };
+        fp8::grouped_matmul(rows, &all, counts)
     }
 }
 
@@ -73,7 +117,7 @@ pub fn grouped_swiglu(
         down_proj,
         lent: None,
     };
-    grouped_swiglu_with_lent(x_rd, weights, counts, GemmPrecision::Model, keep)
+    grouped_swiglu_with_lent(x_rd, weights, counts, &GemmPrecision::Model, keep)
 }
 
 /// Weights of the experts that a rank computes: its own, then lent ones.
@@ -93,7 +137,7 @@ pub(crate) fn grouped_swiglu_with_lent(
     x_rd: &Activation,
     weights: ExpertWeights,
     counts: &[i64],
-    gemm: GemmPrecision,
+    gemm: &GemmPrecision,
     keep: bool,
 ) -> Result<Tensor, Error> {
     let ExpertWeights {
@@ -112,8 +156,8 @@ pub(crate) fn grouped_swiglu_with_lent(
     let lent_weights = fetch_lent(lent.as_ref(), gate_up_proj, down_proj)?;
     let (out, hidden) = tch::no_grad(|| {
         let matrices = ExpertMatrices::new(gate_up_proj, down_proj, lent_weights);
-        let hidden = gemm.grouped(&x_rd.value, &matrices.gate_up_proj, counts, true)?;
-        let out = gemm.grouped(&swiglu(&hidden), &matrices.down_proj, counts, true)?;
+        let hidden = gemm.grouped(&x_rd.value, &matrices, ExpertMatrix::GateUp, counts)?;
+        let out = gemm.grouped(&swiglu(&hidden), &matrices, ExpertMatrix::Down, counts)?;
         Ok::<_, Error>((out, hidden))
     })?;
     let gate_up_tracker = gate_up_proj.tracker();
@@ -123,7 +167,7 @@ pub(crate) fn grouped_swiglu_with_lent(
         down_proj: down_proj.clone(),
         lent,
         counts: counts.to_vec(),
-        gemm,
+        gemm: gemm.clone(),
         hidden: keep.then_some(hidden),
         out_shape: out.size(),
         out_options: (out.kind(), out.device()),
@@ -190,14 +234,14 @@ impl SwigluBackward {
     /// Returns the gradient of the input `x`, and adds those of the weights to their sums.
     fn run(&self, grad_out: Tensor, x: Tensor, matrices: &ExpertMatrices) -> Result<Tensor, Error> {
         let counts = &self.counts;
-        let gemm = self.gemm;
+        let multiply = |rows: &Tensor, which| self.gemm.grouped(rows, matrices, which, counts);
         let hidden = match &self.hidden {
             Some(hidden) => hidden.shallow_clone(),
-            None => gemm.grouped(&x, &matrices.gate_up_proj, counts, true)?,
+            None => multiply(&x, ExpertMatrix::GateUp)?,
         };
-        let grad_activation = gemm.grouped(&grad_out, &matrices.down_proj, counts, false)?;
+        let grad_activation = multiply(&grad_out, ExpertMatrix::DownTransposed)?;
         let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
-        let grad_x = gemm.grouped(&grad_hidden, &matrices.gate_up_proj, counts, false)?;
+        let grad_x = multiply(&grad_hidden, ExpertMatrix::GateUpTransposed)?;
         let operands = WeightGradientOperands {
             x,
             grad_hidden,
@@ -404,7 +448,7 @@ mod tests {
                 down_proj: &weights[1],
                 lent: None,
             };
-            let out = grouped_swiglu_with_lent(&activation, weights, &counts, gemm, true).unwrap();
+            let out = grouped_swiglu_with_lent(&activation, weights, &counts, &gemm, true).unwrap();
             (&out * &probe).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             x.zero_grad();
@@ -416,7 +460,7 @@ mod tests {
             ]
         };
         let plain = run(GemmPrecision::Model);
-        let fp8 = run(GemmPrecision::Fp8);
+        let fp8 = run(GemmPrecision::Fp8(Fp8Weights::default()));
         for (plain, fp8) in plain.iter().zip(&fp8) {
             let off = ((fp8 - plain).norm() / plain.norm()).double_value(&[]);
             assert!(

@@ -10,7 +10,6 @@
 
 use crate::{
     exchange::{AllToAll, DispatchRoute, TokenExchange},
-    permute::Permutation,
     plan::{IncomingRows, RoutedTokens, RowTarget, plan_receive, plan_send},
 };
 use parallel::{Communicator, Work};
@@ -134,13 +133,13 @@ fn cross_nodes(
         })
     };
     let exchange = TokenExchange {
-        permutation: Permutation::new(&send, num_nodes, device),
         all_to_all: Some(AllToAll {
             group: inter_node.clone(),
-            input_splits: send.input_splits,
+            input_splits: send.input_splits.clone(),
             output_splits,
             row_order: None,
         }),
+        ..TokenExchange::new(&send, num_nodes, None, device)?
     };
     Ok((exchange, received.iter().map(target).collect()))
 }
@@ -154,7 +153,6 @@ fn forward_within_node(
 ) -> Result<(TokenExchange, Vec<i64>), Error> {
     let num_experts = routed.num_experts;
     let send = plan_send(routed, intra_node.size());
-    let permutation = Permutation::new(&send, routed.per_token, device);
     let counts = all_to_all_counts(intra_node, &send.counts, num_experts)?;
     let incoming: Vec<IncomingRows> = counts
         .iter()
@@ -167,11 +165,8 @@ fn forward_within_node(
         .filter(|incoming| incoming.rows > 0)
         .collect();
     let receive = plan_receive(&incoming, computed_experts, intra_node.size(), num_experts);
-    let all_to_all = AllToAll::ordered(intra_node.clone(), send.input_splits, &receive, device);
-    let exchange = TokenExchange {
-        permutation,
-        all_to_all: Some(all_to_all),
-    };
+    let received = Some((intra_node, &receive));
+    let exchange = TokenExchange::new(&send, routed.per_token, received, device)?;
     Ok((exchange, receive.counts))
 }
 

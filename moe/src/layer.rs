@@ -5,7 +5,7 @@ use crate::{
     dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch},
     experts::{ExpertWeights, GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent},
     lending::weights::LentWeights,
-    plan::{chunk_range, count_tokens_by_group, count_tokens_per_expert, group_ranges},
+    plan::{chunk_range, count_tokens_by_group, group_ranges},
     router::{Router, Routing},
     selection_gap,
 };
@@ -14,7 +14,7 @@ use parallel::{
 };
 use parking_lot::Mutex;
 use std::{ops::Range, sync::Arc};
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
 /// Tensors of an MoE layer. E experts in all, L on this rank, D hidden, F expert ffn, S shared ffn.
@@ -68,8 +68,6 @@ pub struct MoeOutput {
 /// Work of a layer on this rank in one forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct MoeStats {
-    /// The experts of each token, `[T * K]`.
-    pub experts: Vec<i64>,
     /// Routed tokens of this rank per expert, `[E]`.
     pub tokens_per_expert: Vec<i64>,
     /// Routed tokens that this rank computed.
@@ -90,6 +88,7 @@ pub struct RoutingReplay(Arc<Mutex<Option<RecordedRouting>>>);
 struct RecordedRouting {
     experts_tk: Tensor,
     plan: DispatchPlan,
+    counts_ge: Tensor,
 }
 
 /// Results of the routed experts, summed per token.
@@ -135,31 +134,50 @@ impl MoeLayer {
         let recorded = replay.0.lock().take();
         let recorded_experts = recorded.as_ref().map(|recorded| &recorded.experts_tk);
         let routing = self.route(x_td, recorded_experts, &ranges)?;
-        let experts = Vec::<i64>::try_from(routing.experts_tk.flatten(0, -1).contiguous())
-            .map_err(|e| Error::new(e.to_string()))?;
-        let plan = match recorded {
-            Some(recorded) => recorded.plan,
-            None => self.dispatcher.plan(&experts, self.router.top_k)?,
+        let (plan, counted) = match recorded {
+            // The plan has the routes, so that the experts are not fetched again.
+            Some(recorded) => (recorded.plan, Counted::Before(recorded.counts_ge)),
+            None => self.plan(&routing.experts_tk)?,
         };
-        *replay.0.lock() = Some(RecordedRouting {
-            experts_tk: routing.experts_tk.shallow_clone(),
-            plan: plan.clone(),
-        });
         let shared = |x_td: &Activation| self.forward_shared(x_td);
         let RoutedOutput {
             mut hidden_td,
             overlapped,
             moe_stats,
-        } = self.forward_routed(x_td, &routing.weights_tk, experts, &plan, shared)?;
+        } = self.forward_planned(x_td, &routing.weights_tk, counted.experts(), &plan, shared)?;
         if let Some(shared) = overlapped {
             hidden_td = hidden_td + shared;
         }
-        let stats = self.router_stats(routing, &moe_stats.experts, &ranges, x_td)?;
+        let counts_ge = self.count_by_group(&routing.experts_tk, counted, &ranges)?;
+        *replay.0.lock() = Some(RecordedRouting {
+            experts_tk: routing.experts_tk.shallow_clone(),
+            plan,
+            counts_ge: counts_ge.shallow_clone(),
+        });
+        let stats = RouterStats {
+            counts_ge,
+            tokens_per_group: (tokens * self.sequence.size() / groups) as f64,
+            prob_sums_ge: routing.prob_sums_ge,
+            z_sum: routing.z_sum,
+            experts_tk: routing.experts_tk,
+        };
         Ok(MoeOutput {
             hidden_td,
             stats,
             moe_stats,
         })
+    }
+
+    /// Plans the dispatch of tokens with experts `experts_tk` `[T, K]`.
+    fn plan(&self, experts_tk: &Tensor) -> Result<(DispatchPlan, Counted), Error> {
+        if self.dispatcher.plans_on_device(experts_tk.device()) {
+            let plan = self.dispatcher.plan_on_device(experts_tk)?;
+            return Ok((plan, Counted::OnDevice));
+        }
+        let experts = Vec::<i64>::try_from(experts_tk.flatten(0, -1).contiguous())
+            .map_err(|e| Error::new(e.to_string()))?;
+        let plan = self.dispatcher.plan(&experts, self.router.top_k)?;
+        Ok((plan, Counted::OnHost(experts)))
     }
 
     fn route(
@@ -190,27 +208,29 @@ impl MoeLayer {
         self.tensor.column_row_parallel(x_td, network).map(Some)
     }
 
-    /// Sums the counts over the ranks that have tokens of the same sequences.
-    fn router_stats(
+    /// Counts the routed tokens of each expert in each group, `[G, E]` fp32, over the ranks that
+    /// have tokens of the same sequences.
+    fn count_by_group(
         &self,
-        routing: Routing,
-        experts: &[i64],
+        experts_tk: &Tensor,
+        counted: Counted,
         groups: &[Range<usize>],
-        x_td: &Activation,
-    ) -> Result<RouterStats, Error> {
+    ) -> Result<Tensor, Error> {
         let num_experts = self.router.num_experts;
-        let counts = count_tokens_by_group(experts, self.router.top_k, groups, num_experts);
-        let counts_ge = Tensor::from_slice(&counts).view([groups.len() as i64, num_experts as i64]);
-        let counts_ge = counts_ge.to_device(x_td.value.device());
+        let counts_ge = match counted {
+            Counted::Before(counts_ge) => return Ok(counts_ge),
+            Counted::OnHost(experts) if experts_tk.device() == Device::Cpu => {
+                let top_k = self.router.top_k;
+                let counts = count_tokens_by_group(&experts, top_k, groups, num_experts);
+                Tensor::from_slice(&counts).view([groups.len() as i64, num_experts as i64])
+            }
+            _ => count_by_group_on_device(experts_tk, groups, num_experts),
+        };
         self.sequence
             .all_reduce(&counts_ge, ReduceOp::Sum)
             .and_then(Work::wait)
             .map_err(|e| Error::new(e.to_string()))?;
-        Ok(RouterStats {
-            counts_ge,
-            prob_sums_ge: routing.prob_sums_ge,
-            z_sum: routing.z_sum,
-        })
+        Ok(counts_ge)
     }
 
     /// Computes the routed experts by `plan`: dispatch, experts, and the sum with the routing
@@ -230,6 +250,19 @@ impl MoeLayer {
         plan: &DispatchPlan,
         overlapped: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
     ) -> Result<RoutedOutput, Error> {
+        self.forward_planned(x_td, weights_tk, &experts, plan, overlapped)
+    }
+
+    /// Does what [`MoeLayer::forward_routed`] does. `experts` may be empty if the plan has the
+    /// routes.
+    fn forward_planned(
+        &self,
+        x_td: &Activation,
+        weights_tk: &Tensor,
+        experts: &[i64],
+        plan: &DispatchPlan,
+        overlapped: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
+    ) -> Result<RoutedOutput, Error> {
         let MoeWeights {
             gate_up_proj,
             down_proj,
@@ -239,11 +272,11 @@ impl MoeLayer {
         let mut pending_weights = plan.fetch(gate_up_proj, down_proj)?;
         // All chunks are in flight before the first is computed. The results of a chunk are in
         // flight while the next one is computed.
-        let chunks = self.start_chunks(x_td, weights_tk, &experts, plan)?;
+        let chunks = self.start_chunks(x_td, weights_tk, experts, plan)?;
         let overlapped = overlapped(x_td)?;
         let mut lent_weights: Option<LentWeights> = None;
         let mut combines = Vec::new();
-        let mut moe_stats = self.new_stats(experts, plan);
+        let mut moe_stats = self.new_stats(plan);
         for chunk in chunks {
             let saved = x_td.saved();
             let Range { start, end } = chunk.tokens;
@@ -273,7 +306,7 @@ impl MoeLayer {
                 &dispatched.rows_rd,
                 weights,
                 counts,
-                self.gemm,
+                &self.gemm,
                 self.save.experts,
             )?;
             let combine = self
@@ -310,7 +343,7 @@ impl MoeLayer {
         let top_k = self.router.top_k;
         let num_chunks = self.dispatcher.chunks();
         let ranges: Vec<Range<usize>> = (0..num_chunks)
-            .map(|chunk| chunk_range(experts.len() / top_k, chunk, num_chunks))
+            .map(|chunk| chunk_range(x_td.value.size()[0] as usize, chunk, num_chunks))
             .collect();
         let split = |rows: &Tensor| {
             if num_chunks == 1 {
@@ -324,7 +357,8 @@ impl MoeLayer {
         let mut chunks = Vec::new();
         for (index, (tokens, weights_tk)) in tokens.iter().zip(weights).enumerate() {
             let Range { start, end } = ranges[index];
-            let experts = &experts[start * top_k..end * top_k];
+            // Empty if the plan has the routes already.
+            let experts = experts.get(start * top_k..end * top_k).unwrap_or_default();
             chunks.push(ChunkInFlight {
                 tokens: start as i64..end as i64,
                 weights_tk,
@@ -335,7 +369,7 @@ impl MoeLayer {
     }
 
     /// Returns the figures that are known before any token is computed.
-    fn new_stats(&self, experts: Vec<i64>, plan: &DispatchPlan) -> MoeStats {
+    fn new_stats(&self, plan: &DispatchPlan) -> MoeStats {
         let MoeWeights {
             gate_up_proj,
             down_proj,
@@ -351,11 +385,50 @@ impl MoeLayer {
             .as_ref()
             .map_or(0, |lending| lending.num_lent());
         MoeStats {
-            tokens_per_expert: count_tokens_per_expert(&experts, self.router.num_experts),
-            experts,
+            tokens_per_expert: plan.tokens_per_expert(),
             lent_bytes: lent * expert_bytes,
             plan_seconds: plan.seconds,
             ..MoeStats::default()
+        }
+    }
+}
+
+/// Counts the tokens of `experts_tk` `[T, K]` for each expert in each group, `[G, E]` fp32, without
+/// waiting for their device. Sums of whole numbers are exact in any order.
+fn count_by_group_on_device(
+    experts_tk: &Tensor,
+    groups: &[Range<usize>],
+    num_experts: usize,
+) -> Tensor {
+    let device = experts_tk.device();
+    let ones = Tensor::ones_like(experts_tk).to_kind(Kind::Float);
+    let shape = [groups.len() as i64, num_experts as i64];
+    let counts_ge = Tensor::zeros(shape, (Kind::Float, device));
+    for (index, group) in groups.iter().enumerate() {
+        let of_group = |x: &Tensor| x.narrow(0, group.start as i64, group.len() as i64);
+        let experts = of_group(experts_tk).flatten(0, -1);
+        let ones = of_group(&ones).flatten(0, -1);
+        let _ = counts_ge.get(index as i64).scatter_add_(0, &experts, &ones);
+    }
+    counts_ge
+}
+
+/// The source of the counts for the balance losses.
+enum Counted {
+    /// The recorded counts `[G, E]`.
+    Before(Tensor),
+    /// The experts `[T * K]`, which the host has fetched to plan.
+    OnHost(Vec<i64>),
+    /// The device, which has planned.
+    OnDevice,
+}
+
+impl Counted {
+    /// Returns the experts that the dispatch needs to plan its routes.
+    fn experts(&self) -> &[i64] {
+        match self {
+            Counted::OnHost(experts) => experts,
+            Counted::Before(_) | Counted::OnDevice => &[],
         }
     }
 }

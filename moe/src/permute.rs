@@ -4,29 +4,48 @@
 //! bits.
 // Shapes: T tokens, C routed tokens per token, N rows, D hidden.
 
-use crate::plan::SendPlan;
 use kernels::{combine, combine_backward};
-use tch::{Device, Tensor};
+use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// The rows of each token, at most C.
 pub(crate) struct Permutation {
-    /// `[N]`.
+    /// `[N]` int32.
     token_of_row: Tensor,
-    /// `[T, C]`; -1 if the routed token has no row.
+    /// `[T, C]` int32; -1 if the routed token has no row.
     row_of_routed_token: Tensor,
 }
 
 impl Permutation {
-    pub(crate) fn new(plan: &SendPlan, per_token: usize, device: Device) -> Permutation {
-        let upload = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(device);
-        let tokens = plan.row_of_routed_token.len() / per_token;
-        let row_of_routed_token =
-            upload(&plan.row_of_routed_token).view([tokens as i64, per_token as i64]);
+    /// Creates a permutation from `[N]` and `[T * C]`, int32 on the device of the rows.
+    pub(crate) fn new(
+        token_of_row: Tensor,
+        row_of_routed_token: &Tensor,
+        per_token: usize,
+    ) -> Permutation {
+        let tokens = row_of_routed_token.numel() / per_token;
         Permutation {
-            token_of_row: upload(&plan.token_of_row),
-            row_of_routed_token,
+            token_of_row,
+            row_of_routed_token: row_of_routed_token.view([tokens as i64, per_token as i64]),
         }
+    }
+
+    /// Sorts routed tokens by their expert below `num_experts`, on the device of `experts_tk`
+    /// `[T, K]` int64. Also returns the end of each expert's rows, `[num_experts]` int64.
+    ///
+    /// The host waits for nothing.
+    pub(crate) fn by_expert(experts_tk: &Tensor, num_experts: usize) -> (Permutation, Tensor) {
+        let device = experts_tk.device();
+        let top_k = experts_tk.size()[1];
+        let (sorted, order) = experts_tk.flatten(0, -1).sort_stable(true, 0, false);
+        let rows = Tensor::arange(order.numel() as i64, (Kind::Int, device));
+        let mut row_of_routed_token = rows.empty_like();
+        let _ = row_of_routed_token.index_copy_(0, &order, &rows);
+        let token_of_row = order.divide_scalar_mode(top_k, "floor").to_kind(Kind::Int);
+        let all = Tensor::arange(num_experts as i64, (Kind::Int64, device));
+        let ends = all.searchsorted(&sorted, false, true, "right", None::<&Tensor>);
+        let permutation = Permutation::new(token_of_row, &row_of_routed_token, top_k as usize);
+        (permutation, ends)
     }
 
     pub(crate) fn copy(&self) -> Permutation {
@@ -105,7 +124,7 @@ mod tests {
     use super::*;
     use crate::plan::{RoutedTokens, RowTarget, plan_send};
     use parallel::{Accelerator, Cpu};
-    use tch::Kind;
+    use proptest::prelude::*;
 
     /// A permutation of 2 routed tokens per token, of 3 experts on one rank.
     fn permutation(experts: &[Option<usize>]) -> Permutation {
@@ -115,7 +134,31 @@ mod tests {
             per_token: 2,
             num_experts: 3,
         };
-        Permutation::new(&plan_send(&routed, 1), 2, Device::Cpu)
+        let plan = plan_send(&routed, 1);
+        let [token_of_row, row_of_routed_token] =
+            [&plan.token_of_row, &plan.row_of_routed_token].map(|list| Tensor::from_slice(list));
+        Permutation::new(token_of_row, &row_of_routed_token, 2)
+    }
+
+    proptest! {
+        #[test]
+        fn sorting_on_the_device_gives_the_hosts_plan(
+            experts in prop::collection::vec(0usize..3, 0..40),
+        ) {
+            let experts = &experts[..experts.len() / 2 * 2];
+            let targets: Vec<Option<usize>> = experts.iter().copied().map(Some).collect();
+            let plan = permutation(&targets);
+            let numbers: Vec<i64> = experts.iter().map(|&expert| expert as i64).collect();
+            let experts_tk = Tensor::from_slice(&numbers).view([experts.len() as i64 / 2, 2]);
+            let (ours, ends) = Permutation::by_expert(&experts_tk, 3);
+            prop_assert_eq!(ours.token_of_row.kind(), Kind::Int);
+            prop_assert!(ours.token_of_row.equal(&plan.token_of_row));
+            prop_assert_eq!(ours.row_of_routed_token.kind(), Kind::Int);
+            prop_assert!(ours.row_of_routed_token.equal(&plan.row_of_routed_token));
+            let up_to = |last: usize| experts.iter().filter(|&&expert| expert <= last).count();
+            let expected: Vec<i64> = (0..3).map(|last| up_to(last) as i64).collect();
+            prop_assert_eq!(Vec::<i64>::try_from(ends).unwrap(), expected);
+        }
     }
 
     #[test]

@@ -239,32 +239,91 @@ fn split_over_shares(
 }
 
 impl ChunkPlan {
+    /// Lays out the rows of this chunk's routed tokens in one pass, without a list of targets.
+    ///
+    /// `experts` `[T * K]` are numbered by the router, and `physical_slots` gives the number of
+    /// each in this plan. A routed token has a row for each slice of its expert.
+    pub fn send_plan(
+        &self,
+        experts: &[i64],
+        top_k: usize,
+        physical_slots: &[i64],
+        topology: &ExpertTopology,
+    ) -> SendPlan {
+        let slices = topology.slices;
+        let num_experts = physical_slots.len();
+        let mut counts = vec![0i64; topology.ranks() * num_experts];
+        let mut next_destinations = vec![NextDestination::default(); num_experts];
+        for (index, destination) in self.destinations.iter().enumerate().rev() {
+            let &Destination {
+                expert,
+                owner,
+                routed_tokens,
+            } = destination;
+            next_destinations[expert] = NextDestination {
+                index,
+                left: routed_tokens,
+            };
+            for rank in owner * slices..(owner + 1) * slices {
+                counts[rank * num_experts + expert] += routed_tokens;
+            }
+        }
+        let mut next_rows = exclusive_sum(&counts);
+        let input_splits = rows_per_rank(&counts, num_experts);
+        let mut token_of_row = vec![0; experts.len() * slices];
+        let mut row_of_routed_token = Vec::with_capacity(experts.len() * slices);
+        for (token, experts) in experts.chunks(top_k).enumerate() {
+            for &expert in experts {
+                let slot = physical_slots[expert as usize] as usize;
+                let owner = next_destinations[slot].take(&self.destinations);
+                for rank in owner * slices..(owner + 1) * slices {
+                    let row = &mut next_rows[rank * num_experts + slot];
+                    token_of_row[*row as usize] = token as i32;
+                    row_of_routed_token.push(*row);
+                    *row += 1;
+                }
+            }
+        }
+        SendPlan {
+            token_of_row,
+            row_of_routed_token,
+            input_splits,
+            counts,
+        }
+    }
+
     /// Returns the owner that computes each of `experts`, this rank's routed tokens in order.
     pub fn owners(&self, experts: &[i64], num_experts: usize) -> Vec<usize> {
-        /// A destination, and how many routed tokens it still takes.
-        #[derive(Clone, Copy, Default)]
-        struct Next {
-            destination: usize,
-            left: i64,
-        }
-
-        let mut next = vec![Next::default(); num_experts];
-        for (destination, first) in self.destinations.iter().enumerate().rev() {
-            next[first.expert] = Next {
-                destination,
+        let mut next = vec![NextDestination::default(); num_experts];
+        for (index, first) in self.destinations.iter().enumerate().rev() {
+            next[first.expert] = NextDestination {
+                index,
                 left: first.routed_tokens,
             };
         }
-        let owner = |&expert: &i64| {
-            let next = &mut next[expert as usize];
-            if next.left == 0 {
-                next.destination += 1;
-                next.left = self.destinations[next.destination].routed_tokens;
-            }
-            next.left -= 1;
-            self.destinations[next.destination].owner
-        };
+        let owner = |&expert: &i64| next[expert as usize].take(&self.destinations);
         experts.iter().map(owner).collect()
+    }
+}
+
+/// The destination of an expert's next routed token.
+#[derive(Clone, Copy, Default)]
+struct NextDestination {
+    /// Index among the destinations.
+    index: usize,
+    /// Routed tokens that the destination still takes.
+    left: i64,
+}
+
+impl NextDestination {
+    /// Returns the owner of the next routed token.
+    fn take(&mut self, destinations: &[Destination]) -> usize {
+        if self.left == 0 {
+            self.index += 1;
+            self.left = destinations[self.index].routed_tokens;
+        }
+        self.left -= 1;
+        destinations[self.index].owner
     }
 }
 
@@ -290,9 +349,9 @@ pub struct RoutedTokens {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SendPlan {
     /// The token of each row, `[N]`.
-    pub token_of_row: Vec<i64>,
+    pub token_of_row: Vec<i32>,
     /// The row of each routed token, token-major, `[T * C]`; -1 if it is not sent.
-    pub row_of_routed_token: Vec<i64>,
+    pub row_of_routed_token: Vec<i32>,
     /// Rows for each rank.
     pub input_splits: Vec<i64>,
     /// Rows for each rank and expert, `[ranks * E]`.
@@ -311,19 +370,16 @@ pub fn plan_send(routed: &RoutedTokens, ranks: usize) -> SendPlan {
         counts[rank * num_experts + expert] += 1;
     }
     let mut next = exclusive_sum(&counts);
-    let input_splits: Vec<i64> = counts
-        .chunks(*num_experts)
-        .map(|rank| rank.iter().sum())
-        .collect();
+    let input_splits = rows_per_rank(&counts, *num_experts);
     let rows = input_splits.iter().sum::<i64>() as usize;
-    let mut token_of_row = vec![0i64; rows];
-    let mut row_of_routed_token = vec![-1i64; targets.len()];
+    let mut token_of_row = vec![0; rows];
+    let mut row_of_routed_token = vec![-1; targets.len()];
     for (index, target) in targets.iter().enumerate() {
         let Some(RowTarget { rank, expert }) = target else {
             continue;
         };
         let row = &mut next[rank * num_experts + expert];
-        token_of_row[*row as usize] = (index / per_token) as i64;
+        token_of_row[*row as usize] = (index / per_token) as i32;
         row_of_routed_token[index] = *row;
         *row += 1;
     }
@@ -335,15 +391,21 @@ pub fn plan_send(routed: &RoutedTokens, ranks: usize) -> SendPlan {
     }
 }
 
+/// Sums counts `[ranks * E]` over the experts.
+fn rows_per_rank(counts: &[i64], num_experts: usize) -> Vec<i64> {
+    let ranks = counts.chunks(num_experts);
+    ranks.map(|rank| rank.iter().sum()).collect()
+}
+
 /// Order of received rows for the experts. Rows arrive by rank, then by expert.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceivePlan {
     /// Rows from each rank.
     pub output_splits: Vec<i64>,
     /// The received row at each position in the order of the computed experts.
-    pub order: Vec<i64>,
+    pub order: Vec<i32>,
     /// The position of each received row in the order of the computed experts.
-    pub inverse: Vec<i64>,
+    pub inverse: Vec<i32>,
     /// Rows of each expert of `computed_experts`.
     pub counts: Vec<i64>,
 }
@@ -386,11 +448,11 @@ pub fn plan_receive(
     }
     runs.sort_unstable();
     let mut order = Vec::with_capacity(start as usize);
-    let mut inverse = vec![0i64; start as usize];
+    let mut inverse = vec![0; start as usize];
     for Run { start, rows, .. } in runs {
         for row in start..start + rows {
-            inverse[row as usize] = order.len() as i64;
-            order.push(row);
+            inverse[row as usize] = order.len() as i32;
+            order.push(row as i32);
         }
     }
     ReceivePlan {
@@ -440,12 +502,13 @@ pub fn count_tokens_by_group(
     counts
 }
 
-fn exclusive_sum(counts: &[i64]) -> Vec<i64> {
+/// Returns the first row of each of consecutive groups.
+fn exclusive_sum(counts: &[i64]) -> Vec<i32> {
     let mut sum = 0;
     let mut starts = Vec::with_capacity(counts.len());
-    for count in counts {
+    for &count in counts {
         starts.push(sum);
-        sum += count;
+        sum += count as i32;
     }
     starts
 }
@@ -549,7 +612,15 @@ mod tests {
                 per_token: self.top_k * slices,
                 num_experts: self.num_experts,
             };
-            plan_send(&routed, self.topology.ranks())
+            let plan = plan_send(&routed, self.topology.ranks());
+            // The same in one pass, with experts that the router numbers in reverse.
+            let last = self.num_experts as i64 - 1;
+            let reversed: Vec<i64> = (0..=last).rev().collect();
+            let renumbered: Vec<i64> = experts.iter().map(|expert| last - expert).collect();
+            let in_one_pass =
+                chunk_plan.send_plan(&renumbered, self.top_k, &reversed, &self.topology);
+            assert_eq!(in_one_pass, plan);
+            plan
         }
     }
 
@@ -612,14 +683,14 @@ mod tests {
                 .collect();
             assert!(ordered.is_sorted());
             for (row, &index) in receive.inverse.iter().enumerate() {
-                assert_eq!(receive.order[index as usize], row as i64);
+                assert_eq!(receive.order[index as usize], row as i32);
             }
             assert_eq!(receive.counts.iter().sum::<i64>() as usize, arrived.len());
         }
         for (experts, send) in chosen.iter().zip(&sends) {
             let mut rows = send.row_of_routed_token.clone();
             rows.sort_unstable();
-            let all = 0..(experts.len() * case.topology.slices) as i64;
+            let all = 0..(experts.len() * case.topology.slices) as i32;
             assert_eq!(rows, all.collect::<Vec<_>>());
         }
     }
@@ -631,7 +702,7 @@ mod tests {
         chosen: &[Vec<i64>],
         sends: &[SendPlan],
         rank: usize,
-    ) -> Vec<(usize, usize, i64)> {
+    ) -> Vec<(usize, usize, i32)> {
         let mut arrived = Vec::new();
         for (source, send) in sends.iter().enumerate() {
             let first: i64 = send.input_splits[..rank].iter().sum();

@@ -83,7 +83,7 @@ fn choices_are_those_of_fp64() {
     let output = layer(&router_ed)
         .forward(&Activation::kept(&x_td), 1, &RoutingReplay::default())
         .unwrap();
-    let ours = by_token(&output.moe_stats.experts);
+    let ours = by_token(&Vec::<i64>::try_from(output.stats.experts_tk.flatten(0, -1)).unwrap());
     assert_eq!(differing(&ours, &exact), 0);
     let experts: Vec<i64> = exact.into_iter().flatten().collect();
     assert_eq!(

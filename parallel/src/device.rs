@@ -111,9 +111,9 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
         let visible = std::env::var(variable).ok();
         visible_index(local_rank, visible.as_deref())
     };
+    torch_ext::keep_freed_memory();
     match device_kind(kind) {
         "cpu" => {
-            torch_ext::keep_freed_memory();
             torch_ext::count_host_memory()?;
             Ok(Box::new(Cpu))
         }

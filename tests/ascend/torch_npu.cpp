@@ -2,6 +2,9 @@
 // Every operator runs the CPU's kernel on the same memory, after everything that is queued on the
 // current stream. Like the hardware it refuses tensors of other devices. Memory is freed in the
 // order of the stream that used it.
+//
+// With MOERUN_STANDIN_COUNTS=FOLDER each process counts launches, copies and waits of the host, in
+// forward and in backward, in a file of that folder: 64-bit numbers in the order of `Count`.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -16,8 +19,14 @@
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <set>
@@ -33,6 +42,38 @@ constexpr auto NPU = DeviceType::PrivateUse1;
 
 void check(aclError error) {
   TORCH_CHECK(error == 0, "AscendCL: error ", error, ": ", aclGetRecentErrMsg());
+}
+
+// ---- Counts
+enum Count {
+  LAUNCHES,        // Operators and copies within the device.
+  QUEUED_COPIES,   // Copies from or to pinned memory that the host does not wait for.
+  COPIES_IN,       // Copies to the device for which the host waits.
+  COPIES_OUT,      // Copies to the host, and scalars, for which it waits.
+  OTHER_WAITS,     // Waits for a stream, an event or the device.
+  NUM_COUNTS,
+};
+using Counts = std::atomic<uint64_t>[2][NUM_COUNTS];  // Outside of backward, in backward.
+
+Counts& counts() {
+  static Counts& all = []() -> Counts& {
+    static Counts unread;
+    const char* folder = std::getenv("MOERUN_STANDIN_COUNTS");
+    if (!folder) return unread;
+    // A process may end without destructors, so it counts in the file itself.
+    auto path = std::string(folder) + "/" + std::to_string(getpid());
+    int file = open(path.c_str(), O_RDWR | O_CREAT, 0600);
+    TORCH_CHECK(file >= 0 && ftruncate(file, sizeof(Counts)) == 0, path, ": cannot be written");
+    void* data = mmap(nullptr, sizeof(Counts), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    TORCH_CHECK(data != MAP_FAILED, path, ": cannot be mapped");
+    close(file);
+    return *static_cast<Counts*>(data);
+  }();
+  return all;
+}
+void count(Count what) {
+  bool in_backward = torch::autograd::get_current_graph_task_id() != -1;
+  counts()[in_backward][what]++;
 }
 
 // ---- Streams
@@ -111,12 +152,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return status == ACL_EVENT_RECORDED_STATUS_COMPLETE;
   }
   void synchronizeEvent(void* event) const override {
+    count(OTHER_WAITS);
     if (event) check(aclrtSynchronizeEvent(event));
   }
   void synchronizeStream(const c10::Stream& stream) const override {
+    count(OTHER_WAITS);
     check(aclrtSynchronizeStream(raw(stream)));
   }
   void synchronizeDevice(DeviceIndex) const override {
+    count(OTHER_WAITS);
     check(aclrtSynchronizeStream(default_stream()));
     if (current) check(aclrtSynchronizeStream(current));
   }
@@ -262,7 +306,16 @@ at::Tensor on_host(const at::Tensor& tensor) {
   return made;
 }
 
-at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
+// libtorch waits for a copy unless it was told not to and the host's memory is pinned.
+Count kind_of_copy(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  if (from.is_privateuseone() && to.is_privateuseone()) return LAUNCHES;
+  const auto& host = from.is_privateuseone() ? to : from;
+  if (non_blocking && host.is_pinned()) return QUEUED_COPIES;
+  return from.is_privateuseone() ? COPIES_OUT : COPIES_IN;
+}
+
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  count(kind_of_copy(from, to, non_blocking));
   check(aclrtSynchronizeStream(current_stream()));
   auto source = from.is_privateuseone() ? on_host(from) : from;
   auto target = to.is_privateuseone() ? on_host(to) : to;
@@ -283,6 +336,7 @@ const at::Tensor& resize_npu(const at::Tensor& self, at::IntArrayRef size,
   return self;
 }
 at::Scalar local_scalar(const at::Tensor& self) {
+  count(COPIES_OUT);
   check(aclrtSynchronizeStream(current_stream()));
   return at::_local_scalar_dense(on_host(self));
 }
@@ -334,7 +388,16 @@ struct Replaced {
   }
 };
 
+// True for operators whose result's size depends on values, for which the host waits.
+bool waits_for_values(const c10::OperatorHandle& op) {
+  static const std::set<std::string> names = {"aten::nonzero", "aten::masked_select",
+                                              "aten::bincount", "aten::_unique2"};
+  return names.count(op.schema().name()) > 0;
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  count(LAUNCHES);
+  if (waits_for_values(op)) count(COPIES_OUT);
   check(aclrtSynchronizeStream(current_stream()));
   auto arguments = op.schema().arguments().size();
   auto begin = stack->size() - arguments;

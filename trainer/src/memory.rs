@@ -5,7 +5,10 @@
 
 use crate::{
     config::{Config, Dtype, MAX_ESTIMATED_LAYERS, MoeConfig, QkNorm, RecomputedPart},
-    model::{ModelPart, PipelineSplit, StagePart, VocabularyShard, parameters::Replicas},
+    model::{
+        ModelPart, PipelineSplit, StagePart, VocabularyShard, logits_chunk_bytes,
+        parameters::Replicas,
+    },
     process_groups::zero_rank_and_size,
 };
 use parallel::{BucketPlan, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets};
@@ -13,9 +16,6 @@ use std::{
     collections::{HashMap, hash_map::Entry},
     ops::Range,
 };
-
-/// Limit for the fp32 logits that the loss computes at once.
-const LOGITS_CHUNK_BYTES: u64 = 16 << 20;
 
 const FP32_BYTES: u64 = 4;
 
@@ -35,7 +35,7 @@ pub struct RankMemory {
     pub stages: Vec<StagePart>,
     /// Number of parameters that the rank updates.
     pub parameters: u64,
-    /// Weights in the model's dtype.
+    /// Weights in the model's dtype, and those of experts in 8 bits.
     pub weights: u64,
     /// Gradients during a step.
     pub gradients: u64,
@@ -304,8 +304,10 @@ impl RankSizes<'_> {
             }
         }
         if recompute.recomputes_layer(index) {
+            // The experts of each token, and the routes of the rows.
+            let routing = |moe| self.routed_tokens(moe) * (8 + 4 * 4);
             LayerActivations {
-                saved: stream,
+                saved: stream + model.moe_config(index).map_or(0, routing),
                 transient: transient + saved,
             }
         } else {
@@ -357,7 +359,8 @@ impl RankSizes<'_> {
         let rows = self.vocabulary_rows(part);
         let shares_vocabulary = part.vocabulary.is_some();
         let states = self.tokens * hidden * self.element;
-        let logits = LOGITS_CHUNK_BYTES.min(self.tokens * rows * FP32_BYTES);
+        let limit = logits_chunk_bytes(self.config.run.device == "cpu") as u64;
+        let logits = limit.min(self.tokens * rows * FP32_BYTES);
         let mut saved = 0;
         let mut largest = 0;
         for stage in &part.stages {
@@ -416,6 +419,20 @@ impl Shards<'_> {
     /// Returns all elements that this rank updates.
     fn updated(&self) -> u64 {
         self.shapes.iter().map(|s| self.own_elements(s)).sum()
+    }
+
+    /// Returns the bytes of the experts' weights in 8 bits, for forward and for backward.
+    fn rounded_bytes(&self) -> u64 {
+        if !self.config.train.fp8_experts {
+            return 0;
+        }
+        let of_experts = |shape: &&ParameterShape| shape.replicas == Replicas::Expert;
+        let elements = self
+            .shapes
+            .iter()
+            .filter(of_experts)
+            .map(ParameterShape::elements);
+        2 * elements.sum::<u64>()
     }
 
     fn unsharded(&self) -> u64 {
@@ -626,7 +643,7 @@ impl RankSizes<'_> {
         RankMemory {
             stages: held.part.stages.clone(),
             parameters,
-            weights: shards.weight_bytes(),
+            weights: shards.weight_bytes() + shards.rounded_bytes(),
             gradients: shards.gradient_bytes(),
             optimizer,
             host: if is_offloaded { moments_and_masters } else { 0 },

@@ -75,12 +75,12 @@ mod tests {
     use super::*;
     use crate::{
         adamw::tests::{cases, ours_and_libtorch, state},
-        cuda::tests::{close, test_gpu},
+        cuda::tests::{close, test_gpu, with_cases},
     };
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(with_cases(40))]
         #[test]
         fn it_matches_libtorch(
             case in cases(),

@@ -98,17 +98,17 @@ mod tests {
     use super::*;
     use crate::{
         combine::{backward_by_libtorch, combine_by_libtorch},
-        cuda::tests::{TestInput, close, test_gpu},
+        cuda::tests::{TestInput, close, test_gpu, with_cases},
     };
     use proptest::prelude::*;
     use tch::{Kind, kind::FLOAT_CPU};
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(60))]
+        #![proptest_config(with_cases(60))]
         #[test]
         fn it_matches_libtorch(
             tokens in 0i64..40,
-            top_k in 1i64..5,
+            top_k in 1i64..11,
             width in prop_oneof![1i64..50, (1i64..40).prop_map(|n| n * 8)],
             missing: bool,
             weighted: bool,
@@ -119,7 +119,7 @@ mod tests {
             let routed = tokens * top_k;
             let row_ids = Tensor::randperm(routed, (Kind::Int64, device)).view([tokens, top_k]);
             let count = if missing { routed * 2 / 3 } else { routed };
-            let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1);
+            let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1).to_kind(Kind::Int);
             let rows = input.random(&[count, width]);
             let grad = input.random(&[tokens, width]);
             let weights = Tensor::randn([tokens, top_k], (Kind::Float, device));
@@ -143,7 +143,7 @@ mod tests {
         // Always on the emulator: on a GPU the trap would end the context of every test.
         let gpu = crate::cuda::emulator::Host;
         let rows = Tensor::zeros([2, 4], FLOAT_CPU);
-        let row_ids = Tensor::from_slice(&[2i64]).view([1, 1]);
+        let row_ids = Tensor::from_slice(&[2i32]).view([1, 1]);
         let _ = combine(&gpu, &rows, &row_ids, None);
     }
 }

@@ -32,6 +32,14 @@ pub(crate) struct Compiler {
     log: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> Code,
     destroy: unsafe extern "C" fn(*mut nvrtcProgram) -> Code,
     error_string: unsafe extern "C" fn(Code) -> *const c_char,
+    version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> Code,
+}
+
+/// Machine code, and what the compiler reported.
+pub(super) struct Compiled {
+    pub(super) code: Vec<u8>,
+    #[cfg(test)]
+    log: String,
 }
 
 /// Returns the source of all kernels as one translation unit.
@@ -45,6 +53,8 @@ pub(super) fn source() -> String {
         ("cross_entropy.cu", include_str!("source/cross_entropy.cu")),
         ("adamw.cu", include_str!("source/adamw.cu")),
         ("router.cu", include_str!("source/router.cu")),
+        ("add_rows.cu", include_str!("source/add_rows.cu")),
+        ("quantize.cu", include_str!("source/quantize.cu")),
     ];
     parts
         .iter()
@@ -63,6 +73,18 @@ pub(super) fn definitions(variant: Variant) -> [String; 2] {
         format!("-DNUMBER={number}"),
         format!("-DVECTOR={}", variant.vector()),
     ]
+}
+
+/// Returns the compiler's options for a variant.
+pub(super) fn options(variant: Variant, gpu_architecture: &str) -> Vec<String> {
+    let mut options = vec![
+        format!("--gpu-architecture={gpu_architecture}"),
+        "--std=c++17".to_owned(),
+        // Reports registers, stack frames and spills in the log.
+        "--ptxas-options=-v".to_owned(),
+    ];
+    options.extend(definitions(variant));
+    options
 }
 
 impl Compiler {
@@ -84,6 +106,7 @@ impl Compiler {
                     log: *library.get(b"nvrtcGetProgramLog\0")?,
                     destroy: *library.get(b"nvrtcDestroyProgram\0")?,
                     error_string: *library.get(b"nvrtcGetErrorString\0")?,
+                    version: *library.get(b"nvrtcVersion\0")?,
                 })
             };
             found()
@@ -99,14 +122,9 @@ impl Compiler {
         &self,
         variant: Variant,
         gpu_architecture: &str,
-    ) -> Result<Vec<u8>, String> {
+    ) -> Result<Compiled, String> {
         let source = CString::new(source()).expect("source has no NUL");
-        let mut options = vec![
-            format!("--gpu-architecture={gpu_architecture}"),
-            "--std=c++17".to_owned(),
-        ];
-        options.extend(definitions(variant));
-        let options: Vec<CString> = options
+        let options: Vec<CString> = options(variant, gpu_architecture)
             .into_iter()
             .map(|option| CString::new(option).expect("options have no NUL"))
             .collect();
@@ -128,18 +146,38 @@ impl Compiler {
         // SAFETY: `program` is live, and the options live through the call.
         let compiled = self.check(unsafe { (self.compile)(program, count, options.as_ptr()) });
         let result = match compiled {
-            Ok(()) => self.text(program, self.cubin_size, self.cubin),
-            Err(error) => {
-                let log = self
-                    .text(program, self.log_size, self.log)
-                    .unwrap_or_default();
-                let log = String::from_utf8_lossy(&log);
-                Err(format!("{error}: {}", log.trim_end_matches('\0')))
+            Ok(()) => {
+                let code = self.text(program, self.cubin_size, self.cubin);
+                code.map(|code| Compiled {
+                    code,
+                    #[cfg(test)]
+                    log: self.log(program),
+                })
             }
+            Err(error) => Err(format!("{error}: {}", self.log(program))),
         };
         // SAFETY: `program` is live and destroyed once.
         unsafe { (self.destroy)(&mut program) };
         result
+    }
+
+    /// Returns the compiler's version, such as `13.0`.
+    ///
+    /// # Errors
+    /// The compiler's message.
+    pub(super) fn version(&self) -> Result<String, String> {
+        let [mut major, mut minor] = [0; 2];
+        // SAFETY: the pointers are out-parameters.
+        self.check(unsafe { (self.version)(&mut major, &mut minor) })?;
+        Ok(format!("{major}.{minor}"))
+    }
+
+    fn log(&self, program: nvrtcProgram) -> String {
+        let log = self.text(program, self.log_size, self.log);
+        let log = log.unwrap_or_default();
+        String::from_utf8_lossy(&log)
+            .trim_end_matches('\0')
+            .to_owned()
     }
 
     /// Returns the text whose size `size` and whose bytes `get` write.
@@ -196,6 +234,23 @@ fn preload_builtins() {
 mod tests {
     use super::*;
 
+    /// Fails if a kernel keeps variables in memory instead of registers.
+    fn assert_no_spills(log: &str) {
+        let reports: Vec<&str> = log
+            .lines()
+            .filter(|line| line.contains("bytes stack frame"))
+            .collect();
+        let kernels = source().matches("KERNEL void").count();
+        assert!(reports.len() >= kernels, "{} reports: {log}", reports.len());
+        for report in reports {
+            let nothing = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
+            let report = report
+                .trim_start_matches("ptxas")
+                .trim_matches([' ', '.', ':']);
+            assert_eq!(report, nothing, "{log}");
+        }
+    }
+
     #[test]
     fn kernels_compile_for_recent_gpus() {
         let path = std::env::var_os("MOERUN_NVRTC")
@@ -203,23 +258,26 @@ mod tests {
         // SAFETY: NVIDIA's compiler, which stays loaded.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap();
         let compiler = Compiler::of(Box::leak(Box::new(library))).unwrap();
+        assert!(compiler.version().unwrap().contains('.'));
         for architecture in ["sm_80", "sm_90", "sm_100"] {
             for (kind, vectors) in [
                 (Kind::Float, true),
                 (Kind::BFloat16, true),
                 (Kind::BFloat16, false),
             ] {
-                let code = compiler
+                let Compiled { code, log } = compiler
                     .compile(Variant { kind, vectors }, architecture)
                     .unwrap();
                 assert_eq!(&code[..4], b"\x7fELF");
+                assert_no_spills(&log);
             }
         }
         let variant = Variant {
             kind: Kind::Float,
             vectors: true,
         };
-        let error = compiler.compile(variant, "sm_1").unwrap_err();
+        let refused = compiler.compile(variant, "sm_1");
+        let error = refused.map(|_| ()).unwrap_err();
         assert!(
             error.contains("NVRTC") && error.contains("architecture"),
             "{error}"

@@ -86,7 +86,7 @@ pub(crate) fn cross_entropy(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::{TestInput, close, test_gpu},
+        cuda::tests::{TestInput, close, test_gpu, with_cases},
         tensors::{LAST_DIM, tests::TestTensor},
     };
     use proptest::prelude::*;
@@ -102,7 +102,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(50))]
+        #![proptest_config(with_cases(50))]
         #[test]
         fn it_matches_libtorch(
             tokens in 0i64..20,

@@ -3,7 +3,8 @@
 //! Types come from cudarc. The functions are looked up here, for the reason given in `compiler.rs`.
 
 use super::{
-    compiler::Compiler,
+    code_cache::CodeCache,
+    compiler::{Compiler, options, source},
     launch::{Gpu, KernelLaunch, Variant, pointers},
 };
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
@@ -73,9 +74,14 @@ impl Driver {
     }
 
     fn check(&self, code: Code) -> Result<(), String> {
-        if code == 0 {
-            return Ok(());
+        match code {
+            0 => Ok(()),
+            code => Err(format!("CUDA's driver: {}", self.text(code))),
         }
+    }
+
+    /// Returns the driver's text for an error, with its number.
+    fn text(&self, code: Code) -> String {
         let mut text = std::ptr::null();
         // SAFETY: `text` is an out-parameter.
         let found = unsafe { (self.error_string)(code, &mut text) };
@@ -85,7 +91,7 @@ impl Driver {
         } else {
             "unknown error".into()
         };
-        Err(format!("CUDA's driver: {text} ({code})"))
+        format!("{text} ({code})")
     }
 }
 
@@ -185,7 +191,7 @@ impl Device {
         if let Some(module) = modules.get(&variant) {
             return Ok(*module);
         }
-        let code = self.compiler.compile(variant, &self.architecture)?;
+        let code = self.code(variant)?;
         self.enter()?;
         let mut module = std::ptr::null_mut();
         // SAFETY: `module` is an out-parameter, and the driver copies the machine code.
@@ -193,6 +199,16 @@ impl Device {
         self.driver.check(status)?;
         modules.insert(variant, module);
         Ok(module)
+    }
+
+    /// Returns the machine code of a variant, compiled unless the cache on disk has it.
+    fn code(&self, variant: Variant) -> Result<Vec<u8>, String> {
+        let version = self.compiler.version()?;
+        let options = options(variant, &self.architecture).join(" ");
+        CodeCache::of_user().get_or_compile(&[&source(), &options, &version], || {
+            let compiled = self.compiler.compile(variant, &self.architecture)?;
+            Ok(compiled.code)
+        })
     }
 
     fn function(&self, variant: Variant, name: &'static str) -> Result<CUfunction, String> {
@@ -238,7 +254,7 @@ impl Device {
         let size = launch.dimensions();
         // SAFETY: each launch lists the arguments of its kernel. libtorch reuses their memory on
         // this stream only.
-        self.driver.check(unsafe {
+        let code = unsafe {
             (self.driver.launch)(
                 function,
                 size.blocks,
@@ -252,7 +268,11 @@ impl Device {
                 arguments.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
-        })
+        };
+        match code {
+            0 => Ok(()),
+            code => Err(launch_error(code, &self.driver.text(code))),
+        }
     }
 }
 
@@ -266,5 +286,41 @@ impl Gpu for Device {
 
     fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+}
+
+/// Returns the message for a launch that failed with `code`, whose text is `text`.
+///
+/// The driver reports a kernel's failure at whatever call comes next.
+fn launch_error(code: Code, text: &str) -> String {
+    /// Values of `CUresult` that describe the launch itself: an invalid value, no memory, no
+    /// machine code for this GPU, and too many registers, threads or shared memory.
+    const OWN: [Code; 5] = [1, 2, 209, 701, 1013];
+    if OWN.contains(&code) {
+        return format!("CUDA's driver: {text}");
+    }
+    format!(
+        "CUDA's driver: {text}. An earlier kernel may have failed, of moerun or of libtorch. To \
+         find it, run one rank with CUDA_LAUNCH_BLOCKING=1 (with NCCL and several ranks, that may \
+         hang)"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_that_may_be_another_kernels_is_said_to_be_so() {
+        // An illegal address and a trap stay with the context.
+        for sticky in [700, 719] {
+            let error = launch_error(sticky, "unspecified launch failure (719)");
+            assert!(error.contains("earlier kernel"), "{error}");
+            assert!(error.contains("CUDA_LAUNCH_BLOCKING=1"), "{error}");
+        }
+        assert_eq!(
+            launch_error(701, "too many resources requested for launch (701)"),
+            "CUDA's driver: too many resources requested for launch (701)"
+        );
     }
 }

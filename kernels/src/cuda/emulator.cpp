@@ -1,8 +1,10 @@
 // Runs the kernels of source/ on the host, for tests. The threads of a block are fibers that switch
 // at barriers and shuffles. Their order is random at each switch and some warps run ahead, so that
-// a missing barrier shows. Alignment and speed can only be tested on a GPU.
+// a missing barrier shows. Launches and accesses that a GPU refuses are failures. Speed can only be
+// measured on a GPU.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <random>
 #include <ucontext.h>
@@ -18,6 +20,8 @@ enum class State { runs, at_warp, at_block, done };
 struct Thread {
     ucontext_t context;
     State state;
+    // True from one barrier of a shuffle to the other.
+    bool shuffles;
     unsigned long long shuffled;
     std::vector<char> stack;
 };
@@ -26,6 +30,17 @@ static ucontext_t scheduler;
 static size_t current;
 static const char* failed;
 static float* dynamic_shared;
+
+// Limits of every GPU that the kernels support.
+constexpr size_t MAX_THREADS = 1024, MAX_SHARED = 48 << 10;
+
+// What the running block has declared as static shared memory.
+struct Declared {
+    void* data;
+    size_t bytes;
+};
+static std::vector<Declared> static_shared;
+static size_t dynamic_bytes;
 
 static void yield_thread(State state) {
     threads[current].state = state;
@@ -40,17 +55,43 @@ static void __syncthreads() { yield_thread(State::at_block); }
 static void __syncwarp() { yield_thread(State::at_warp); }
 static void __trap() { fail("trapped"); }
 
+// All 32 threads of a warp take part in each shuffle.
 template <class T> static T __shfl_xor_sync(unsigned, T x, int step) {
-    std::memcpy(&threads[current].shuffled, &x, sizeof(T));
+    if (current / 32 * 32 + 32 > threads.size()) {
+        fail("shuffle in a warp of fewer than 32 threads");
+    }
+    Thread& own = threads[current];
+    std::memcpy(&own.shuffled, &x, sizeof(T));
+    own.shuffles = true;
     yield_thread(State::at_warp);
     Thread& other = threads[current ^ step];
     if (other.state == State::done) {
         fail("shuffle with a thread that has returned");
     }
+    if (!other.shuffles) {
+        fail("shuffle with a thread that waits elsewhere");
+    }
     T theirs;
     std::memcpy(&theirs, &other.shuffled, sizeof(T));
     yield_thread(State::at_warp);
+    threads[current].shuffles = false;
     return theirs;
+}
+
+// Counts static shared memory at its declaration, and fills it with NaN: a GPU does not clear it.
+static void declare_shared(void* data, size_t bytes) {
+    size_t sum = dynamic_bytes + bytes;
+    for (const Declared& declared : static_shared) {
+        if (declared.data == data) {
+            return;
+        }
+        sum += declared.bytes;
+    }
+    static_shared.push_back({data, bytes});
+    std::memset(data, 0xff, bytes);
+    if (sum > MAX_SHARED) {
+        fail("more than 48 KB of static and dynamic shared memory");
+    }
 }
 static unsigned __float_as_uint(float x) {
     unsigned bits;
@@ -66,8 +107,14 @@ static float __uint_as_float(unsigned bits) {
 #define KERNEL static
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static
 #define DYNAMIC_SHARED(type, name) type* name = dynamic_shared
+#define STATIC_SHARED(type, name, count)                                                           \
+    static type name[count];                                                                       \
+    declare_shared(name, sizeof(name))
+#define ASSERT_ALIGNED(address, bytes)                                                             \
+    if (reinterpret_cast<std::uintptr_t>(address) % (bytes)) {                                     \
+        fail("misaligned pack");                                                                   \
+    }
 // The same source that the GPU compiler gets.
 #include "program.cu"
 
@@ -88,12 +135,14 @@ struct Named {
 #define NAMED(kernel) {#kernel, unpacked<kernel>}
 static const Named kernels[] = {
     NAMED(adamw),
+    NAMED(add_rows),
     NAMED(select_experts),
     NAMED(combine),
     NAMED(combine_backward),
     NAMED(cross_entropy),
     NAMED(router),
     NAMED(router_backward),
+    NAMED(quantize),
     NAMED(rms_norm),
     NAMED(rms_norm_backward),
     NAMED(apply_rotary),
@@ -178,8 +227,15 @@ extern "C" const char* emulate(
     if (!body) {
         return "no such kernel";
     }
+    if (width * height > MAX_THREADS) {
+        return "more than 1024 threads in a block";
+    }
+    if (shared > MAX_SHARED) {
+        return "more than 48 KB of static and dynamic shared memory";
+    }
     failed = nullptr;
     body_arguments = arguments;
+    dynamic_bytes = shared;
     gridDim = {blocks, 1};
     blockDim = {width, height};
     std::mt19937 random(seed);
@@ -188,10 +244,12 @@ extern "C" const char* emulate(
         // A GPU does not clear shared memory either.
         std::vector<float> memory(shared / 4 + 1, NAN);
         dynamic_shared = memory.data();
+        static_shared.clear();
         threads.resize(width * height);
         for (Thread& thread : threads) {
             thread.stack.resize(64 << 10);
             thread.state = State::runs;
+            thread.shuffles = false;
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.data();
             thread.context.uc_stack.ss_size = thread.stack.size();

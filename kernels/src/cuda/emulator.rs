@@ -92,3 +92,72 @@ impl Gpu for Host {
         1
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::launch::{BlockShape, MAX_SHARED, arguments};
+    use tch::kind::FLOAT_CPU;
+
+    /// Launches one block of `swiglu`, which has no shuffles, or of `rms_norm`, which has.
+    fn launch(name: &'static str, block: BlockShape, shared: usize, shift: i64) {
+        let x = Tensor::zeros([64 + shift], FLOAT_CPU).narrow(0, shift, 64);
+        let out = Tensor::zeros([64], FLOAT_CPU);
+        let of_swiglu = arguments![&x, &out, 1, 32];
+        let scale = Tensor::zeros([1], FLOAT_CPU);
+        let of_norm = arguments![&x, &x, &out, &scale, 1, 64, 1e-5f32];
+        let launch = KernelLaunch {
+            name,
+            variant: Variant {
+                kind: tch::Kind::Float,
+                vectors: true,
+            },
+            blocks: 1,
+            block,
+            shared,
+            arguments: if name == "swiglu" {
+                &of_swiglu
+            } else {
+                &of_norm
+            },
+        };
+        Host.run(&launch, &x);
+    }
+
+    fn block(threads_per_row: usize, rows: usize) -> BlockShape {
+        BlockShape {
+            threads_per_row,
+            rows,
+        }
+    }
+
+    #[test]
+    fn the_largest_launch_runs() {
+        launch("swiglu", block(32, 32), MAX_SHARED, 0);
+        launch("rms_norm", block(32, 32), MAX_SHARED - 128, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "1024 threads")]
+    fn too_many_threads_are_refused() {
+        launch("swiglu", block(64, 32), 0, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "48 KB")]
+    fn static_shared_memory_counts() {
+        launch("rms_norm", block(32, 1), MAX_SHARED - 124, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "fewer than 32 threads")]
+    fn part_of_a_warp_cannot_shuffle() {
+        launch("rms_norm", block(16, 1), 0, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "misaligned")]
+    fn a_pack_that_is_not_aligned_is_refused() {
+        launch("swiglu", block(32, 1), 0, 1);
+    }
+}

@@ -3,6 +3,8 @@
 use std::ffi::{c_uint, c_void};
 use tch::{Kind, Tensor};
 
+/// Bytes of shared memory per block that every GPU provides, static and dynamic together.
+pub(crate) const MAX_SHARED: usize = 48 << 10;
 /// Default number of threads of a block.
 pub(crate) const THREADS: usize = 256;
 /// Blocks per multiprocessor in launches whose blocks loop over rows.

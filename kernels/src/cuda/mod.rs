@@ -1,11 +1,14 @@
 //! CUDA kernels of our own for norms, routers, losses and other memory-bound operations.
 //!
-//! The kernels are in `source/`. NVRTC compiles them at first use (`compiler.rs`), and CUDA's
-//! driver queues them on libtorch's streams (`driver.rs`). If either library is missing,
+//! The kernels are in `source/`. NVRTC compiles them at first use (`compiler.rs`), which a cache on
+//! disk remembers (`code_cache.rs`), and CUDA's driver queues them on libtorch's streams
+//! (`driver.rs`). If either library is missing,
 //! libtorch's operations run instead. Tests run the kernels on the host (`emulator.rs`). Not yet
 //! run on hardware.
 
 mod adamw;
+mod add_rows;
+mod code_cache;
 mod combine;
 mod compiler;
 mod cross_entropy;
@@ -14,15 +17,20 @@ mod driver;
 mod emulator;
 mod launch;
 mod norm;
+#[cfg(test)]
+mod on_gpu;
+mod quantize;
 mod rotary;
 mod router;
 mod swiglu;
 
 pub(crate) use adamw::adamw;
+pub(crate) use add_rows::add_rows;
 pub(crate) use combine::{combine, combine_backward};
 pub(crate) use cross_entropy::{cross_entropy, softmax, softmax_gradient};
 pub(crate) use launch::Gpu;
 pub(crate) use norm::{MAX_NORM_WIDTH, rms_norm, rms_norm_backward};
+pub(crate) use quantize::quantize_rows;
 pub(crate) use rotary::apply_rotary;
 pub(crate) use router::{MAX_EXPERTS, router, router_backward, select_experts};
 pub(crate) use swiglu::{swiglu, swiglu_backward};
@@ -102,6 +110,14 @@ pub(crate) mod tests {
         }
     }
 
+    /// Returns the configuration of a property test with `number` cases, or with the number in
+    /// MOERUN_TEST_CASES: a memory checker makes each case slow.
+    pub(crate) fn with_cases(number: u32) -> ProptestConfig {
+        let given = std::env::var("MOERUN_TEST_CASES").ok();
+        let number = given.map_or(number, |given| given.parse().expect("a number of cases"));
+        ProptestConfig::with_cases(number)
+    }
+
     /// Fails unless `ours` is `plain` within a relative and absolute tolerance.
     pub(crate) fn close(
         ours: &Tensor,
@@ -136,6 +152,9 @@ pub(crate) mod tests {
         let x = Tensor::zeros([4, 4], FLOAT_CPU);
         assert!(gpu(&[&x]).is_none());
         let error = compile_gpu_kernels(99).unwrap_err();
-        assert!(error.contains("setup --cuda"), "{error}");
+        // Without CUDA's libraries the error says how to get them, with them that this GPU is
+        // missing.
+        let expected = ["setup --cuda", "GPU 99", "CUDA's driver"];
+        assert!(expected.iter().any(|text| error.contains(text)), "{error}");
     }
 }

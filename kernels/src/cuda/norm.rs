@@ -1,14 +1,19 @@
 //! Launches of the RMSNorm kernels in `source/norm.cu`.
 
-use super::launch::{BlockShape, Gpu, KernelLaunch, THREADS, Variant, arguments};
+use super::launch::{
+    BLOCKS_PER_MULTIPROCESSOR, BlockShape, Gpu, KernelLaunch, MAX_SHARED, THREADS, Variant,
+    arguments,
+};
 use crate::tensors::{FIRST_DIM, empty_f32};
 use tch::{Kind, Tensor};
 
 /// A warp processes rows of up to this many packs; a block processes longer rows.
 const MAX_PACKS_PER_WARP: usize = 128;
-/// Limit of the backward kernel: the column sums of a block must fit the 48 KB of shared memory
-/// that every GPU provides.
-pub(crate) const MAX_NORM_WIDTH: usize = 12288;
+/// Bytes of shared memory that the backward kernel declares itself, for sums over a row.
+const STATIC_SHARED: usize = 32 * size_of::<f32>();
+/// Limit of the backward kernel: the column sums of a block must fit the shared memory that every
+/// GPU provides, next to what the kernel declares itself.
+pub(crate) const MAX_NORM_WIDTH: usize = (MAX_SHARED - STATIC_SHARED) / size_of::<f32>();
 
 fn block(variant: Variant, width: usize) -> BlockShape {
     let packs = width / variant.vector();
@@ -65,7 +70,9 @@ pub(crate) fn rms_norm_backward(
     let variant = Variant::of(&[grad, x, weight, &out], width);
     let block = block(variant, width);
     // Each block has its own sums, which are added in order.
-    let blocks = rows.div_ceil(block.rows).min(2 * gpu.multiprocessors());
+    let blocks = rows
+        .div_ceil(block.rows)
+        .min(BLOCKS_PER_MULTIPROCESSOR * gpu.multiprocessors());
     let partial = empty_f32(x, [blocks, width]);
     let arguments = arguments![grad, x, scale, weight, &out, &partial, rows, width];
     let launch = KernelLaunch {
@@ -85,25 +92,44 @@ pub(crate) fn rms_norm_backward(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::{TestInput, close, test_gpu},
+        cuda::tests::{TestInput, close, test_gpu, with_cases},
         tensors::{LAST_DIM, tests::TestTensor},
     };
     use proptest::prelude::*;
 
+    /// Widths of every block shape, and the largest ones.
+    fn widths() -> impl Strategy<Value = i64> {
+        let limit = MAX_NORM_WIDTH as i64;
+        prop_oneof![
+            4 => 1i64..100,
+            4 => (1i64..40).prop_map(|n| n * 8),
+            1 => Just(2048),
+            1 => Just(1500),
+            1 => limit - 9..=limit,
+        ]
+    }
+
+    #[test]
+    #[should_panic(expected = "48 KB")]
+    fn columns_beyond_the_limit_do_not_fit_shared_memory() {
+        // On the emulator: a GPU refuses the launch with a message of its own.
+        let gpu = crate::cuda::emulator::Host;
+        let width = MAX_NORM_WIDTH as i64 + 4;
+        let x = Tensor::ones([1, width], tch::kind::FLOAT_CPU);
+        let scale = Tensor::ones([1, 1], tch::kind::FLOAT_CPU);
+        let _ = rms_norm_backward(&gpu, &x, &x, &scale, &x.get(0));
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
+        #![proptest_config(with_cases(40))]
         #[test]
         fn it_matches_the_formula(
             rows in 0i64..50,
-            width in prop_oneof![
-                1i64..100,
-                (1i64..40).prop_map(|n| n * 8),
-                Just(2048),
-                Just(1500)
-            ],
+            width in widths(),
             input: TestInput,
         ) {
             let (gpu, _) = test_gpu();
+            let rows = if width > 4000 { rows.min(3) } else { rows };
             let [x, grad] = [(); 2].map(|()| input.random(&[rows, width]));
             let weight = input.random(&[width]);
             let wide = |x: &Tensor| x.to_f64().set_requires_grad(true);

@@ -30,13 +30,13 @@ pub(crate) fn apply_rotary(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::{TestInput, close, test_gpu},
+        cuda::tests::{TestInput, close, test_gpu, with_cases},
         tensors::tests::TestTensor,
     };
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(60))]
+        #![proptest_config(with_cases(60))]
         #[test]
         fn pairs_rotate_by_the_angle_of_their_position(
             batch in 0i64..3,

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 /// Warps of a block, each of which works on one token at a time.
 const WARPS: usize = 4;
 /// Tokens that a block sums in the forward pass.
-const TOKENS_PER_BLOCK: usize = 64;
+const TOKENS_PER_BLOCK: usize = 16;
 /// Limit of the kernels: each of a warp's 32 threads marks its taken experts in 32 bits.
 pub(crate) const MAX_EXPERTS: usize = 1024;
 /// Logits are fp32. The router kernels read them by element whatever the variant.
@@ -161,14 +161,14 @@ pub(crate) fn router_backward(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::{close, test_gpu},
+        cuda::tests::{close, test_gpu, with_cases},
         router::tests::{consecutive, plain},
         tensors::tests::TestTensor,
     };
     use proptest::prelude::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(30))]
+        #![proptest_config(with_cases(30))]
         #[test]
         fn it_matches_libtorch(
             lens in proptest::collection::vec(0usize..100, 1..3),

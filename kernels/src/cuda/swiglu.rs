@@ -34,14 +34,14 @@ pub(crate) fn swiglu_backward(
 mod tests {
     use super::*;
     use crate::{
-        cuda::tests::{TestInput, close, test_gpu},
+        cuda::tests::{TestInput, close, test_gpu, with_cases},
         tensors::tests::TestTensor,
     };
     use proptest::prelude::*;
     use tch::Kind;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(60))]
+        #![proptest_config(with_cases(60))]
         #[test]
         fn it_matches_libtorch(
             rows in 0i64..70,

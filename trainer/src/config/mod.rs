@@ -288,8 +288,9 @@ pub struct TrainConfig {
     #[serde(default)]
     pub dtype: Dtype,
     /// Computes the experts' forward GEMMs, and the gradients of their inputs, in 8-bit floating
-    /// point. Faster on Hopper and newer GPUs; elsewhere emulated with the same results. Needs
-    /// `dtype: bf16`. The precision page of the documentation shows the effect on the loss.
+    /// point. On GPUs it needs compute capability 9 (Hopper); newer ones compute in bf16, with a
+    /// warning. Processors emulate it with the same results. Needs `dtype: bf16`. The precision
+    /// page of the documentation shows the effect on the loss.
     #[on_resume(reported)]
     #[serde(default)]
     pub fp8_experts: bool,

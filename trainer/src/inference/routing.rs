@@ -52,8 +52,8 @@ pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Err
     for window in 0..windows {
         let (inputs, _) = data.windows(window..window + 1)?;
         let output = tch::no_grad(|| model.forward(&Cpu.upload(&inputs)))?;
-        for (experts, moe_stats) in experts.iter_mut().zip(output.moe_stats) {
-            experts.extend(moe_stats.experts);
+        for (experts, stats) in experts.iter_mut().zip(output.stats) {
+            experts.extend(Vec::<i64>::try_from(stats.experts_tk.flatten(0, -1))?);
         }
     }
     Ok(RoutingSample {

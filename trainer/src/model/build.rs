@@ -23,6 +23,7 @@ impl Model {
     /// Builds the part `part` of the model that `config` and the seed describe, with the matrices
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
+        kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
         let tensor = &ctx.groups.tensor;
         let shard = part.vocabulary.unwrap_or(VocabularyShard {
             rank: tensor.rank(),
@@ -292,7 +293,7 @@ impl Builder<'_> {
             balance_scope: config.load_balance_over,
             tensor: groups.tensor.clone(),
             sequence: groups.sequence.clone(),
-            gemm: ctx.expert_gemm,
+            gemm: ctx.expert_gemm.for_layer(),
             save: SavePolicy {
                 dispatched: ctx.recompute.keeps(RecomputedPart::Dispatch),
                 experts: ctx.recompute.keeps(RecomputedPart::Experts),

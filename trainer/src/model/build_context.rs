@@ -6,6 +6,7 @@ use crate::{
 };
 use moe::experts::GemmPrecision;
 use parallel::{Accelerator, context::ContextKind};
+use tch::Kind;
 
 /// Device, process groups and numeric choices of a [`Model`](crate::Model).
 pub struct BuildContext<'a> {
@@ -37,7 +38,7 @@ impl<'a> BuildContext<'a> {
         groups: &'a ProcessGroups,
     ) -> BuildContext<'a> {
         let expert_gemm = if config.train.fp8_experts {
-            GemmPrecision::Fp8
+            fp8_or_fallback(device)
         } else {
             GemmPrecision::Model
         };
@@ -73,4 +74,17 @@ impl<'a> BuildContext<'a> {
             offload: false,
         }
     }
+}
+
+/// Returns 8 bits for the experts, or with a warning the model's dtype where 8 bits cannot run.
+fn fp8_or_fallback(device: &dyn Accelerator) -> GemmPrecision {
+    let gemm = GemmPrecision::fp8_on(device.empty(&[0], Kind::Float).device());
+    if matches!(gemm, GemmPrecision::Model) {
+        tracing::warn!(
+            "train.fp8_experts: libtorch 2.11.0 has no fp8 kernel for {}, whose experts are \
+             computed in bf16",
+            device.name()
+        );
+    }
+    gemm
 }

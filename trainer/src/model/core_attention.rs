@@ -11,7 +11,8 @@ use std::sync::Arc;
 use tch::{Device, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// Causal attention: `kernels::attention` on the CPU, libtorch's fused kernel elsewhere.
+/// Causal attention: `kernels::attention` on the CPU, libtorch's fused kernel elsewhere (cuDNN's on
+/// Hopper and Blackwell).
 #[derive(Clone)]
 pub(crate) struct CoreAttention {
     pub(crate) scale: f64,
@@ -111,10 +112,12 @@ impl CoreAttention {
             return causal(query, key, value, self.scale);
         }
         let times = query.size()[1] / key.size()[1];
-        let key = repeat_heads(key, times);
-        let value = repeat_heads(value, times);
         let mask = documents.map(Documents::mask);
         let is_causal = mask.is_none();
+        let shares_key_heads = times > 1 && shares_key_heads(query.device(), is_causal);
+        let times = if shares_key_heads { 1 } else { times };
+        let key = repeat_heads(key, times);
+        let value = repeat_heads(value, times);
         Ok(Tensor::scaled_dot_product_attention(
             query,
             &key,
@@ -123,9 +126,15 @@ impl CoreAttention {
             0.0,
             is_causal,
             self.scale,
-            false,
+            shares_key_heads,
         ))
     }
+}
+
+/// True if libtorch's fused attention reads a key head once for all its query heads. With a mask,
+/// some GPUs would fall back to a matrix of all scores.
+fn shares_key_heads(device: Device, is_causal: bool) -> bool {
+    matches!(device, Device::Cuda(_)) && is_causal
 }
 
 /// Calls [`kernels::attention`] and attaches its backward.
@@ -142,4 +151,25 @@ fn causal(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> Result<Te
         Ok(grads.map(Some).into())
     })?;
     Ok(outputs.remove(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    #[test]
+    fn shared_key_heads_give_what_repeated_ones_give() {
+        assert!(shares_key_heads(Device::Cuda(0), true));
+        assert!(!shares_key_heads(Device::Cuda(0), false));
+        assert!(!shares_key_heads(Device::Cpu, true) && !shares_key_heads(Device::Mps, true));
+        let random = |heads: i64| Tensor::randn([2, heads, 5, 8], (Kind::Float, Device::Cpu));
+        let [query, key, value] = [random(6), random(2), random(2)];
+        let attend = |key: &Tensor, value: &Tensor, shared| {
+            let mask = None::<&Tensor>;
+            Tensor::scaled_dot_product_attention(&query, key, value, mask, 0.0, true, 0.3, shared)
+        };
+        let repeated = attend(&repeat_heads(&key, 3), &repeat_heads(&value, 3), false);
+        assert!(attend(&key, &value, true).allclose(&repeated, 1e-6, 1e-6, false));
+    }
 }

@@ -73,16 +73,22 @@ impl Layer {
             let Some((router_stats, moe_stats)) = stats else {
                 return Ok(vec![out]);
             };
-            *aux_sink.lock() = Some((router_stats.counts_ge, moe_stats));
-            Ok(vec![out, router_stats.prob_sums_ge, router_stats.z_sum])
+            let RouterStats {
+                prob_sums_ge,
+                z_sum,
+                ..
+            } = &router_stats;
+            let outputs = vec![out, prob_sums_ge.shallow_clone(), z_sum.shallow_clone()];
+            *aux_sink.lock() = Some((router_stats, moe_stats));
+            Ok(outputs)
         })?;
         let out = outputs.remove(0);
         let aux_output = aux_output.lock().take();
-        let stats = aux_output.map(|(counts_ge, moe_stats)| {
+        let stats = aux_output.map(|(router_stats, moe_stats)| {
             let router_stats = RouterStats {
-                counts_ge,
                 prob_sums_ge: outputs.remove(0),
                 z_sum: outputs.remove(0),
+                ..router_stats
             };
             (router_stats, moe_stats)
         });

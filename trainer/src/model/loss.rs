@@ -7,14 +7,19 @@
 use kernels::{gemm, gemm_into, softmax, softmax_gradient};
 use parallel::{Communicator, Contribution, Weight};
 use std::{ops::Range, sync::Arc};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// Label of a position that does not enter the loss.
 pub(crate) const IGNORED: i64 = -100;
 
-/// Limit for the logits of one chunk.
-const CHUNK_BYTES: usize = 16 << 20;
+/// Returns the limit for the logits of one chunk, in bytes.
+///
+/// A processor's caches hold a small chunk. A device needs many tokens to be busy, and each chunk
+/// reads the matrix and its gradient.
+pub(crate) fn logits_chunk_bytes(on_host: bool) -> usize {
+    if on_host { 16 << 20 } else { 512 << 20 }
+}
 
 /// The rows of the vocabulary on this rank, and the ranks that have the others.
 pub(crate) struct VocabularyRows<'a> {
@@ -81,7 +86,8 @@ fn loss_in_chunks(
     // The same on every rank, although some have a row less.
     let rows = own.total.div_ceil(own.group.size());
     let row_bytes = rows * x.kind().elt_size_in_bytes();
-    let chunk = (CHUNK_BYTES / row_bytes).clamp(1, tokens.max(1) as usize) as i64;
+    let limit = logits_chunk_bytes(x.device() == Device::Cpu);
+    let chunk = (limit / row_bytes).clamp(1, tokens.max(1) as usize) as i64;
     let mut loss = Tensor::zeros([], (Kind::Float, x.device()));
     let grad_x = x_td.requires_grad().then(|| x.empty_like());
     let contribution = match &grad_x {

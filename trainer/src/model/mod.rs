@@ -37,12 +37,12 @@ use norm::rms_norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use rope::Rope;
 use std::{ops::Range, sync::Arc};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use build_context::BuildContext;
 pub(crate) use documents::Documents;
 pub(crate) use experts::LocalExperts;
-pub(crate) use loss::{IGNORED, LossScale, with_gradient};
+pub(crate) use loss::{IGNORED, LossScale, logits_chunk_bytes, with_gradient};
 pub use part::{ModelPart, PipelineSplit, StagePart, VocabularyShard, split_layers};
 
 /// This rank's part of a decoder, and its parameters.
@@ -296,13 +296,16 @@ impl Model {
             counts_le: counts.as_ref(),
             ..*totals
         };
-        let loss = load_balance_loss(stats, moe.top_k, moe.load_balance_pool_layers, &totals);
-        out.load_balance = loss.double_value(&[]);
-        let mut total = loss * moe.load_balance;
-        let loss = z_loss(stats, &totals);
-        out.z = loss.double_value(&[]);
+        let load_balance =
+            load_balance_loss(stats, moe.top_k, moe.load_balance_pool_layers, &totals);
+        let z = z_loss(stats, &totals);
+        // One copy to the host, so that it waits for a device once.
+        let both = tch::no_grad(|| Tensor::stack(&[&load_balance, &z], 0).to_device(Device::Cpu));
+        out.load_balance = both.double_value(&[0]);
+        out.z = both.double_value(&[1]);
+        let mut total = load_balance * moe.load_balance;
         if moe.z_loss > 0.0 {
-            total = total + loss * moe.z_loss;
+            total = total + z * moe.z_loss;
         }
         out.total = Some(total);
         out
@@ -414,7 +417,7 @@ impl Model {
         out
     }
 
-    /// Marks gathered weights as stale after an update of the shards.
+    /// Marks gathered and rounded weights as stale after an update.
     pub(crate) fn mark_stale(&self) {
         for vocabulary_weight in self.embedding.iter().chain(&self.head) {
             vocabulary_weight.unit.mark_stale();
@@ -426,6 +429,9 @@ impl Model {
             if let Some((_, unit)) = &stage.norm {
                 unit.mark_stale();
             }
+        }
+        for (_, moe, _) in self.local_moe_layers() {
+            moe.gemm.mark_stale();
         }
     }
 

@@ -6,13 +6,34 @@
 use kernels::apply_rotary;
 use parallel::Accelerator;
 use parking_lot::Mutex;
-use tch::Tensor;
+use std::collections::HashMap;
+use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
 /// Cosines and sines of this rank's positions.
 pub(crate) struct Rope {
-    /// `[positions, head_dim / 2]` each.
-    tables: Mutex<(Tensor, Tensor)>,
+    /// In fp32.
+    table: Mutex<Table>,
+    /// The table in the dtypes that have been used.
+    by_kind: Mutex<HashMap<Kind, Table>>,
+}
+
+/// `[positions, head_dim / 2]` each.
+struct Table {
+    cos: Tensor,
+    sin: Tensor,
+    /// For backward, which rotates back.
+    minus_sin: Tensor,
+}
+
+impl Table {
+    fn map(&self, change: impl Fn(&Tensor) -> Tensor) -> Table {
+        Table {
+            cos: change(&self.cos),
+            sin: change(&self.sin),
+            minus_sin: change(&self.minus_sin),
+        }
+    }
 }
 
 impl Rope {
@@ -33,23 +54,38 @@ impl Rope {
             .collect();
         let angles =
             device.upload(&Tensor::from_slice(&angles).view([positions.len() as i64, half as i64]));
+        let sin = angles.sin();
+        let table = Table {
+            cos: angles.cos(),
+            minus_sin: sin.neg(),
+            sin,
+        };
         Rope {
-            tables: Mutex::new((angles.cos(), angles.sin())),
+            table: Mutex::new(table),
+            by_kind: Mutex::default(),
         }
+    }
+
+    /// Returns the table of the first `length` positions in a dtype.
+    fn table(&self, length: i64, kind: Kind) -> Table {
+        let mut by_kind = self.by_kind.lock();
+        let convert = || self.table.lock().map(|table| table.to_kind(kind));
+        let table = by_kind.entry(kind).or_insert_with(convert);
+        table.map(|table| table.narrow(0, 0, length))
     }
 
     /// Rotates `x` `[batch, heads, sequence, head_dim]` by the first positions.
     pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, Error> {
         let length = x.size()[2];
-        let (cos, sin) = {
-            let tables = self.tables.lock();
-            let first = |table: &Tensor| table.narrow(0, 0, length).to_kind(x.kind());
-            (first(&tables.0), first(&tables.1))
-        };
+        let Table {
+            cos,
+            sin,
+            minus_sin,
+        } = self.table(length, x.kind());
         let out = tch::no_grad(|| apply_rotary(x, &cos, &sin));
         let mut out = attach_backward(&[x], vec![out], move |grads| {
             // The gradient is rotated back.
-            let rotate_back = |grad: &Tensor| apply_rotary(grad, &cos, &sin.neg());
+            let rotate_back = |grad: &Tensor| apply_rotary(grad, &cos, &minus_sin);
             Ok(vec![grads[0].as_ref().map(rotate_back)])
         })?;
         Ok(out.remove(0))
@@ -60,7 +96,17 @@ impl Rope {
 mod tests {
     use super::*;
     use parallel::Cpu;
-    use tch::Kind;
+
+    #[test]
+    fn tables_of_a_dtype_are_made_once() {
+        let rope = Rope::new(&Cpu, &[0, 1, 2], 4, 10_000.0);
+        let table = |kind| rope.table(2, kind);
+        let first = table(Kind::BFloat16);
+        assert_eq!(first.cos.data_ptr(), table(Kind::BFloat16).cos.data_ptr());
+        assert_eq!(first.sin, table(Kind::Float).sin.to_kind(Kind::BFloat16));
+        assert_eq!(first.minus_sin, first.sin.neg());
+        assert_eq!(first.cos.size(), [2, 2]);
+    }
 
     #[test]
     fn rotation_keeps_lengths_and_its_gradient_rotates_back() {

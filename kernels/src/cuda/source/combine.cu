@@ -1,26 +1,41 @@
 // The weighted sum of each token's expert outputs. `row_ids` [tokens, top_k] holds the row of each
 // routed token, below `count`, or -1 if it has none.
 
+// Rows of a token that a thread loads before it adds the first.
+constexpr int LOADED_ROWS = 4;
+
 // `weights` [tokens, top_k] may be null.
 KERNEL void combine(
-    const Number* rows, const Long* row_ids, const float* weights, Number* out, Long count,
+    const Number* rows, const int* row_ids, const float* weights, Number* out, Long count,
     Long tokens, Long top_k, Long width) {
     for (Long token = first_row(); token < tokens; token += grid_row_stride()) {
         for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
             float sums[VECTOR] = {};
             Long end = (token + 1) * top_k;
-            for (Long routed_token = token * top_k; routed_token < end; ++routed_token) {
-                Long row_id = row_ids[routed_token];
-                if (row_id < 0) {
-                    continue;
+            for (Long first = token * top_k; first < end; first += LOADED_ROWS) {
+                Long ids[LOADED_ROWS];
+                Numbers loaded[LOADED_ROWS];
+                #pragma unroll
+                for (int slot = 0; slot < LOADED_ROWS; ++slot) {
+                    ids[slot] = first + slot < end ? row_ids[first + slot] : -1;
+                    if (ids[slot] >= count) {
+                        __trap();
+                    }
                 }
-                if (row_id >= count) {
-                    __trap();
+                #pragma unroll
+                for (int slot = 0; slot < LOADED_ROWS; ++slot) {
+                    if (ids[slot] >= 0) {
+                        loaded[slot] = load(rows + ids[slot] * width + i);
+                    }
                 }
-                float weight = weights ? weights[routed_token] : 1.0f;
-                Numbers row = load(rows + row_id * width + i);
-                for (int e = 0; e < VECTOR; ++e) {
-                    sums[e] += weight * wide(row.x[e]);
+                #pragma unroll
+                for (int slot = 0; slot < LOADED_ROWS; ++slot) {
+                    if (ids[slot] >= 0) {
+                        float weight = weights ? weights[first + slot] : 1.0f;
+                        for (int e = 0; e < VECTOR; ++e) {
+                            sums[e] += weight * wide(loaded[slot].x[e]);
+                        }
+                    }
                 }
             }
             Numbers sum;
@@ -34,7 +49,7 @@ KERNEL void combine(
 
 // Each warp computes the gradients of the row and the weight of one routed token.
 KERNEL void combine_backward(
-    const Number* grad, const Number* rows, const Long* row_ids, const float* weights,
+    const Number* grad, const Number* rows, const int* row_ids, const float* weights,
     Number* grad_rows, float* grad_weights, Long count, Long tokens, Long top_k, Long width) {
     Long routed_token = first_row();
     if (routed_token >= tokens * top_k) {

@@ -12,6 +12,9 @@ typedef long long Long;
 #ifndef KERNEL
 #define KERNEL extern "C" __global__
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#define STATIC_SHARED(type, name, count) __shared__ type name[count]
+// The emulator checks what a GPU only traps on.
+#define ASSERT_ALIGNED(address, bytes)
 #endif
 
 __device__ __forceinline__ float wide(float x) { return x; }
@@ -21,10 +24,17 @@ __device__ __forceinline__ float wide(bf16 x) { return __uint_as_float(unsigned(
 template <class T> __device__ __forceinline__ T narrow(float x);
 template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) {
+    bf16 result;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    // One instruction; the upper half of the pair is not used.
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(x));
+    result.bits = pair;
+#else
     unsigned bits = __float_as_uint(x);
     bool number = (bits & 0x7fffffff) <= 0x7f800000;
-    bf16 result;
     result.bits = number ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fff;
+#endif
     return result;
 }
 
@@ -35,10 +45,12 @@ template <class T, int V> struct alignas(sizeof(T) * V) Pack {
 typedef Pack<Number, VECTOR> Numbers;
 
 template <int V = VECTOR, class T> __device__ __forceinline__ Pack<T, V> load(const T* x) {
+    ASSERT_ALIGNED(x, sizeof(T) * V);
     return *reinterpret_cast<const Pack<T, V>*>(x);
 }
 template <int V = VECTOR, class T>
 __device__ __forceinline__ void store(T* x, const Pack<T, V>& pack) {
+    ASSERT_ALIGNED(x, sizeof(T) * V);
     *reinterpret_cast<Pack<T, V>*>(x) = pack;
 }
 

@@ -66,7 +66,7 @@ __device__ void exponentials(
 
 KERNEL void softmax(
     const Number* logits, Number* out, float* largest, float* sums, Long width, float inverse) {
-    __shared__ MaxAndSum shared[32];
+    STATIC_SHARED(MaxAndSum, shared, 32);
     const Number* own = logits + blockIdx.x * width;
     Number* to = out + blockIdx.x * width;
     MaxAndSum all = block_max_and_sum(own, width, inverse, shared);
@@ -100,7 +100,7 @@ KERNEL void softmax_gradient(
 KERNEL void cross_entropy(
     Number* logits, const Long* labels, float* losses, Long width, float inverse, float factor,
     Long wanted) {
-    __shared__ MaxAndSum shared[32];
+    STATIC_SHARED(MaxAndSum, shared, 32);
     Number* own = logits + blockIdx.x * width;
     Long label = labels[blockIdx.x];
     if (label >= width) {

@@ -3,7 +3,7 @@
 KERNEL void rms_norm(
     const Number* x, const Number* weight, Number* out, float* scale, Long rows, Long width,
     float eps) {
-    __shared__ float shared[32];
+    STATIC_SHARED(float, shared, 32);
     Long row = first_row();
     if (row >= rows) {
         return;
@@ -37,7 +37,7 @@ KERNEL void rms_norm(
 KERNEL void rms_norm_backward(
     const Number* grad, const Number* x, const float* scale, const Number* weight, Number* out,
     float* partial, Long rows, Long width) {
-    __shared__ float shared[32];
+    STATIC_SHARED(float, shared, 32);
     DYNAMIC_SHARED(float, sums);
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
     int threads = blockDim.x * blockDim.y;
