@@ -1,8 +1,8 @@
 //! Names of the shards in the folder of a checkpoint.
 //!
 //! The shards of the first [`SHARDS_PER_FOLDER`] ranks are in the folder itself. Those of later
-//! ranks are in folders `ranks-NNNNN`, named by the first rank. File systems search and lock a folder as a
-//! whole, so thousands of ranks should not create files in one.
+//! ranks are in folders `ranks-NNNNN`, named by the first rank. File systems search and lock a
+//! folder as a whole, so thousands of ranks should not create files in one.
 
 use crate::{Error, names::MANIFEST, run_folder::RunFolder};
 use nix::sys::stat::FileStat;

@@ -389,7 +389,7 @@ pub(crate) struct ScaleArgs {
         value_delimiter = ',',
         default_value = "8,16,32,64,128",
         value_name = "N",
-        value_parser = whole(2..=MAX_LOCAL_RANKS)
+        value_parser = whole(2..=128)
     )]
     pub(crate) measured: Vec<usize>,
     /// Numbers of ranks of simulated runs, ascending and comma separated

@@ -9,8 +9,8 @@
 //! rows to the experts, and one back. Backward repeats the last two in reverse order.
 //! Hierarchical dispatch adds three small exchanges.
 //!
-//! With one expert rank a device sorts the tokens itself; the host fetches the counts and waits once
-//! per layer. With more ranks the host makes the plan, from the fetched experts.
+//! With one expert rank a device sorts the tokens itself; the host fetches the counts and waits
+//! once per layer. With more ranks the host makes the plan, from the fetched experts.
 
 pub use crate::hierarchy::Hierarchy;
 

@@ -35,7 +35,7 @@ impl GemmPrecision {
         let Device::Cuda(index) = device else {
             return GemmPrecision::Fp8(Fp8Weights::default());
         };
-        match torch_ext::compute_capability(index).map(GpuSupport::of) {
+        match torch_ext::compute_capability(index).map(|(major, _)| GpuSupport::of(major)) {
             Ok(GpuSupport::Trap) => GemmPrecision::Model,
             // Of other GPUs and of errors the first product tells.
             _ => GemmPrecision::Fp8(Fp8Weights::default()),

@@ -53,7 +53,7 @@ pub struct JoinCost {
     /// Of the rank with the most requests, and of that with the most bytes. One rank of a group
     /// answers for all, so this is not the same for each.
     pub most_traffic: StoreTraffic,
-    /// Of all ranks.
+    /// Sum over all ranks.
     pub total: StoreTraffic,
     /// From the start of the first rank to the end of the last.
     pub seconds: f64,

@@ -328,6 +328,10 @@ fn encode(message: &impl Serialize, purpose: Purpose, frame: &mut Vec<u8>) -> Re
     Ok(())
 }
 
+/// Returns the message in the body of a frame.
+///
+/// # Errors
+/// If it is not such a message, or longer than `purpose` allows.
 pub fn decode_body<T: DeserializeOwned>(body: &[u8], purpose: Purpose) -> Result<T, Error> {
     let failed = |error: String| Error::Protocol(format!("cannot decode a message: {error}"));
     let standard = bincode::config::standard();

@@ -151,9 +151,9 @@ fn is_tied(mesh: &Mesh, tied_ranks: &[usize]) -> bool {
 /// The ranks that hold a parameter together with one of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ReplicaRanks {
-    /// Those that shard its rows, in the order of the rows.
+    /// Ranks that shard its rows, in the order of the rows.
     pub(crate) shards: Vec<usize>,
-    /// Those that have the same rows.
+    /// Ranks that have the same rows.
     pub(crate) replicas: Vec<usize>,
 }
 

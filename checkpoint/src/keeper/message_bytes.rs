@@ -17,7 +17,10 @@ use crate::{
     stripes::{Redundancy, redundancy_groups},
 };
 use serde::Serialize;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
 
 /// Number of complete snapshots that a keeper remembers.
 const COMPLETE_SNAPSHOTS: u64 = 3;
@@ -172,21 +175,25 @@ impl SimulatedRun {
         })
     }
 
-    /// Calls `keep` with the inventory of each keeper, as the launcher receives it.
+    /// Calls `keep` with the inventory of each keeper, as the launcher receives it. Returns the
+    /// time for decoding them.
     ///
     /// # Errors
     /// If one cannot be encoded or decoded.
-    pub fn receive_inventories(&self, mut keep: impl FnMut(Inventory)) -> Result<(), Error> {
+    pub fn receive_inventories(&self, mut keep: impl FnMut(Inventory)) -> Result<Duration, Error> {
         let snapshots = self.snapshots();
         let mut pool = InventoryPool::default();
+        let mut time = Duration::ZERO;
         for node in 0..self.nodes() {
             let sent = self.inventory_with(node, &snapshots);
             let body = encode_body(&sent, Purpose::KEEPER)?;
+            let began = Instant::now();
             let mut received = decode_body(&body, Purpose::KEEPER)?;
             pool.share(&mut received);
+            time += began.elapsed();
             keep(received);
         }
-        Ok(())
+        Ok(time)
     }
 }
 

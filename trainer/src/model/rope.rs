@@ -12,7 +12,7 @@ use torch_ext::{Error, attach_backward};
 
 /// Cosines and sines of this rank's positions.
 pub(crate) struct Rope {
-    /// In fp32.
+    /// The table in fp32, from which the others are made.
     table: Mutex<Table>,
     /// The table in the dtypes that have been used.
     by_kind: Mutex<HashMap<Kind, Table>>,

@@ -69,7 +69,7 @@ impl Range {
         self.smallest + offset as u64
     }
 
-    /// Returns the middle of the values of the bin that holds the value at `fraction` of the sorted values.
+    /// Returns the middle of the bin that holds the value at `fraction` of the sorted values.
     fn quantile(self, bins: &[f64], fraction: f64) -> f64 {
         let count: f64 = bins.iter().sum();
         let place = ((count - 1.0) * fraction).round();

@@ -3,7 +3,7 @@
 // Elements of a pack: the fp32 sums determine it.
 constexpr int SUMMED = VECTOR == 1 ? 1 : 4;
 
-// Adds row `order[i]` of `rows` to the row `targets[i]` of `sums`, which has `count` rows. `targets`
+// Adds row `order[i]` of `rows` to row `targets[i]` of `sums`, which has `count` rows. `targets`
 // is sorted, and a negative one is skipped. One row of threads adds all rows of a target, in order.
 KERNEL void add_rows(
     const Number* rows, const Long* targets, const Long* order, float* sums, Long added, Long count,

@@ -117,7 +117,7 @@ fn projected(measured: &[RankTraffic], ranks: usize) -> Option<RankTraffic> {
     })
 }
 
-/// Starts `ranks` ranks as threads, which join their world and groups as if each 8 were on a
+/// Starts `ranks` ranks as threads, which join their world and groups as if 8 each were on a
 /// machine of their own.
 fn join_for_real(ranks: usize) -> Result<Vec<JoinCost>> {
     let mesh = |rank| {

@@ -1,6 +1,6 @@
-//! Metadata of snapshots: messages about them, the launcher's memory of all keepers' answers, and the
-//! heads of all ranks' parts, made up, parsed and assembled as each rank of a restart does if its
-//! layout has changed.
+//! Metadata of snapshots: messages about them, the launcher's memory of all keepers' answers, and
+//! the heads of all ranks' parts, made up, parsed and assembled as each rank of a restart does if
+//! its layout has changed.
 
 use super::{Origin, Series, reference};
 use anyhow::{Context, Result, bail};
@@ -35,7 +35,7 @@ const STATE_PER_RANK: u64 = 2_300_000_000;
 pub(super) fn messages(sizes: &[usize]) -> Result<()> {
     let mut commit = Series::new("bytes of a commit to a keeper", "N", "bytes");
     let mut inventory = Series::new("bytes of a keeper's inventory", "N", "bytes");
-    let mut seconds = Series::new("time to encode and decode all inventories", "N x K", "s");
+    let mut seconds = Series::new("time to decode all inventories", "N x K", "s");
     let mut memory = Series::new("memory of all inventories at the launcher", "N + K", "MiB");
     for &ranks in sizes {
         let run = SimulatedRun {
@@ -47,10 +47,9 @@ pub(super) fn messages(sizes: &[usize]) -> Result<()> {
         commit.print(ranks, bytes.commit as f64, Origin::Simulated);
         inventory.print(ranks, bytes.inventory as f64, Origin::Simulated);
         let before = resident_bytes()?;
-        let begun = Instant::now();
         let mut inventories = Vec::new();
-        run.receive_inventories(|inventory| inventories.push(inventory))?;
-        seconds.print(ranks, begun.elapsed().as_secs_f64(), Origin::Simulated);
+        let time = run.receive_inventories(|inventory| inventories.push(inventory))?;
+        seconds.print(ranks, time.as_secs_f64(), Origin::Simulated);
         let grown = resident_bytes()?.saturating_sub(before);
         memory.print(ranks, grown as f64 / MIB, Origin::Simulated);
     }
