@@ -29,8 +29,8 @@ struct StartUpSeries {
     files: Series,
 }
 
-/// Prints the costs of starting real ranks, and then of simulated ones, each of which asks as much as
-/// one of the largest real run does on average.
+/// Prints the costs of starting real ranks, and then of simulated ones. Each of these asks as much
+/// as a rank of the largest real run does on average.
 pub(super) fn start_up(args: &ScaleArgs) -> Result<()> {
     let mut series = StartUpSeries {
         seconds: Series::new("time until all ranks have joined", "N x requests", "s"),
