@@ -52,11 +52,7 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
     let world_size = plan.world_size(args.spare_nodes)?;
     let mut config = config_file::load(&args.config)?;
     plan.set_ranks_per_node(&mut config, args.spare_nodes)?;
-    config_file::refuse_problems_and_data(&args.config, &config, world_size)?;
-    machine_memory::refuse_too_large(&config, plan.ranks_per_machine, world_size)?;
-    let size = RunSize::new(&config, world_size, plan.ranks_per_machine);
-    open_files::refuse_too_many(size.largest())?;
-    config_diff::refuse_changes(&config, &args.accept_changes)?;
+    refuse_impossible(args, &config, plan.ranks_per_machine, world_size)?;
     let dir = config.run.dir.clone();
     let logs = dir.join("logs");
     RunFolder::create_inside(&logs)?;
@@ -105,6 +101,20 @@ pub(crate) fn run(args: &TrainArgs, signals: &Signals) -> Result<ExitCode> {
         registry,
     };
     Ok(runtime.drive(Engine::new(settings, launch)))
+}
+
+/// Refuses a run that cannot work on these machines, or cannot resume.
+fn refuse_impossible(
+    args: &TrainArgs,
+    config: &Config,
+    ranks_per_machine: usize,
+    world_size: usize,
+) -> Result<()> {
+    config_file::refuse_problems_and_data(&args.config, config, world_size)?;
+    machine_memory::refuse_too_large(config, ranks_per_machine, world_size)?;
+    let size = RunSize::new(config, world_size, ranks_per_machine);
+    open_files::refuse_too_many(size.largest())?;
+    config_diff::refuse_changes(config, &args.accept_changes)
 }
 
 /// Returns the run's secret: that of the keepers of an earlier launch, if there are any.

@@ -28,19 +28,21 @@ impl SimulatedClients {
     pub fn run(self, access: &StoreAccess, timeout: Duration) -> Result<StoreTraffic, Error> {
         let counter = Arc::new(TrafficCounter::default());
         let act = |thread: usize| {
-            let own = (thread..self.ranks).step_by(self.threads);
-            own.map(|rank| self.act_for(rank, access, timeout, &counter))
-                .collect::<Result<Vec<()>, Error>>()
+            for rank in (thread..self.ranks).step_by(self.threads) {
+                self.act_for(rank, access, timeout, &counter)?;
+            }
+            Ok::<(), Error>(())
         };
-        let acted = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let threads: Vec<_> = (0..self.threads)
                 .map(|thread| scope.spawn(move || act(thread)))
                 .collect();
-            let ends = threads.into_iter().map(|thread| thread.join());
-            ends.map(|end| end.expect("a thread panicked").map(drop))
-                .collect::<Result<(), Error>>()
-        });
-        acted.map(|()| counter.total())
+            for thread in threads {
+                thread.join().expect("a thread panicked")?;
+            }
+            Ok::<(), Error>(())
+        })?;
+        Ok(counter.total())
     }
 
     fn act_for(

@@ -101,7 +101,7 @@ fn heads(ranks: usize) -> Result<Vec<Vec<u8>>> {
     let mesh = reference::config(ranks)?.mesh(0, ranks);
     let mesh = mesh.map_err(|error| anyhow::anyhow!(error))?;
     let stages = mesh.shape().pipeline;
-    if ranks % stages != 0 {
+    if !ranks.is_multiple_of(stages) {
         bail!("{ranks} ranks do not divide into {stages} stages");
     }
     let mut heads = Vec::new();

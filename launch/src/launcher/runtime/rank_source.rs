@@ -189,7 +189,7 @@ impl ForkServer {
     fn order(&mut self) -> Result<bool> {
         let (reader, stdin) = pipe().context("cannot make a rank's standard input")?;
         let is_sent = fork_server::order(&self.socket, &reader);
-        if !is_sent.or_else(|error| Err(self.gone(error)))? {
+        if !is_sent.map_err(|error| self.gone(error))? {
             return Ok(false);
         }
         let sent = Instant::now();

@@ -868,7 +868,7 @@ impl World {
             if living < needed || rebuild.sources.is_empty() {
                 return Err(Failed::Refused("too little is left".into()));
             }
-            let part = rebuild.snapshot.parts[rebuild.rank].clone();
+            let part = rebuild.snapshot.parts[rebuild.rank];
             let id = rebuild.snapshot.id;
             let keeper = self.keepers.get_mut(&address).expect("it was looked up");
             keeper.parts.insert((id, rebuild.rank), part);
@@ -1033,7 +1033,7 @@ impl World {
                     bytes: 1,
                     digest: ChecksumDigest::of(&[0]),
                 };
-                keeper.parts.insert((id, rank), part.clone());
+                keeper.parts.insert((id, rank), part);
                 events.push(keeper::Event::Complete { id, part, durable });
             }
             keeper.protected.insert(id);
@@ -1093,7 +1093,7 @@ impl SimKeeper {
             parts: self
                 .parts
                 .iter()
-                .map(|((id, _), part)| (*id, part.clone()))
+                .map(|((id, _), part)| (*id, *part))
                 .collect(),
             protected: self.protected.iter().copied().collect(),
             complete: self.complete.values().cloned().collect(),
