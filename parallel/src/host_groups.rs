@@ -18,8 +18,6 @@ use torch_ext::{GlooDevice, Store};
 pub(crate) struct GroupLimits {
     /// The largest group of several machines without a tree.
     pub(crate) without_tree: usize,
-    /// The largest group of several machines whose ranks all connect from the start.
-    pub(crate) eager: usize,
     /// True if groups are joined when they are first used, even without a device's communicator.
     pub(crate) always_lazy: bool,
 }
@@ -28,13 +26,10 @@ impl Default for GroupLimits {
     fn default() -> GroupLimits {
         GroupLimits {
             without_tree: MAX_MESH_SIZE,
-            eager: GlooDevice::MAX_EAGER_SIZE,
             always_lazy: false,
         }
     }
 }
-
-type JoinGroup = fn(&HostGroups, &Membership) -> Result<Arc<dyn Communicator>, CommError>;
 
 /// Joins the groups of one rank; clones are cheap.
 #[derive(Clone)]
@@ -95,7 +90,11 @@ impl HostGroups {
         self.join_now(membership)
     }
 
-    fn lazy(&self, membership: &Membership, join: JoinGroup) -> LazyComm {
+    fn lazy(
+        &self,
+        membership: &Membership,
+        join: fn(&HostGroups, &Membership) -> Result<Arc<dyn Communicator>, CommError>,
+    ) -> LazyComm {
         let groups = self.clone();
         let joined = membership.clone();
         let join = move || join(&groups, &joined);

@@ -149,7 +149,6 @@ impl World {
                         address: rendezvous.gloo_address(env),
                         tls: env.gloo_tls.clone(),
                         peers: machines.networks.iter().map(Network::as_peer).collect(),
-                        max_eager_size: joining.limits.eager,
                     },
                     machines,
                     limits: joining.limits,

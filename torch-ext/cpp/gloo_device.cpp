@@ -56,9 +56,6 @@ struct MtxGlooDevice {
   const char* authority;
   const MtxPeerNetwork* peers;
   size_t num_peers;
-  // True if a connection to another rank opens when it is first used. Gloo's encrypted connections
-  // cannot do that.
-  bool is_lazy;
 };
 }
 
@@ -156,14 +153,9 @@ std::shared_ptr<gloo::transport::Device> listen_anywhere(const MtxGlooDevice& de
     return gloo::transport::tcp::tls::CreateDevice(
         attr, device.key, device.certificate, device.authority, "");
   }
-  bool is_lazy = device.is_lazy;
-  if (*device.address) {
-    return ProcessGroupGloo::createDeviceForHostname(device.address, is_lazy);
-  }
-  if (*device.interface) {
-    return ProcessGroupGloo::createDeviceForInterface(device.interface, is_lazy);
-  }
-  return ProcessGroupGloo::createDefaultDevice(is_lazy);
+  if (*device.address) return ProcessGroupGloo::createDeviceForHostname(device.address);
+  if (*device.interface) return ProcessGroupGloo::createDeviceForInterface(device.interface);
+  return ProcessGroupGloo::createDefaultDevice();
 }
 
 std::shared_ptr<gloo::transport::Device> make_device(const MtxGlooDevice& device) {

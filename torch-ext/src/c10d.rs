@@ -233,9 +233,6 @@ pub struct GlooDevice {
     pub tls: Option<GlooTls>,
     /// Networks from which ranks may connect; any if empty.
     pub peers: Vec<PeerNetwork>,
-    /// The largest group whose ranks all connect to each other from the start. In larger ones a
-    /// connection opens when it is first used, unless it is encrypted.
-    pub max_eager_size: usize,
 }
 
 /// Addresses whose first `prefix` bits are those of `address`.
@@ -246,30 +243,17 @@ pub struct PeerNetwork {
 }
 
 impl GlooDevice {
-    /// The usual [`GlooDevice::max_eager_size`]: a rank has few sockets for each group.
-    pub const MAX_EAGER_SIZE: usize = 16;
-
     /// Returns a device that listens at this address, without encryption, for anyone.
     pub fn at(address: GlooAddress) -> GlooDevice {
         GlooDevice {
             address,
             tls: None,
             peers: Vec::new(),
-            max_eager_size: GlooDevice::MAX_EAGER_SIZE,
         }
     }
 
-    /// True if a group of this size does not wait for all of its ranks to join.
-    pub fn connects_lazily(&self, size: usize) -> bool {
-        size > self.max_eager_size && self.tls.is_none()
-    }
-
-    /// Calls `use_device` with the C form of this device, for a group of `size` ranks.
-    fn with_raw<T>(
-        &self,
-        size: usize,
-        use_device: impl FnOnce(&ffi::GlooDevice) -> T,
-    ) -> Result<T, Error> {
+    /// Calls `use_device` with the C form of this device.
+    fn with_raw<T>(&self, use_device: impl FnOnce(&ffi::GlooDevice) -> T) -> Result<T, Error> {
         let text = |text: &str| ffi::c_string(text);
         let file = |path: &Path| match path.to_str() {
             Some(path) => ffi::c_string(path),
@@ -307,7 +291,6 @@ impl GlooDevice {
             authority: authority.as_ptr(),
             peers: peers.as_ptr(),
             num_peers: peers.len(),
-            is_lazy: self.connects_lazily(size),
         }))
     }
 }
@@ -349,8 +332,7 @@ macro_rules! start {
 }
 
 impl Gloo {
-    /// Joins the group of `size` ranks that share `store`. Blocks until all ranks have joined,
-    /// unless [`GlooDevice::connects_lazily`].
+    /// Joins the group of `size` ranks that share `store`. Blocks until all ranks have joined.
     ///
     /// # Errors
     /// If a rank does not join within `timeout`, or the address is not this machine's.
@@ -362,12 +344,12 @@ impl Gloo {
         device: &GlooDevice,
     ) -> Result<Gloo, Error> {
         let mut out = std::ptr::null_mut();
-        let own = rank as c_int;
-        let ranks = size as c_int;
+        let rank = rank as c_int;
+        let size = size as c_int;
         let timeout_ms = millis(timeout);
         // SAFETY: the store and the device are live, and `out` receives an owned handle.
-        let code = device.with_raw(size, |device| unsafe {
-            ffi::mtx_gloo_new(store.0, own, ranks, timeout_ms, device, &mut out)
+        let code = device.with_raw(|device| unsafe {
+            ffi::mtx_gloo_new(store.0, rank, size, timeout_ms, device, &mut out)
         })?;
         ffi::check(code)?;
         Ok(Gloo(out))

@@ -53,7 +53,6 @@ pub(crate) struct GlooDevice {
     pub(crate) authority: *const c_char,
     pub(crate) peers: *const PeerNetwork,
     pub(crate) num_peers: usize,
-    pub(crate) is_lazy: bool,
 }
 
 /// Receives a value of the store.

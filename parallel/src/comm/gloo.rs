@@ -1,8 +1,6 @@
 //! The Gloo communicator, over TCP; device tensors are staged in host memory.
 
-use super::{
-    CommError, Communicator, Membership, ReduceOp, Staged, Work, arrival::Arrival, check_splits,
-};
+use super::{CommError, Communicator, Membership, ReduceOp, Staged, Work, check_splits};
 use std::{
     sync::{
         Arc,
@@ -17,7 +15,7 @@ use torch_ext::{GlooDevice, Store};
 ///
 /// All-gather and reduce-scatter use Gloo's all-to-all, which is several times faster than Gloo's
 /// own versions. The sum then runs in rank order on every rank, so it is the same each time. Above
-/// [`MAX_MESH_SIZE`] ranks both use Gloo's rings, which need two connections per rank.
+/// [`MAX_MESH_SIZE`] ranks both use Gloo's rings.
 pub(crate) struct Gloo {
     state: Arc<GlooState>,
 }
@@ -54,12 +52,6 @@ impl Gloo {
         let size = membership.members.len();
         let group = torch_ext::Gloo::new(store, rank, size, timeout, device);
         let group = group.map_err(|e| membership.error("joining", e))?;
-        if device.connects_lazily(size) {
-            let key = "gloo";
-            let arrival = Arrival { store, key, size };
-            let arrived = arrival.agree(true);
-            arrived.map_err(|e| membership.error("joining", e))?;
-        }
         Ok(Gloo {
             state: Arc::new(GlooState {
                 group,

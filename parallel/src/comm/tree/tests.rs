@@ -13,7 +13,7 @@ fn with_trees(ranks_per_machine: usize) -> impl Fn(usize) -> Joining + Copy + Se
         machine: (rank / ranks_per_machine) as u64,
         limits: GroupLimits {
             without_tree: 2,
-            ..GroupLimits::default()
+            always_lazy: false,
         },
     }
 }
