@@ -13,7 +13,7 @@ use trainer::config::Config;
 const MAX_RAISED: u64 = 1 << 20;
 
 /// Largest group of which each rank connects to all others at once; in larger ones it connects when
-/// it first sends.
+/// it first sends a large tensor.
 const MAX_EAGER_SIZE: usize = 64;
 /// Most keepers that exchange parity with a keeper.
 const MAX_PARITY_PEERS: usize = 32;
