@@ -47,6 +47,9 @@ pub(crate) struct HostGroupsState {
     pub(crate) has_concurrent_store: bool,
 }
 
+/// Joins a group in one of the ways below.
+type Join = fn(&HostGroups, &Membership) -> Result<Arc<dyn Communicator>, CommError>;
+
 impl HostGroups {
     pub(crate) fn new(state: HostGroupsState) -> HostGroups {
         HostGroups(Arc::new(state))
@@ -90,11 +93,7 @@ impl HostGroups {
         self.join_now(membership)
     }
 
-    fn lazy(
-        &self,
-        membership: &Membership,
-        join: fn(&HostGroups, &Membership) -> Result<Arc<dyn Communicator>, CommError>,
-    ) -> LazyComm {
+    fn lazy(&self, membership: &Membership, join: Join) -> LazyComm {
         let groups = self.clone();
         let joined = membership.clone();
         let join = move || join(&groups, &joined);

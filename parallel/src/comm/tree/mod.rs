@@ -54,7 +54,7 @@ struct Job {
 /// The way to the thread that runs a tree's operations in order.
 enum Jobs {
     /// The thread starts with the first operation.
-    Unused(Tree),
+    Unused(Box<Tree>),
     Started(Sender<Job>),
 }
 
@@ -114,7 +114,7 @@ impl TreeComm {
             timeout,
             whole,
             abort_flag,
-            jobs: Mutex::new(Jobs::Unused(tree)),
+            jobs: Mutex::new(Jobs::Unused(Box::new(tree))),
             joined,
         }
     }
