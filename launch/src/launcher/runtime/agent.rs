@@ -27,7 +27,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 /// The launcher may start after its agents.
 const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(600);
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
@@ -215,7 +214,7 @@ impl Agent<'_> {
             .context("no launcher has accepted this machine")?;
         let mut last_sent = Instant::now();
         let gone = loop {
-            match session.commands.pop(POLL_INTERVAL) {
+            match session.commands.pop(machine.poll_interval()) {
                 Some(Some(MachineCommand::End { status })) => {
                     machine.kill_ranks();
                     return Ok(Some(status));

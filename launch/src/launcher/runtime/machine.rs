@@ -27,6 +27,11 @@ use std::{
 /// The time after which a keeper or an agent without a launcher exits.
 pub(super) const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
 
+/// The time between two looks at ranks and keepers.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+/// The same while ranks start, since a run waits for them.
+const STARTING_POLL_INTERVAL: Duration = Duration::from_millis(2);
+
 /// A keeper that this process has started.
 struct OwnKeeper {
     child: Child,
@@ -201,6 +206,15 @@ impl Machine {
                     kill_earlier_keeper(logs, pid);
                 }
             }
+        }
+    }
+
+    /// Returns the longest time to wait for a command before the next [`Machine::reports`].
+    pub(super) fn poll_interval(&self) -> Duration {
+        if self.ranks.are_starting() {
+            STARTING_POLL_INTERVAL
+        } else {
+            POLL_INTERVAL
         }
     }
 

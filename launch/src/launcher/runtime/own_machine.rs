@@ -6,9 +6,7 @@ use super::{
     queue::Queue,
 };
 use anyhow::{Context, Result};
-use std::{thread::JoinHandle, time::Duration};
-
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
+use std::thread::JoinHandle;
 
 pub(super) struct OwnMachine {
     commands: Queue<MachineCommand>,
@@ -28,7 +26,7 @@ impl OwnMachine {
             .spawn(move || {
                 let mut machine = new();
                 loop {
-                    if let Some(command) = received.pop(POLL_INTERVAL) {
+                    if let Some(command) = received.pop(machine.poll_interval()) {
                         if matches!(command, MachineCommand::End { .. }) {
                             return;
                         }

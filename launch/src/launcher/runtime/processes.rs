@@ -133,6 +133,11 @@ impl RankProcesses {
         Ok(())
     }
 
+    /// True if ranks or standby processes have been ordered that have not come yet.
+    pub(super) fn are_starting(&self) -> bool {
+        !self.starting.is_empty()
+    }
+
     /// Puts processes to use that have been started, and starts more.
     ///
     /// # Errors
