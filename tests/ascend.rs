@@ -368,7 +368,7 @@ fn what_is_missing_is_said_in_one_sentence() {
 /// Operations of the host on the stand-in, outside of backward and in it, in the order of `Count`
 /// in `torch_npu.cpp`.
 #[derive(Debug, Clone, Copy, Default)]
-struct HostCounts([[f64; 5]; 2]);
+struct HostCounts([[f64; 6]; 2]);
 
 impl HostCounts {
     /// Adds up the files of all processes.
@@ -397,7 +397,17 @@ impl HostCounts {
     /// Returns how often the host waited for the device, outside of backward and in it.
     fn waits(self) -> [f64; 2] {
         self.0
-            .map(|[_, _, copies_in, copies_out, others]| copies_in + copies_out + others)
+            .map(|[_, _, copies_in, copies_out, others, _]| copies_in + copies_out + others)
+    }
+
+    /// Returns the number of operators and copies within the device.
+    fn launches(self) -> f64 {
+        self.0.iter().map(|counts| counts[0]).sum()
+    }
+
+    /// Returns how often a thread used a device that it had not set, or another one.
+    fn uses_of_other_devices(self) -> f64 {
+        self.0.iter().map(|counts| counts[5]).sum()
     }
 }
 
@@ -447,4 +457,63 @@ fn the_host_rarely_waits_for_a_layer() {
             "{changes:?}: the host waits {forward} times in forward and {backward} in backward"
         );
     }
+}
+
+#[test]
+fn each_thread_uses_the_device_of_its_rank() {
+    let experiment = Experiment::new();
+    let layouts: [&[&str]; 4] = [
+        &[
+            "parallel.pipeline=2",
+            "parallel.vocabulary=vocab-2",
+            "train.micro_batch=1",
+        ],
+        &[
+            "parallel.pipeline=2",
+            "parallel.vocabulary=vocab-2",
+            "train.micro_batch=1",
+            "run.backend=gloo",
+        ],
+        &[
+            "parallel.expert=4",
+            "parallel.zero=1",
+            "model.moe.dispatch=least_loaded",
+            "optimizer.offload=true",
+        ],
+        &["parallel.context=2", "parallel.expert=4", "parallel.zero=3"],
+    ];
+    for (number, layout) in layouts.into_iter().enumerate() {
+        let folder = experiment.path(&format!("counts-{number}"));
+        std::fs::create_dir(&folder).unwrap();
+        let run_dir = format!("run.dir=run-{number}");
+        let settings = [
+            "train.steps=3",
+            "snapshot.every=1",
+            "run.device=npu",
+            &run_dir,
+        ];
+        let mut command = experiment.train(4, &[&settings[..], layout].concat());
+        let output = finish(with_npus(&mut command).env("MOERUN_STANDIN_COUNTS", &folder));
+        assert!(output.status.success(), "{layout:?}: {}", text(&output));
+        let counts = HostCounts::read(&folder);
+        assert!(counts.launches() > 0.0, "{layout:?}: nothing was counted");
+        let uses = counts.uses_of_other_devices();
+        assert_eq!(uses, 0.0, "{layout:?}: uses of other devices");
+    }
+}
+
+#[test]
+fn steps_do_not_wait_for_kernels_that_are_loaded_late() {
+    let experiment = Experiment::new();
+    let changes = [
+        "train.steps=3",
+        "parallel.pipeline=2",
+        "parallel.vocabulary=vocab-2",
+        "train.micro_batch=1",
+        "run.timeout_s=30",
+        "run.device=npu",
+    ];
+    let mut command = experiment.train(4, &changes);
+    let output = finish(with_npus(&mut command).env("MOERUN_STANDIN_LAZY_LOADING", "1"));
+    assert!(output.status.success(), "{}", text(&output));
 }

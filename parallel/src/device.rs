@@ -1,7 +1,7 @@
 //! Devices. No other file of the project names one.
 
 use tch::{Device, Kind, Tensor};
-use torch_ext::{Error, Stream};
+use torch_ext::{Error, Priority, Stream};
 
 /// Bytes that tensors hold on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +71,8 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     /// As for [`Accelerator::memory`].
     fn reset_peak(&self) -> Result<(), Error>;
 
-    /// Returns a copier; it belongs to the thread that first uses it.
+    /// Returns a copier; it belongs to the thread that first uses it, whose current device becomes
+    /// this one.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -236,7 +237,8 @@ pub struct DiscreteDevice {
 }
 
 impl DiscreteDevice {
-    /// Loads the CUDA library and opens GPU `index`.
+    /// Loads the CUDA library and opens GPU `index`, which becomes the current device of the calling
+    /// thread.
     ///
     /// # Errors
     /// If the library cannot be loaded, or there is no such GPU.
@@ -250,15 +252,18 @@ impl DiscreteDevice {
             )));
         }
         let device = Device::Cuda(index);
+        torch_ext::use_device(device)?;
         Ok(DiscreteDevice { device, index })
     }
 
-    /// Loads torch_npu's library and opens NPU `index`, the only one that this process may use.
+    /// Loads torch_npu's library and opens NPU `index`, the only one that this process may use. It
+    /// becomes the current device of the calling thread.
     ///
     /// # Errors
     /// If the library cannot be loaded, or there is no such NPU.
     pub fn npu(index: usize) -> Result<DiscreteDevice, Error> {
         torch_ext::load_npu(index)?;
+        torch_ext::use_device(NPU)?;
         Ok(DiscreteDevice { device: NPU, index })
     }
 }
@@ -278,6 +283,7 @@ impl Accelerator for DiscreteDevice {
         host.to_device(self.device)
     }
     fn synchronize(&self) -> Result<(), Error> {
+        torch_ext::use_device(self.device)?;
         torch_ext::synchronize(self.device)
     }
     fn generator_state(&self) -> Result<Tensor, Error> {
@@ -336,8 +342,8 @@ struct PinnedCopier {
 impl PinnedCopier {
     fn use_side_stream(&mut self, tensor: &Tensor) -> Result<(), Error> {
         if !self.on_side_stream {
-            torch_ext::set_device(tensor)?;
-            Stream::from_pool(tensor)?.make_current()?;
+            torch_ext::use_device(tensor.device())?;
+            Stream::from_pool(tensor, Priority::Normal)?.make_current()?;
             self.on_side_stream = true;
         }
         Ok(())

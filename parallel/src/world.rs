@@ -5,13 +5,14 @@ use crate::{
     StoreTraffic,
     comm::{
         DeviceComm, DeviceTransport, FlightRecorder, Hccl, HostTransport, HybridComm, MemberRanges,
-        Membership, Nccl, Transports,
+        Membership, Nccl, StreamBudget, Timeouts, Transports,
     },
     host_groups::{GroupLimits, HostGroups, HostGroupsState},
     machines::{Machines, machine_identity},
     networks::Network,
     rendezvous::{RendezvousStore, init_mpi},
 };
+use parking_lot::Mutex;
 use std::{path::Path, sync::Arc, time::Duration};
 use tch::{Kind, Tensor};
 use torch_ext::{GlooDevice, Store};
@@ -31,9 +32,8 @@ struct Joined {
     transports: Transports,
     /// A tensor on the device of this rank.
     like: Tensor,
-    /// True if groups of one rank use the backend too: a backend that was requested by name is
-    /// tested even then.
-    force_backend: bool,
+    /// The streams of the device that its communicators take.
+    stream_budget: Mutex<StreamBudget>,
     host_groups: HostGroups,
     recorder: FlightRecorder,
     /// Has the server of the store, if this rank serves it. Dropped last.
@@ -130,7 +130,10 @@ impl World {
         let recorder_store = recorder_store.map_err(|e| failed(e.operation, e.reason))?;
         let store_rank = rendezvous.store_rank;
         // Each rank shows a sign of life before any rank has joined.
-        let recorder = FlightRecorder::start(env.rank, store_rank, timeout, recorder_store);
+        let timeouts = Timeouts::of_operations(timeout);
+        let device = like.device();
+        let recorder =
+            FlightRecorder::start(env.rank, store_rank, timeouts, recorder_store, device);
         let machines = Machines::exchange(env, &store, joining.machine);
         let machines = machines.map_err(|e| failed("exchanging addresses", e.to_string()))?;
         let store = Arc::new(store);
@@ -157,7 +160,7 @@ impl World {
                 store,
                 transports,
                 like,
-                force_backend,
+                stream_budget: Mutex::default(),
                 recorder,
                 rendezvous,
             }),
@@ -229,7 +232,9 @@ impl World {
     ///
     /// # Errors
     /// If a member does not join within the timeout. Large groups between machines, and the host's
-    /// side of groups on a device, are joined by their first operation, which fails then.
+    /// side of groups on a device, are joined by their first operation, which fails then. If all
+    /// groups of this rank need more streams than its device has: a group on a device takes one,
+    /// and with [`World::p2p_group`] two more for each neighbor. Groups of one rank take none.
     pub fn group(&self, name: &str, members: &[usize]) -> Result<Arc<dyn Communicator>, CommError> {
         self.create_group(name, members, false)
     }
@@ -256,8 +261,9 @@ impl World {
         members: &[usize],
         p2p: bool,
     ) -> Result<Arc<dyn Communicator>, CommError> {
-        let needs_backend = |joined: &&Joined| members.len() > 1 || joined.force_backend;
-        let Some(joined) = self.joined.as_ref().filter(needs_backend) else {
+        // A world of one rank has joined only to test the backend that was requested by name.
+        let is_alone = members.len() == 1 && self.size > 1;
+        let Some(joined) = self.joined.as_ref().filter(|_| !is_alone) else {
             return Ok(Arc::new(Local::new(self.rank, name)));
         };
         let membership = Membership::new(name, members, self.rank)?;
@@ -288,15 +294,18 @@ impl World {
         let store = store.map_err(|error| membership.error("joining", error))?;
         let membership = membership.clone();
         let like = joined.like.shallow_clone();
+        let budget = &joined.stream_budget;
         let comm: Arc<dyn Communicator> = match transport {
             DeviceTransport::Nccl => {
                 let nccl = Nccl::load().map_err(failed)?;
-                let comm = DeviceComm::join(nccl, membership, &store, self.timeout, like, p2p)?;
+                let comm =
+                    DeviceComm::join(nccl, membership, &store, self.timeout, like, p2p, budget)?;
                 Arc::new(comm)
             }
             DeviceTransport::Hccl => {
                 let hccl = Hccl::load().map_err(failed)?;
-                let comm = DeviceComm::join(hccl, membership, &store, self.timeout, like, p2p)?;
+                let comm =
+                    DeviceComm::join(hccl, membership, &store, self.timeout, like, p2p, budget)?;
                 Arc::new(comm)
             }
         };

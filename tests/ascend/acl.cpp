@@ -1,11 +1,19 @@
 // AscendCL in host memory. A stream is a thread that runs one task after another.
+//
+// A process has one device, the first that it sets. A thread that has not set it means another one.
+//
+// With MOERUN_STANDIN_LAZY_LOADING=1 the first use of each operation waits until all streams are
+// idle, as CUDA may do to load a kernel, and all other calls of the process wait for that.
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
 #include <mutex>
+#include <set>
+#include <shared_mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "acl.h"
 
@@ -14,7 +22,18 @@ constexpr aclError SUCCESS = 0;
 constexpr aclError FAILURE = 500000;  // ACL_ERROR_INTERNAL_ERROR
 
 thread_local std::string recent;
-thread_local int32_t current_device = 0;
+constexpr int32_t NONE = -1;
+thread_local int32_t current_device = NONE;
+std::atomic<int32_t> own_device{NONE};
+
+// Held while a kernel is loaded.
+std::shared_mutex loading;
+
+// Begins a call that uses the device.
+void enter() {
+  if (current_device != own_device) standin::count_other_device();
+  std::shared_lock<std::shared_mutex> not_loading(loading);
+}
 
 // A position in a stream's queue, for events.
 struct Mark {
@@ -61,6 +80,7 @@ struct Worker {
     more.notify_one();
   }
   void run() {
+    current_device = own_device;
     for (;;) {
       Task task;
       {
@@ -109,15 +129,39 @@ struct Event {
   }
 };
 
+std::mutex listing;
+std::vector<Stream*> all_streams;
+
 Stream* stream_of(aclrtStream handle) { return static_cast<Stream*>(handle); }
 Event* event_of(aclrtEvent handle) { return static_cast<Event*>(handle); }
 }  // namespace
 
 namespace standin {
 void enqueue(aclrtStream stream, std::function<void(const GivenUp&)> task) {
+  enter();
   stream_of(stream)->add(Task{std::move(task), nullptr});
 }
 void remember(const std::string& error) { recent = error; }
+void load(const std::string& operation) {
+  static const bool is_lazy = std::getenv("MOERUN_STANDIN_LAZY_LOADING") != nullptr;
+  static std::mutex mutex;
+  static std::set<std::string> loaded;
+  if (!is_lazy) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!loaded.insert(operation).second) return;
+  }
+  std::unique_lock<std::shared_mutex> lock(loading);
+  std::vector<MarkPtr> ends;
+  {
+    std::lock_guard<std::mutex> list(listing);
+    for (auto* stream : all_streams) {
+      ends.push_back(std::make_shared<Mark>());
+      stream->add(Task{nullptr, ends.back()});
+    }
+  }
+  for (auto& end : ends) end->wait();
+}
 }  // namespace standin
 
 extern "C" {
@@ -126,14 +170,17 @@ aclError aclrtGetDeviceCount(uint32_t* count) {
   return SUCCESS;
 }
 aclError aclrtSetDevice(int32_t device) {
+  int32_t none = NONE;
+  own_device.compare_exchange_strong(none, device);
   current_device = device;
   return SUCCESS;
 }
 aclError aclrtGetDevice(int32_t* device) {
-  *device = current_device;
+  *device = current_device == NONE ? 0 : current_device;
   return SUCCESS;
 }
 aclError aclrtMalloc(void** pointer, size_t size, aclrtMemMallocPolicy) {
+  enter();
   return posix_memalign(pointer, 512, size ? size : 512) == 0 ? SUCCESS : FAILURE;
 }
 aclError aclrtFree(void* pointer) {
@@ -141,10 +188,14 @@ aclError aclrtFree(void* pointer) {
   return SUCCESS;
 }
 aclError aclrtCreateStream(aclrtStream* stream) {
-  *stream = new Stream;
+  enter();
+  std::lock_guard<std::mutex> list(listing);
+  all_streams.push_back(new Stream);
+  *stream = all_streams.back();
   return SUCCESS;
 }
 aclError aclrtSynchronizeStream(aclrtStream handle) {
+  enter();
   auto* stream = stream_of(handle);
   int before = stream->aborts;
   auto mark = std::make_shared<Mark>();
@@ -155,6 +206,8 @@ aclError aclrtSynchronizeStream(aclrtStream handle) {
   return FAILURE;
 }
 aclError aclrtStreamAbort(aclrtStream handle) {
+  // Does not wait for a kernel to be loaded: that may wait for the abort.
+  if (current_device != own_device) standin::count_other_device();
   auto* stream = stream_of(handle);
   std::lock_guard<std::mutex> lock(stream->mutex);
   stream->aborts++;
@@ -163,14 +216,17 @@ aclError aclrtStreamAbort(aclrtStream handle) {
   return SUCCESS;
 }
 aclError aclrtCreateEvent(aclrtEvent* event) {
+  enter();
   *event = new Event;
   return SUCCESS;
 }
 aclError aclrtDestroyEvent(aclrtEvent event) {
+  enter();
   delete event_of(event);
   return SUCCESS;
 }
 aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
+  enter();
   auto* event = event_of(handle);
   auto mark = std::make_shared<Mark>();
   {
@@ -181,15 +237,18 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream) {
   return SUCCESS;
 }
 aclError aclrtStreamWaitEvent(aclrtStream stream, aclrtEvent handle) {
+  enter();
   if (auto mark = event_of(handle)->get())
     standin::enqueue(stream, [mark](const standin::GivenUp&) { mark->wait(); });
   return SUCCESS;
 }
 aclError aclrtSynchronizeEvent(aclrtEvent handle) {
+  enter();
   if (auto mark = event_of(handle)->get()) mark->wait();
   return SUCCESS;
 }
 aclError aclrtQueryEventStatus(aclrtEvent handle, aclrtEventRecordedStatus* status) {
+  enter();
   auto mark = event_of(handle)->get();
   *status = !mark || mark->is_done() ? ACL_EVENT_RECORDED_STATUS_COMPLETE
                                      : ACL_EVENT_RECORDED_STATUS_NOT_READY;

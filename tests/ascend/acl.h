@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 extern "C" {
 typedef int aclError;
@@ -40,4 +41,8 @@ using GivenUp = std::function<bool()>;
 void enqueue(aclrtStream stream, std::function<void(const GivenUp&)> task);
 // Sets the message that aclGetRecentErrMsg returns in this thread.
 void remember(const std::string& error);
+// Loads the kernel of an operation, when it is first used.
+void load(const std::string& operation);
+// Counts a use of a device that is not the process's.
+void count_other_device();
 }  // namespace standin

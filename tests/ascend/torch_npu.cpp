@@ -51,6 +51,7 @@ enum Count {
   COPIES_IN,       // Copies to the device for which the host waits.
   COPIES_OUT,      // Copies to the host, and scalars, for which it waits.
   OTHER_WAITS,     // Waits for a stream, an event or the device.
+  OTHER_DEVICES,   // Uses of a device that is not the process's.
   NUM_COUNTS,
 };
 using Counts = std::atomic<uint64_t>[2][NUM_COUNTS];  // Outside of backward, in backward.
@@ -397,6 +398,7 @@ bool waits_for_values(const c10::OperatorHandle& op) {
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   count(LAUNCHES);
+  standin::load(op.schema().name() + "." + op.schema().overload_name());
   if (waits_for_values(op)) count(COPIES_OUT);
   check(aclrtSynchronizeStream(current_stream()));
   auto arguments = op.schema().arguments().size();
@@ -458,6 +460,8 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
 
 c10::impl::DeviceGuardImplRegistrar guard(NPU, new Guard);
 }  // namespace
+
+void standin::count_other_device() { count(OTHER_DEVICES); }
 
 namespace torch_npu {
 // The signatures of init_npu.h.

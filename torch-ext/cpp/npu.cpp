@@ -86,11 +86,4 @@ int mtx_serve_as_mps() {
 int mtx_private_device_count(int* out) {
   return mtx::guarded([&] { *out = backend().deviceCount(); });
 }
-
-// Makes a device of the PrivateUse1 backend the current device of the calling thread.
-int mtx_set_private_device(int index) {
-  return mtx::guarded([&] {
-    backend().setDevice(Device(DeviceType::PrivateUse1, static_cast<DeviceIndex>(index)));
-  });
-}
 }

@@ -15,9 +15,13 @@ c10::impl::VirtualGuardImpl guard_of(c10::Device device) {
 
 extern "C" {
 
-// Makes the tensor's device the current device of the calling thread.
-int mtx_set_device(const at::Tensor* like) {
-  return mtx::guarded([&] { guard_of(like->device()).setDevice(like->device()); });
+// Makes a device the current device of the calling thread.
+int mtx_use_device(int type, int index) {
+  return mtx::guarded([&] {
+    auto device =
+        c10::Device(static_cast<c10::DeviceType>(type), static_cast<c10::DeviceIndex>(index));
+    guard_of(device).setDevice(device);
+  });
 }
 
 int mtx_stream_current(const at::Tensor* like, c10::Stream** out) {
@@ -27,11 +31,11 @@ int mtx_stream_current(const at::Tensor* like, c10::Stream** out) {
   });
 }
 
-// Returns a stream from the backend's pool, with high priority if the device has priorities.
-int mtx_stream_from_pool(const at::Tensor* like, c10::Stream** out) {
+// Returns a stream from one of the backend's pools.
+int mtx_stream_from_pool(const at::Tensor* like, bool high_priority, c10::Stream** out) {
   return mtx::guarded([&] {
     auto device = like->device();
-    auto stream = guard_of(device).getStreamFromGlobalPool(device, /*isHighPriority=*/true);
+    auto stream = guard_of(device).getStreamFromGlobalPool(device, high_priority);
     *out = new c10::Stream(stream);
   });
 }

@@ -55,6 +55,23 @@ pub fn pinned(bytes: i64) -> Result<Tensor, Error> {
     }
 }
 
+/// Makes the device the current one of the calling thread. Nothing to do on the CPU.
+///
+/// Every thread that touches a device's tensors, streams or events calls this first. CUDA takes GPU
+/// 0 for the device of other threads: their calls would create a context there, which takes half a
+/// gigabyte of its memory for each process.
+///
+/// # Errors
+/// libtorch's message if the device does not exist.
+pub fn use_device(device: Device) -> Result<(), Error> {
+    if device == Device::Cpu {
+        return Ok(());
+    }
+    let (kind, index) = code(device);
+    // SAFETY: the arguments are integers.
+    ffi::check(unsafe { ffi::mtx_use_device(kind, index) })
+}
+
 /// Waits for all work that is queued on the device.
 ///
 /// # Errors

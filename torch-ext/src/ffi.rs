@@ -229,9 +229,13 @@ unsafe extern "C" {
     pub(crate) fn mtx_work_abort(work: Handle) -> c_int;
     pub(crate) fn mtx_work_free(work: Handle);
 
-    pub(crate) fn mtx_set_device(like: *mut C_tensor) -> c_int;
+    pub(crate) fn mtx_use_device(kind: c_int, index: c_int) -> c_int;
     pub(crate) fn mtx_stream_current(like: *mut C_tensor, out: *mut Handle) -> c_int;
-    pub(crate) fn mtx_stream_from_pool(like: *mut C_tensor, out: *mut Handle) -> c_int;
+    pub(crate) fn mtx_stream_from_pool(
+        like: *mut C_tensor,
+        high_priority: bool,
+        out: *mut Handle,
+    ) -> c_int;
     pub(crate) fn mtx_stream_make_current(stream: Handle) -> c_int;
     pub(crate) fn mtx_stream_record_tensor(stream: Handle, tensor: *mut C_tensor) -> c_int;
     pub(crate) fn mtx_stream_handle(stream: Handle, out: *mut *mut c_void) -> c_int;
@@ -243,7 +247,6 @@ unsafe extern "C" {
     pub(crate) fn mtx_pinned(bytes: i64, out: *mut *mut C_tensor) -> c_int;
     pub(crate) fn mtx_serve_as_mps() -> c_int;
     pub(crate) fn mtx_private_device_count(out: *mut c_int) -> c_int;
-    pub(crate) fn mtx_set_private_device(index: c_int) -> c_int;
 
     pub(crate) fn malloc(size: usize) -> *mut c_void;
     // Functions of the C library. `mallopt` is glibc's, which libtorch's Linux builds need.

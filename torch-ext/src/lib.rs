@@ -60,13 +60,13 @@ pub use cuda::{compute_capability, load_cuda, pci_bus_id};
 pub use custom_store::{StoreBackend, StoreOperation, StoreReply, StoreRequest};
 pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak,
-    set_generator_state, synchronize,
+    set_generator_state, synchronize, use_device,
 };
 pub use error::Error;
 pub use exit::skip_teardown_at_exit;
 pub use fork::{Forked, fork_orphan};
 pub use library::load_library;
-pub use npu::{ASCEND_FOLDER, load_npu, use_npu};
+pub use npu::{ASCEND_FOLDER, load_npu};
 pub use optim::{AdamW, fused_adamw};
-pub use stream::{Event, Stream, set_device};
+pub use stream::{Event, Priority, Stream};
 pub use threads::{max_parallel_ranges, parallel_for};

@@ -12,7 +12,7 @@ pub const ASCEND_FOLDER: &str = "MOERUN_ASCEND_LIB";
 static DEVICE: OnceLock<Result<c_int, Error>> = OnceLock::new();
 
 /// Loads `libtorch_npu.so` and selects NPU `index` for this process; later calls return the first
-/// result.
+/// result. Each thread names it by [`use_device`](crate::use_device).
 ///
 /// The library is built without Python, by `build_libtorch_npu.py` of github.com/Ascend/pytorch.
 ///
@@ -28,16 +28,6 @@ pub fn load_npu(index: usize) -> Result<(), Error> {
 /// Returns the index of this process's NPU, if one is loaded.
 pub(crate) fn npu_index() -> Option<c_int> {
     DEVICE.get()?.as_ref().ok().copied()
-}
-
-/// Makes this process's NPU the current device of the calling thread.
-///
-/// # Errors
-/// The backend's message, or that no NPU is loaded.
-pub fn use_npu() -> Result<(), Error> {
-    let index = npu_index().ok_or_else(|| Error::new("NPU: none is loaded"))?;
-    // SAFETY: the argument is an integer.
-    ffi::check(unsafe { ffi::mtx_set_private_device(index) })
 }
 
 fn load(index: c_int) -> Result<(), Error> {
@@ -67,9 +57,7 @@ fn load(index: c_int) -> Result<(), Error> {
         )));
     }
     // SAFETY: the function registers kernels that live as long as the process.
-    ffi::check(unsafe { ffi::mtx_serve_as_mps() })?;
-    // SAFETY: the argument is an integer.
-    ffi::check(unsafe { ffi::mtx_set_private_device(index) })
+    ffi::check(unsafe { ffi::mtx_serve_as_mps() })
 }
 
 #[cfg(test)]
@@ -84,7 +72,6 @@ mod tests {
                 text.contains("libtorch_npu.so") && text.contains("set_env.sh"),
                 "{text}"
             );
-            assert!(use_npu().is_err());
         }
     }
 }

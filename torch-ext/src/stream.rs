@@ -26,15 +26,17 @@ unsafe impl Send for Event {}
 // SAFETY: an event is only read after `Stream::record` has created it.
 unsafe impl Sync for Event {}
 
-/// Makes the device of `like` the current device of the calling thread.
-///
-/// Some libraries use the current device implicitly.
-///
-/// # Errors
-/// libtorch's message.
-pub fn set_device(like: &Tensor) -> Result<(), Error> {
-    // SAFETY: the tensor is live.
-    ffi::check(unsafe { ffi::mtx_set_device(like.as_ptr() as *mut C_tensor) })
+/// The priority of a stream, if the device has priorities. Each has a pool of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Priority {
+    /// That of the stream on which a device computes by default.
+    Normal,
+    High,
+}
+
+impl Priority {
+    /// The number of different streams in the pool of CUDA or torch_npu for one priority.
+    pub const STREAMS: usize = 32;
 }
 
 impl Stream {
@@ -51,14 +53,17 @@ impl Stream {
 
     /// Returns a stream from the pool of the device of `like`, round-robin.
     ///
-    /// CUDA and torch_npu have pools of 32 streams.
+    /// The pool has [`Priority::STREAMS`] streams; then it returns the first one again.
     ///
     /// # Errors
     /// As [`Stream::current`].
-    pub fn from_pool(like: &Tensor) -> Result<Stream, Error> {
+    pub fn from_pool(like: &Tensor, priority: Priority) -> Result<Stream, Error> {
         let mut out = std::ptr::null_mut();
         // SAFETY: the tensor is live, and `out` is an out-parameter.
-        ffi::check(unsafe { ffi::mtx_stream_from_pool(like.as_ptr() as *mut C_tensor, &mut out) })?;
+        ffi::check(unsafe {
+            let is_high = priority == Priority::High;
+            ffi::mtx_stream_from_pool(like.as_ptr() as *mut C_tensor, is_high, &mut out)
+        })?;
         Ok(Stream(out))
     }
 
@@ -153,6 +158,6 @@ mod tests {
     #[test]
     fn a_cpu_has_no_stream_pool() {
         let host = Tensor::zeros([1], (Kind::Float, Device::Cpu));
-        assert!(Stream::from_pool(&host).is_err());
+        assert!(Stream::from_pool(&host, Priority::High).is_err());
     }
 }

@@ -149,7 +149,7 @@ impl Hccl {
 /// exited.
 pub(crate) struct HcclComm(Comm);
 
-// SAFETY: `DeviceStream::queueing` serializes all calls.
+// SAFETY: `AbortableComm` serializes all calls but an abort, which concerns only the stream.
 unsafe impl Send for HcclComm {}
 // SAFETY: as above.
 unsafe impl Sync for HcclComm {}

@@ -84,7 +84,8 @@ impl Communicator for HybridComm {
         self.device.check()
     }
     fn abort(&self) {
-        self.device.abort();
+        // The device's driver may block.
         self.host.abort();
+        self.device.abort();
     }
 }

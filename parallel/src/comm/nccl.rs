@@ -12,10 +12,7 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, n
 use libloading::os::unix::Library as DynamicLibrary;
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
-    sync::{
-        OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::OnceLock,
 };
 use tch::Kind;
 
@@ -93,7 +90,7 @@ impl Nccl {
         }
     }
 
-    fn check(&self, code: Code, comm: Comm) -> Result<(), String> {
+    fn check(&self, code: Code) -> Result<(), String> {
         if code == SUCCESS {
             return Ok(());
         }
@@ -101,38 +98,35 @@ impl Nccl {
             if pointer.is_null() {
                 String::new()
             } else {
-                // SAFETY: a string of the library, which lives until the communicator's next error.
+                // SAFETY: a string of the library, which lives until this thread's next error.
                 let text = unsafe { CStr::from_ptr(pointer) };
                 text.to_string_lossy().into_owned()
             }
         };
         // SAFETY: any code is valid.
         let name = text(unsafe { (self.error_string)(code) });
-        // SAFETY: a live communicator or null.
-        let more = text(unsafe { (self.last_error)(comm) });
+        // SAFETY: the function takes null, since it does not use the communicator.
+        let more = text(unsafe { (self.last_error)(std::ptr::null_mut()) });
         let separator = if more.is_empty() { "" } else { ": " };
         Err(format!("NCCL: {name}{separator}{more}"))
     }
 
     /// Runs the calls of `body` as one operation.
-    fn grouped(&self, comm: Comm, body: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+    fn grouped(&self, body: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
         // SAFETY: no arguments; the end follows each start, even after an error.
-        self.check(unsafe { (self.group_start)() }, comm)?;
+        self.check(unsafe { (self.group_start)() })?;
         let body = body();
         // SAFETY: as above.
-        let end = self.check(unsafe { (self.group_end)() }, comm);
+        let end = self.check(unsafe { (self.group_end)() });
         body.and(end)
     }
 }
 
 /// A communicator, which an abort destroys.
-pub(crate) struct NcclComm {
-    comm: Comm,
-    aborted: AtomicBool,
-}
+pub(crate) struct NcclComm(Comm);
 
-// SAFETY: NCCL allows calls from any thread, one at a time, which `DeviceStream::queueing` ensures,
-// and an abort during a call.
+// SAFETY: NCCL allows calls from any thread, one at a time, which `AbortableComm` ensures, and an
+// abort during a call.
 unsafe impl Send for NcclComm {}
 // SAFETY: as above.
 unsafe impl Sync for NcclComm {}
@@ -167,8 +161,7 @@ impl Library for Nccl {
     fn new_id(&self) -> Result<Vec<u8>, String> {
         let mut id = ncclUniqueId { internal: [0; 128] };
         // SAFETY: `id` is an out-parameter.
-        let status = unsafe { (self.get_unique_id)(&mut id) };
-        self.check(status, std::ptr::null_mut())?;
+        self.check(unsafe { (self.get_unique_id)(&mut id) })?;
         Ok(id.internal.iter().map(|&byte| byte as u8).collect())
     }
 
@@ -184,32 +177,24 @@ impl Library for Nccl {
         let mut comm = std::ptr::null_mut();
         // SAFETY: an out-parameter; this thread's current device is the rank's.
         let code = unsafe { (self.init_rank)(&mut comm, size as c_int, unique, rank as c_int) };
-        self.check(code, std::ptr::null_mut())?;
-        Ok(NcclComm {
-            comm,
-            aborted: AtomicBool::new(false),
-        })
+        self.check(code)?;
+        Ok(NcclComm(comm))
     }
 
     fn abort(&self, comm: &NcclComm, _stream: *mut c_void) {
-        if !comm.aborted.swap(true, Ordering::SeqCst) {
-            // SAFETY: a live communicator, aborted once; kernels that wait inside it end.
-            unsafe { (self.abort)(comm.comm) };
-        }
+        // SAFETY: a live communicator, aborted once; kernels that wait inside it end.
+        unsafe { (self.abort)(comm.0) };
     }
 
     fn failure(&self, comm: &NcclComm) -> Option<String> {
-        if comm.aborted.load(Ordering::SeqCst) {
-            return None;
-        }
         let mut error = SUCCESS;
         // SAFETY: a live communicator and an out-parameter.
-        let code = unsafe { (self.async_error)(comm.comm, &mut error) };
+        let code = unsafe { (self.async_error)(comm.0, &mut error) };
         let found = if code == SUCCESS { error } else { code };
         if found == IN_PROGRESS {
             None
         } else {
-            self.check(found, comm.comm).err()
+            self.check(found).err()
         }
     }
 
@@ -226,13 +211,12 @@ impl Library for Nccl {
     ) -> Result<(), String> {
         let count = elements.count;
         let kind = data_type(elements.kind)?;
-        let comm = to.comm.comm;
+        let comm = to.comm.0;
         let stream = to.stream.cast();
         // SAFETY: as the caller promises; the operation may be in place.
-        self.check(
-            unsafe { (self.all_reduce)(data, data, count, kind, reduction(op), comm, stream) },
-            comm,
-        )
+        self.check(unsafe {
+            (self.all_reduce)(data, data, count, kind, reduction(op), comm, stream)
+        })
     }
 
     unsafe fn broadcast(
@@ -244,13 +228,12 @@ impl Library for Nccl {
     ) -> Result<(), String> {
         let count = elements.count;
         let kind = data_type(elements.kind)?;
-        let comm = to.comm.comm;
+        let comm = to.comm.0;
         let stream = to.stream.cast();
         // SAFETY: as the caller promises; the operation may be in place.
-        self.check(
-            unsafe { (self.broadcast)(data, data, count, kind, root as c_int, comm, stream) },
-            comm,
-        )
+        self.check(unsafe {
+            (self.broadcast)(data, data, count, kind, root as c_int, comm, stream)
+        })
     }
 
     unsafe fn all_gather(
@@ -262,13 +245,10 @@ impl Library for Nccl {
     ) -> Result<(), String> {
         let count = elements.count;
         let kind = data_type(elements.kind)?;
-        let comm = to.comm.comm;
+        let comm = to.comm.0;
         let stream = to.stream.cast();
         // SAFETY: as the caller promises.
-        self.check(
-            unsafe { (self.all_gather)(data, out, count, kind, comm, stream) },
-            comm,
-        )
+        self.check(unsafe { (self.all_gather)(data, out, count, kind, comm, stream) })
     }
 
     unsafe fn reduce_scatter(
@@ -281,13 +261,12 @@ impl Library for Nccl {
     ) -> Result<(), String> {
         let count = elements.count;
         let kind = data_type(elements.kind)?;
-        let comm = to.comm.comm;
+        let comm = to.comm.0;
         let stream = to.stream.cast();
         // SAFETY: as the caller promises.
-        self.check(
-            unsafe { (self.reduce_scatter)(data, out, count, kind, reduction(op), comm, stream) },
-            comm,
-        )
+        self.check(unsafe {
+            (self.reduce_scatter)(data, out, count, kind, reduction(op), comm, stream)
+        })
     }
 
     unsafe fn all_to_all(
@@ -304,9 +283,9 @@ impl Library for Nccl {
     }
 
     unsafe fn messages(&self, to: &LaunchTarget<Self>, messages: &[Message]) -> Result<(), String> {
-        let comm = to.comm.comm;
+        let comm = to.comm.0;
         let stream = to.stream.cast();
-        self.grouped(comm, || {
+        self.grouped(|| {
             for message in messages {
                 let kind = data_type(message.elements.kind)?;
                 let count = message.elements.count;
@@ -318,7 +297,7 @@ impl Library for Nccl {
                 };
                 // SAFETY: as the caller promises.
                 let code = unsafe { call(message.data, count, kind, peer, comm, stream) };
-                self.check(code, comm)?;
+                self.check(code)?;
             }
             Ok(())
         })

@@ -52,6 +52,8 @@ fn to_host(tensor: &Tensor) -> Tensor {
     }
     let kind = tensor.kind();
     let pinned = || {
+        // The thread may be one of this crate's: it starts what waited for the group to be joined.
+        torch_ext::use_device(tensor.device()).ok()?;
         let bytes = torch_ext::pinned((tensor.numel() * kind.elt_size_in_bytes()) as i64).ok()?;
         let flat = bytes.f_view_dtype(kind).ok()?;
         let mut host = flat.view(tensor.size().as_slice());

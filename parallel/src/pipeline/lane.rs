@@ -12,7 +12,7 @@ use std::{
     },
 };
 use tch::{Kind, Tensor};
-use torch_ext::{Event, Stream};
+use torch_ext::{Event, Priority, Stream};
 
 /// A rank's part in a collective; its result goes to the passes that depend on the collective.
 ///
@@ -53,7 +53,7 @@ impl Lane {
     ) -> Result<Lane, torch_ext::Error> {
         let like = device.zeros(&[1], Kind::Float);
         if group.is_stream_ordered() {
-            let stream = Stream::from_pool(&like)?;
+            let stream = Stream::from_pool(&like, Priority::Normal)?;
             return Ok(Lane::Queue {
                 group,
                 like,
@@ -61,17 +61,16 @@ impl Lane {
                 queued: Mutex::default(),
             });
         }
-        let on_device = !device.computes_on_host();
         let (requests, inbox) = channel::<CollectiveFn>();
         let (outbox, results) = channel();
         background::spawn("lane", move || {
             // The little that is computed here must not take cores from the passes.
             tch::set_num_threads(1);
-            if on_device && torch_ext::set_device(&like).is_err() {
-                return;
-            }
+            let device = torch_ext::use_device(like.device());
+            let device = device.map_err(|error| failed(group.as_ref(), &error));
             while let Ok(collective_fn) = inbox.recv() {
-                let result = tch::no_grad(|| collective_fn(group.as_ref()));
+                let run = |()| tch::no_grad(|| collective_fn(group.as_ref()));
+                let result = device.clone().and_then(run);
                 if outbox.send(result).is_err() {
                     return;
                 }

@@ -22,10 +22,11 @@ pub(crate) trait Library: Send + Sync + 'static {
     fn join(&self, id: &[u8], rank: usize, size: usize) -> Result<Self::Comm, String>;
 
     /// Aborts all queued operations, from any thread, so that the stream continues if the library
-    /// can do that.
+    /// can do that. No call follows, and none is in progress unless it waits for other ranks.
     fn abort(&self, comm: &Self::Comm, stream: *mut c_void);
 
-    /// Returns why queued operations cannot complete, or `None` as long as they can.
+    /// Returns why queued operations cannot complete, or `None` as long as they can. The
+    /// communicator was not aborted.
     fn failure(&self, comm: &Self::Comm) -> Option<String>;
 
     /// True if `operation` can reduce elements of this kind.

@@ -8,7 +8,9 @@
 //! A failure therefore appears later: the flight recorder looks for it, and [`Communicator::check`]
 //! returns it.
 
+mod abortable;
 mod library;
+mod stream_budget;
 mod streams;
 
 use super::{CommError, Communicator, Membership, ReduceOp, Work, check_splits};
@@ -22,7 +24,8 @@ use std::{
     },
     time::Duration,
 };
-use streams::{DeviceStream, Participants, neighbor_pairs};
+pub(crate) use stream_budget::StreamBudget;
+use streams::{DeviceStream, Participants, all_participants};
 use tch::Tensor;
 use torch_ext::{Event, Store, Stream};
 
@@ -72,13 +75,14 @@ impl<L: Library> DeviceComm<L> {
     ///
     /// With `p2p`, neighbours in the ring of the group can send to each other. All of the vendor's
     /// communicators are created here, because that waits for the other ranks. An operation must
-    /// not: the others may first do something that waits for this rank.
+    /// not: the others may first do something that waits for this rank. Each takes one of the
+    /// streams of `budget`.
     ///
     /// # Collective
     /// All members.
     ///
     /// # Errors
-    /// If a member does not join within `timeout`, or the library fails.
+    /// If a member does not join within `timeout`, the library fails, or no stream is left.
     pub(crate) fn join(
         library: &'static L,
         membership: Membership,
@@ -86,17 +90,15 @@ impl<L: Library> DeviceComm<L> {
         timeout: Duration,
         like: Tensor,
         p2p: bool,
+        budget: &Mutex<StreamBudget>,
     ) -> Result<DeviceComm<L>, CommError> {
         let failed = |reason: String| membership.error("joining", reason);
-        torch_ext::set_device(&like).map_err(|e| failed(e.to_string()))?;
-        let mut all_participants = vec![Participants::All];
-        if p2p {
-            let rank = membership.position;
-            let size = membership.members.len();
-            all_participants.extend(neighbor_pairs(rank, size));
-        }
+        torch_ext::use_device(like.device()).map_err(|e| failed(e.to_string()))?;
+        let participants = all_participants(membership.position, membership.size(), p2p);
+        let taken = budget.lock().take(membership.name(), participants.len());
+        taken.map_err(failed)?;
         let mut streams = BTreeMap::new();
-        for participants in all_participants {
+        for participants in participants {
             let stream =
                 DeviceStream::create(library, participants, &membership, store, timeout, &like);
             streams.insert(participants, stream.map_err(failed)?);
@@ -129,30 +131,27 @@ impl<L: Library> DeviceComm<L> {
             )));
         }
         let like = state.like();
-        torch_ext::set_device(&like).map_err(torch)?;
+        torch_ext::use_device(like.device()).map_err(torch)?;
         let device_stream = state
             .streams
             .get(&participants)
             .ok_or_else(|| failed(NOT_NEIGHBOURS.into()))?;
-        if state.aborted.load(Ordering::SeqCst) {
-            return Err(failed("the group was aborted".into()));
-        }
-
-        let queueing = device_stream.queueing.lock();
-        let current = Stream::current(&like).map_err(torch)?;
-        let queued_so_far = current.record().map_err(torch)?;
-        device_stream
-            .stream
-            .wait_for(&queued_so_far)
-            .map_err(torch)?;
-        let target = LaunchTarget {
-            comm: &device_stream.comm,
-            // Not cached: torch_npu flushes queued work to the stream before it returns the handle.
-            stream: device_stream.stream.handle().map_err(torch)?,
+        let stream = &device_stream.stream;
+        let queue = |comm: &L::Comm| {
+            let text = |error: torch_ext::Error| error.to_string();
+            let current = Stream::current(&like).map_err(text)?;
+            let queued_so_far = current.record().map_err(text)?;
+            stream.wait_for(&queued_so_far).map_err(text)?;
+            let target = LaunchTarget {
+                comm,
+                // Not cached: torch_npu flushes queued work to the stream before it returns the
+                // handle.
+                stream: stream.handle().map_err(text)?,
+            };
+            enqueue(state.library, &target)?;
+            stream.record().map_err(text)
         };
-        enqueue(state.library, &target).map_err(failed)?;
-        let done = Arc::new(device_stream.stream.record().map_err(torch)?);
-        drop(queueing);
+        let done = Arc::new(device_stream.comm.call(queue).map_err(failed)?);
 
         tensors.push(like);
         let mut pending = Pending {
@@ -265,7 +264,7 @@ impl<L: Library> DeviceCommState<L> {
 
     /// Returns true once the operation with the event `done` is complete, or why it cannot be.
     fn progress(&self, participants: Participants, done: &Event) -> Result<bool, String> {
-        let failure = self.library.failure(&self.streams[&participants].comm);
+        let failure = self.streams[&participants].comm.failure();
         // The caller of `abort` reports the failure.
         if self.aborted.load(Ordering::SeqCst) {
             return Ok(true);
@@ -477,10 +476,18 @@ impl<L: Library> Communicator for DeviceComm<L> {
         if self.0.aborted.swap(true, Ordering::SeqCst) {
             return;
         }
-        for device_stream in self.0.streams.values() {
-            if let Ok(stream) = device_stream.stream.handle() {
-                self.0.library.abort(&device_stream.comm, stream);
+        let device = self.0.like().device();
+        // At the same time: an abort may wait in the driver until another one has ended.
+        std::thread::scope(|scope| {
+            for device_stream in self.0.streams.values() {
+                scope.spawn(move || {
+                    // Without its device, the abort is still the best that can be done.
+                    let _ = torch_ext::use_device(device);
+                    if let Ok(stream) = device_stream.stream.handle() {
+                        device_stream.comm.abort(stream);
+                    }
+                });
             }
-        }
+        });
     }
 }

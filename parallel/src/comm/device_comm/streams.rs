@@ -2,12 +2,12 @@
 
 use super::{
     super::{Membership, arrival::Arrival},
+    abortable::AbortableComm,
     library::Library,
 };
-use parking_lot::Mutex;
 use std::time::Duration;
 use tch::Tensor;
-use torch_ext::{Store, Stream};
+use torch_ext::{Priority, Store, Stream};
 
 /// The ranks of a vendor's communicator: the whole group, or a sender and a receiver.
 ///
@@ -19,11 +19,22 @@ pub(super) enum Participants {
     Pair { from: usize, to: usize },
 }
 
+/// Returns the participants of each communicator of a rank in a group of `size`. With `p2p`, there
+/// are those of its neighbours.
+pub(super) fn all_participants(rank: usize, size: usize, p2p: bool) -> Vec<Participants> {
+    let pairs = if p2p {
+        neighbor_pairs(rank, size)
+    } else {
+        Vec::new()
+    };
+    std::iter::once(Participants::All).chain(pairs).collect()
+}
+
 /// Returns the pairs of a rank with its neighbours in the ring of the group.
 ///
 /// All ranks of the group create their pairs in the same order, so that they never wait for each
 /// other in a circle.
-pub(super) fn neighbor_pairs(rank: usize, size: usize) -> Vec<Participants> {
+fn neighbor_pairs(rank: usize, size: usize) -> Vec<Participants> {
     let mut pairs = Vec::new();
     for one in 0..size {
         let next = (one + 1) % size;
@@ -40,16 +51,15 @@ pub(super) fn neighbor_pairs(rank: usize, size: usize) -> Vec<Participants> {
 }
 
 pub(super) struct DeviceStream<L: Library> {
-    pub(super) comm: L::Comm,
+    /// In use while an operation is queued between its two events.
+    pub(super) comm: AbortableComm<L>,
     pub(super) stream: Stream,
-    /// Held while an operation is queued between its two events.
-    pub(super) queueing: Mutex<()>,
 }
 
 impl<L: Library> DeviceStream<L> {
     /// Creates a vendor's communicator together with its other participants.
     pub(super) fn create(
-        library: &L,
+        library: &'static L,
         participants: Participants,
         membership: &Membership,
         store: &Store,
@@ -72,12 +82,11 @@ impl<L: Library> DeviceStream<L> {
         let key = &format!("{name}/here");
         Arrival { store, key, size }.wait(timeout)?;
         let id = store.get(&id_key).map_err(text)?;
-        let stream = Stream::from_pool(like).map_err(text)?;
+        let stream = Stream::from_pool(like, Priority::High).map_err(text)?;
         let comm = library.join(&id, rank, size)?;
         Ok(DeviceStream {
-            comm,
+            comm: AbortableComm::new(library, comm),
             stream,
-            queueing: Mutex::default(),
         })
     }
 }
@@ -105,6 +114,13 @@ mod tests {
             left[other].remove(0);
         }
         left.iter().all(Vec::is_empty)
+    }
+
+    #[test]
+    fn a_communicator_per_direction_to_each_neighbour() {
+        let streams = |size, p2p| all_participants(0, size, p2p).len();
+        assert_eq!([1, 2, 3, 16].map(|size| streams(size, false)), [1; 4]);
+        assert_eq!([1, 2, 3, 16].map(|size| streams(size, true)), [1, 3, 5, 5]);
     }
 
     #[test]

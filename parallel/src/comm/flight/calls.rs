@@ -9,7 +9,7 @@ use std::{
 };
 
 /// The number of calls that a log keeps.
-const MAX_CALLS: usize = 2048;
+pub(super) const MAX_CALLS: usize = 2048;
 /// The most ranges of ranks that a log prints for a group.
 const LOGGED_RANGES: usize = 32;
 
@@ -65,6 +65,13 @@ impl Call {
     }
 }
 
+/// A call that was logged. It leaves the log once there are many later ones.
+#[derive(Debug, Clone)]
+pub(super) struct StartedCall {
+    pub(super) id: u64,
+    pub(super) call: Call,
+}
+
 /// The last collective of a group.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LastCollective {
@@ -98,8 +105,8 @@ struct GroupEntry<'a> {
 }
 
 impl Log {
-    /// Adds a call, which gets a number if it is a collective, and returns its id.
-    pub(super) fn add(&mut self, mut call: Call, is_collective: bool) -> u64 {
+    /// Adds a call, which gets an id, and a number if it is a collective.
+    pub(super) fn add(&mut self, mut call: Call, is_collective: bool) -> StartedCall {
         if is_collective {
             let operation = call.operation;
             let last = self.last_collectives.entry(call.group.membership.digest);
@@ -111,12 +118,13 @@ impl Log {
             last.operation = operation;
             call.number = Some(last.number);
         }
-        self.calls.push_back(call);
+        self.calls.push_back(call.clone());
         if self.calls.len() > MAX_CALLS {
             self.calls.pop_front();
             self.first_id += 1;
         }
-        self.first_id + self.calls.len() as u64 - 1
+        let id = self.first_id + self.calls.len() as u64 - 1;
+        StartedCall { id, call }
     }
 
     pub(super) fn get(&mut self, id: u64) -> Option<&mut Call> {

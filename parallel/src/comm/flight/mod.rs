@@ -5,14 +5,18 @@
 //! (PyTorch's flight recorder writes a similar log, which a person compares afterwards.)
 
 mod calls;
+mod device_operations;
 mod diagnosis;
 mod heartbeat;
 mod inquiry;
 mod recorded;
+#[cfg(test)]
+mod tests;
 
-use super::{CommError, Communicator, Membership, Progress};
+use super::{CommError, Communicator, Membership};
 use crate::write_within;
-use calls::{Call, Log, RecordedGroup};
+use calls::{Call, Log, RecordedGroup, StartedCall};
+use device_operations::{DeviceOperations, FailedOperation};
 use heartbeat::{HEARTBEAT_INTERVAL, Heartbeat};
 use inquiry::{Inquirer, Occasion};
 use parking_lot::Mutex;
@@ -26,10 +30,8 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use tch::Device;
 use torch_ext::Store;
-
-/// A rank that does not notice a failure of its device for this long waits in the device's driver.
-const DEVICE_STUCK_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The time that a diagnosis may take.
 const DIAGNOSIS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -46,15 +48,16 @@ struct DiagnosisRequest {
 struct RecorderState {
     rank: usize,
     start: Instant,
-    timeout: Duration,
+    timeouts: Timeouts,
+    /// The device on which operations are queued.
+    device: Device,
     log: Mutex<Log>,
     /// The number of groups so far.
     groups: AtomicUsize,
     /// The file for the log if a call fails.
     dump: Mutex<Option<PathBuf>>,
     requests: Sender<DiagnosisRequest>,
-    /// Operations that a device has not completed.
-    queued: Mutex<Vec<DeviceOperation>>,
+    device_operations: DeviceOperations,
     /// The first failure of a queued operation.
     failure: Mutex<Option<Failure>>,
     on_stuck: Mutex<Option<StuckHandler>>,
@@ -62,19 +65,22 @@ struct RecorderState {
     store_rank: Option<usize>,
 }
 
-/// An operation that was queued on a device.
-struct DeviceOperation {
-    /// The id of its call in the log.
-    id: u64,
-    progress: Progress,
-    group: Arc<dyn Communicator>,
+/// The times that a recorder allows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Timeouts {
+    /// For each operation.
+    operation: Duration,
+    /// A rank that does not notice a failure of its device for this long waits in the driver.
+    stuck: Duration,
 }
 
-/// A queued operation that failed.
-struct FailedOperation {
-    call: Call,
-    /// The device's message; `None` after a timeout.
-    reason: Option<String>,
+impl Timeouts {
+    pub(crate) fn of_operations(operation: Duration) -> Timeouts {
+        Timeouts {
+            operation,
+            stuck: Duration::from_secs(20),
+        }
+    }
 }
 
 struct Failure {
@@ -92,26 +98,28 @@ type StuckHandler = Box<dyn Fn(&CommError) + Send>;
 pub(crate) struct FlightRecorder(Arc<RecorderState>);
 
 impl FlightRecorder {
-    /// Starts a recorder whose operations time out after `timeout`.
+    /// Starts a recorder of a rank that computes on `device`.
     ///
     /// `store` is a connection of its own, which no other thread's wait can block. `store_rank` is
     /// the rank that serves the store, unless the launcher does.
     pub(crate) fn start(
         rank: usize,
         store_rank: Option<usize>,
-        timeout: Duration,
+        timeouts: Timeouts,
         store: Store,
+        device: Device,
     ) -> FlightRecorder {
         let (requests, inbox) = channel();
         let state = Arc::new(RecorderState {
             rank,
             start: Instant::now(),
-            timeout,
+            timeouts,
+            device,
             log: Mutex::default(),
             groups: AtomicUsize::default(),
             dump: Mutex::default(),
             requests,
-            queued: Mutex::default(),
+            device_operations: DeviceOperations::default(),
             failure: Mutex::default(),
             on_stuck: Mutex::default(),
             store_rank,
@@ -164,8 +172,8 @@ impl FlightRecorder {
         self.0.start.elapsed().as_secs_f64()
     }
 
-    /// Logs a call and returns its id.
-    fn started(&self, call: Call, is_collective: bool) -> u64 {
+    /// Logs a call.
+    fn started(&self, call: Call, is_collective: bool) -> StartedCall {
         self.0.log.lock().add(call, is_collective)
     }
 
@@ -180,22 +188,16 @@ impl FlightRecorder {
         self.change(id, |call| call.ended_s = Some(now));
     }
 
-    /// Watches an operation until its device has completed it.
-    fn watch(&self, operation: DeviceOperation) {
-        self.0.queued.lock().push(operation);
-    }
-
     /// Writes the log, and adds the missing ranks to the error of a call that took too long.
-    fn failed(&self, id: u64, mut error: CommError) -> CommError {
-        let call = self.0.log.lock().get(id).cloned();
-        let took_long = |call: &Call| call.started.elapsed() >= self.0.timeout.mul_f64(0.8);
-        if let Some(call) = call.filter(took_long) {
-            let missing = match &call.missing {
-                Some(missing) => missing.clone(),
-                None => self.request_diagnosis(&call),
-            };
+    fn failed(&self, started: &StartedCall, mut error: CommError) -> CommError {
+        let StartedCall { id, call } = started;
+        if call.started.elapsed() >= self.0.timeouts.operation.mul_f64(0.8) {
+            let mut log = self.0.log.lock();
+            let known = log.get(*id).and_then(|call| call.missing.clone());
+            drop(log);
+            let missing = known.unwrap_or_else(|| self.request_diagnosis(call));
             error.reason = format!("{missing} ({})", error.reason);
-            self.change(id, |call| call.missing = Some(missing));
+            self.change(*id, |call| call.missing = Some(missing));
         }
         self.0.dump_calls();
         error
@@ -226,6 +228,8 @@ impl FlightRecorder {
 }
 
 /// Publishes heartbeats, answers requests and watches calls until the recorder is dropped.
+///
+/// It calls no driver, which may block, so that it can always report what takes too long.
 fn watch(recorder: &Weak<RecorderState>, requests: &Receiver<DiagnosisRequest>, store: &Store) {
     let mut beats = 0;
     let mut pause = Duration::ZERO;
@@ -270,54 +274,25 @@ impl RecorderState {
         }
     }
 
-    /// Checks the queued operations: which are complete, failed or take too long.
+    /// Reports a queued operation that failed or takes too long, and a rank that does not notice.
     fn check_device_operations(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
-        if let Some(FailedOperation { call, reason }) = self.first_failed_operation() {
+        let timeout = self.timeouts.operation;
+        if let Some(FailedOperation { call, reason }) = self.device_operations.first_failed(timeout)
+        {
             let reason = reason.unwrap_or_else(|| {
                 let mut inquirer = self.inquirer(store, beat);
                 let missing = inquirer.describe_missing_ranks(&call, Occasion::Failed);
-                format!("{missing} (not done after {:.1?})", self.timeout)
+                format!("{missing} (not done after {timeout:.1?})")
             });
             self.abort_queued(call.group.membership.error(call.operation, reason));
         }
-        let is_stuck = |failure: &&Failure| {
-            !failure.reported && failure.since.elapsed() > DEVICE_STUCK_TIMEOUT
-        };
+        let is_stuck =
+            |failure: &&Failure| !failure.reported && failure.since.elapsed() > self.timeouts.stuck;
         let failure = self.failure.lock();
         let stuck = failure.as_ref().filter(is_stuck);
         if let (Some(stuck), Some(handler)) = (stuck, &*self.on_stuck.lock()) {
             handler(&stuck.error);
         }
-    }
-
-    /// Removes the completed operations, and returns the first that failed or took too long.
-    fn first_failed_operation(&self) -> Option<FailedOperation> {
-        let now = self.start.elapsed().as_secs_f64();
-        let mut first = None;
-        self.queued.lock().retain(|queued| {
-            let progress = (queued.progress)();
-            let mut log = self.log.lock();
-            let call = log.get(queued.id);
-            let reason = match progress {
-                Ok(true) => {
-                    if let Some(call) = call {
-                        call.ended_s = Some(now);
-                    }
-                    return false;
-                }
-                Ok(false) => None,
-                Err(reason) => Some(reason),
-            };
-            if let Some(call) = call
-                && first.is_none()
-                && (reason.is_some() || call.started.elapsed() > self.timeout)
-            {
-                let call = call.clone();
-                first = Some(FailedOperation { call, reason });
-            }
-            true
-        });
-        first
     }
 
     /// Records a failure and aborts the groups of all queued operations: the host may wait for any.
@@ -328,10 +303,7 @@ impl RecorderState {
             since: Instant::now(),
             reported: false,
         });
-        let queued = std::mem::take(&mut *self.queued.lock());
-        for operation in &queued {
-            operation.group.abort();
-        }
+        self.device_operations.abort();
         self.dump_calls();
     }
 
@@ -348,7 +320,7 @@ impl RecorderState {
 
     /// Warns about a call that takes too long, before it times out.
     fn warn_if_stalled(&self, store: &Store, beat: &mut dyn FnMut() -> bool) {
-        let warn_after = (self.timeout / 2).min(Duration::from_secs(30));
+        let warn_after = (self.timeouts.operation / 2).min(Duration::from_secs(30));
         let is_stalled = |call: &&Call| {
             call.is_awaited() && call.missing.is_none() && call.started.elapsed() > warn_after
         };

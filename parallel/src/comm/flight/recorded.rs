@@ -2,7 +2,7 @@
 
 use super::{
     super::{CommError, Communicator, ReduceOp, Work},
-    DeviceOperation, FlightRecorder,
+    FlightRecorder,
     calls::{Call, RecordedGroup},
 };
 use kernels::profile::{self, span};
@@ -62,22 +62,20 @@ impl RecordedComm {
         let cost = tensor.map_or(profile::Cost::default(), |tensor| {
             profile::Cost::passes(1.0, tensor)
         });
-        let id = self.recorder.started(call, peer.is_none());
-        let mut work = start().map_err(|error| self.recorder.failed(id, error))?;
+        let started = self.recorder.started(call, peer.is_none());
+        let id = started.id;
+        let mut work = start().map_err(|error| self.recorder.failed(&started, error))?;
         let recorder = self.recorder.clone();
         let progress = work.progress.take();
         let is_on_device = progress.is_some();
         if let Some(progress) = progress {
-            recorder.watch(DeviceOperation {
-                id,
-                progress,
-                group: self.inner.clone(),
-            });
+            let call = started.call.clone();
+            recorder.0.watch(id, call, self.inner.clone(), progress);
         }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
             let result = span("communication", operation, || cost, || work.wait());
-            let result = result.map_err(|error| recorder.failed(id, error));
+            let result = result.map_err(|error| recorder.failed(&started, error));
             if !is_on_device {
                 recorder.ended(id);
             }
