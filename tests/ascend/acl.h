@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 extern "C" {
 typedef int aclError;
@@ -40,4 +41,7 @@ using GivenUp = std::function<bool()>;
 void enqueue(aclrtStream stream, std::function<void(const GivenUp&)> task);
 // Sets the message that aclGetRecentErrMsg returns in this thread.
 void remember(const std::string& error);
+// With MOERUN_STANDIN_USES=FOLDER, writes `text` as a line of this process's file in that folder
+// when it comes for the first time.
+void note_use(const std::string& text);
 }  // namespace standin
