@@ -2,14 +2,16 @@
 //! torch_npu in host memory.
 
 use crate::fixture::{
-    Experiment, assert_close, assert_stopped_rank_is_named, curve, finish, free_port, ranks, text,
+    COMMAND_TIMEOUT, Experiment, assert_close, assert_stopped_rank_is_named, curve, finish,
+    free_port, ranks, start, text,
 };
 use serde_json::Value;
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::OnceLock,
+    time::{Duration, Instant},
 };
 
 /// Returns the folder of the stand-in libraries, built once per version of their sources.
@@ -502,6 +504,24 @@ fn each_thread_uses_the_device_of_its_rank() {
     }
 }
 
+/// The first uses of operators by a process on the stand-in.
+struct FirstUses {
+    before_communicators: usize,
+    after: Vec<String>,
+}
+
+fn first_uses(file: &Path) -> FirstUses {
+    let lines = std::fs::read_to_string(file).unwrap();
+    let lines: Vec<&str> = lines.lines().collect();
+    let made = lines.iter().position(|line| *line == "communicator");
+    let made = made.expect("the rank joins others");
+    let after = &lines[made + 1..];
+    FirstUses {
+        before_communicators: made,
+        after: after.iter().map(ToString::to_string).collect(),
+    }
+}
+
 #[test]
 fn steps_do_not_wait_for_kernels_that_are_loaded_late() {
     let experiment = Experiment::new();
@@ -516,4 +536,68 @@ fn steps_do_not_wait_for_kernels_that_are_loaded_late() {
     let mut command = experiment.train(4, &changes);
     let output = finish(with_npus(&mut command).env("MOERUN_STANDIN_LAZY_LOADING", "1"));
     assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
+fn each_operation_is_rehearsed_before_the_first_communicator() {
+    let experiment = Experiment::new();
+    let layouts: [&[&str]; 6] = [
+        &["parallel.expert=1"],
+        &["parallel.expert=1", "train.dtype=bf16"],
+        &["parallel.zero=3", "parallel.recompute.layers=all"],
+        &[
+            "parallel.expert=1",
+            "parallel.pipeline=2",
+            "parallel.vocabulary=vocab-1",
+            "train.micro_batch=1",
+        ],
+        &["parallel.context=2"],
+        &[
+            "model.moe.dispatch=least_loaded",
+            "model.moe.least_loaded.threshold=1",
+            "model.moe.least_loaded.min_tokens=1",
+        ],
+    ];
+    for (number, layout) in layouts.into_iter().enumerate() {
+        let folder = experiment.path(&format!("uses-{number}"));
+        std::fs::create_dir(&folder).unwrap();
+        let dir = format!("run.dir=run-{number}");
+        let common = [dir.as_str(), "run.device=npu", "train.steps=3"];
+        let mut command = experiment.train(2, &[&common, layout].concat());
+        let output = finish(with_npus(&mut command).env("MOERUN_STANDIN_USES", &folder));
+        assert!(output.status.success(), "{layout:?}: {}", text(&output));
+        let files = std::fs::read_dir(&folder).unwrap();
+        let files: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
+        assert_eq!(files.len(), 2, "{layout:?}");
+        for file in files {
+            let uses = first_uses(&file);
+            assert!(uses.before_communicators > 50, "{layout:?}");
+            assert_eq!(uses.after, Vec::<String>::new(), "{layout:?}");
+        }
+        let log = experiment.path(&format!("run-{number}/logs/rank-1.log"));
+        let log = std::fs::read_to_string(log).unwrap();
+        assert!(log.contains("rehearsed a step in"), "{log}");
+    }
+}
+
+#[test]
+fn a_process_that_waits_for_its_rank_has_loaded_the_devices_library() {
+    let experiment = Experiment::new();
+    let mut command = experiment.train(1, &["run.device=npu"]);
+    with_npus(&mut command)
+        .stdin(Stdio::piped())
+        .env("MOERUN_LAUNCHER_PID", std::process::id().to_string());
+    let mut waiting = start(&mut command);
+    let maps = format!("/proc/{}/maps", waiting.id());
+    let library = libraries().file_name().unwrap().to_string_lossy();
+    let has_loaded = || std::fs::read_to_string(&maps).is_ok_and(|maps| maps.contains(&*library));
+    let began = Instant::now();
+    while !has_loaded() {
+        assert!(began.elapsed() < COMMAND_TIMEOUT, "nothing is loaded");
+        assert_eq!(waiting.try_wait().unwrap(), None, "it does not wait");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(waiting.try_wait().unwrap(), None, "it does not wait");
+    drop(waiting.stdin.take());
+    assert!(waiting.wait().unwrap().success());
 }

@@ -11,6 +11,7 @@ mod cli;
 mod configs;
 mod damaged_checkpoints;
 mod defaults;
+mod device_variables;
 mod doctor;
 mod drawn_layouts;
 mod faults;

@@ -9,9 +9,10 @@ use tch::{Kind, Tensor};
 
 /// Adds each of `rows` `[T, D]` to its target among `sums` `[V, D]` fp32.
 ///
-/// `targets` `[T]` int64 holds a row of `sums`, or -1 if the row is left out. Processors and NVIDIA
-/// GPUs add in the order of the rows, so that equal inputs give equal bits. Libtorch's operation
-/// adds on other devices, some of which use atomic additions.
+/// `targets` `[T]` int64 holds a row of `sums`, or -1 if the row is left out. Processors and our
+/// kernel for NVIDIA GPUs add in the order of the rows, so that equal inputs give equal bits.
+/// Libtorch's operation, elsewhere, has a fixed order only if
+/// [`set_deterministic`](torch_ext::set_deterministic) has requested it.
 ///
 /// # Panics
 /// If a target is out of range.
@@ -46,5 +47,22 @@ mod tests {
         add_rows(&sums, &Tensor::from_slice(&[1i64, -1, 1]), &rows);
         let expected = Tensor::from_slice(&[1f32, 1., 8., 10.]).view([2, 2]);
         assert_eq!(sums, expected);
+    }
+
+    #[test]
+    fn a_requested_order_is_that_of_processors() {
+        let random = |rows: i64| Tensor::randn([rows, 24], (Kind::Float, tch::Device::Cpu));
+        let before = random(9);
+        let rows = random(200);
+        let targets = Tensor::randint_low(-1, 9, [200], (Kind::Int64, tch::Device::Cpu));
+        let [plain, requested] = [false, true].map(|deterministic| {
+            torch_ext::set_deterministic(deterministic).unwrap();
+            let sums = before.copy();
+            add_rows(&sums, &targets, &rows);
+            sums
+        });
+        torch_ext::set_deterministic(false).unwrap();
+        assert!(plain.equal(&requested));
+        assert!(!plain.equal(&before));
     }
 }

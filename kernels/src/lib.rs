@@ -59,7 +59,7 @@ pub use add_rows::add_rows;
 pub use attention::{attention, attention_backward, repeat_heads, sum_repeated_heads};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
-pub use cuda::compile_gpu_kernels;
+pub use cuda::{compile_gpu_kernels, load_gpu_kernels};
 pub use matmul::{
     gemm, gemm_accumulate, gemm_f32, gemm_into, gemm_overwrite, grouped_gemm,
     grouped_gemm_accumulate, grouped_gemm_overwrite,

@@ -13,6 +13,7 @@ mod cli;
 mod config_diff;
 mod config_file;
 mod conformance;
+mod device_variables;
 mod doctor;
 mod environment;
 mod fault;
@@ -133,7 +134,9 @@ fn exit_on_broken_pipe() {
 
 /// Trains as one rank if a launcher started this process, else as the launcher.
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
-    // Before any thread starts. Ranks continue below.
+    // Before any thread starts.
+    device_variables::set_defaults(&args.config);
+    // Ranks continue below.
     if environment::forks_ranks() && fork_server::serve()? == Served::Ended {
         return Ok(ExitCode::SUCCESS);
     }

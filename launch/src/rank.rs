@@ -2,7 +2,7 @@
 
 use crate::{
     cli::TrainArgs,
-    config_diff, config_file, environment, hint, machine_memory,
+    config_diff, config_file, device_variables, environment, hint, machine_memory,
     open_files::{self, RunSize},
     progress::TrainingView,
     protocol::{Assignment, FailureKind, FailureReport, RankInput, failure_path, flight_path},
@@ -13,6 +13,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow};
 use checkpoint::run_folder::RunFolder;
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::{prctl::set_pdeathsig, signal::Signal},
     unistd::Pid,
@@ -22,6 +23,7 @@ use std::{
     any::Any,
     fmt,
     io::BufRead,
+    os::fd::AsFd,
     panic::AssertUnwindSafe,
     path::Path,
     process::ExitCode,
@@ -87,6 +89,9 @@ pub(crate) fn run_assigned(args: &TrainArgs, signals: &Signals) -> Result<ExitCo
     exit_with_launcher()?;
     // When memory runs out, the kernel kills ranks before keepers. Some systems do not allow it.
     let _ = std::fs::write("/proc/self/oom_score_adj", "300");
+    if !has_assignment() {
+        load_ahead(args);
+    }
     let mut line = String::new();
     std::io::stdin()
         .lock()
@@ -105,6 +110,21 @@ pub(crate) fn run_assigned(args: &TrainArgs, signals: &Signals) -> Result<ExitCo
         signals,
     };
     run(args, &start)
+}
+
+/// True if the launcher's assignment need not be waited for.
+fn has_assignment() -> bool {
+    let stdin = std::io::stdin();
+    let mut files = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    poll(&mut files, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
+
+/// Loads the device's library, which takes seconds, while the process waits for a rank. A failure
+/// is reported by the rank, for whose machine it matters.
+fn load_ahead(args: &TrainArgs) {
+    if let Ok(config) = config_file::load(&args.config) {
+        let _ = parallel::load_ahead(&config.run.device);
+    }
 }
 
 /// Runs one rank and exits the process.
@@ -288,6 +308,7 @@ impl Training<'_> {
             // The limits of an agent's machine differ from the launcher's.
             refuse_open_files(&config, env)?;
         }
+        device_variables::refuse_missing(&config)?;
         // Before set_cpu_affinity, which reduces the processors that this rank sees.
         tch::set_num_threads(threads(env)? as i32);
         let device = parallel::accelerator(&config.run.device, env.local_rank)?;

@@ -4,10 +4,10 @@
 //! 2002.05202). For backward, only the input and optionally the gate-up product are kept.
 // Shapes: R rows, D hidden, F ffn, E computed experts (local, then lent).
 
-pub use crate::fp8::Fp8Weights;
+pub use crate::fp8::{Fp8Weights, has_fp8_kernel};
 
 use crate::{
-    fp8::{self, ExpertMatrix, Fp8Matrices, GpuSupport},
+    fp8::{self, ExpertMatrix, Fp8Matrices},
     lending::{
         transfer::{expert_numel, split_matrices},
         weights::LentWeights,
@@ -29,19 +29,6 @@ pub enum GemmPrecision {
 }
 
 impl GemmPrecision {
-    /// Returns 8 bits, or the model's dtype on a GPU on which libtorch's kernel would stop the
-    /// program.
-    pub fn fp8_on(device: Device) -> GemmPrecision {
-        let Device::Cuda(index) = device else {
-            return GemmPrecision::Fp8(Fp8Weights::default());
-        };
-        match torch_ext::compute_capability(index).map(|(major, _)| GpuSupport::of(major)) {
-            Ok(GpuSupport::Trap) => GemmPrecision::Model,
-            // Of other GPUs and of errors the first product tells.
-            _ => GemmPrecision::Fp8(Fp8Weights::default()),
-        }
-    }
-
     /// Returns the same arithmetic for another layer.
     pub fn for_layer(&self) -> GemmPrecision {
         match self {

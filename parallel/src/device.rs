@@ -89,6 +89,17 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
 
     /// True if the device is the host's processors, so that copying competes with computing.
     fn computes_on_host(&self) -> bool;
+
+    /// Loads all kernels of our own for the device. Without them libtorch's operations run, with a
+    /// warning in the log.
+    fn load_kernels(&self);
+
+    /// Returns the compute capability of an NVIDIA GPU, such as `(9, 0)`, and None for other
+    /// devices.
+    ///
+    /// # Errors
+    /// If the driver does not know the GPU.
+    fn compute_capability(&self) -> Result<Option<(i32, i32)>, Error>;
 }
 
 /// Resolves `auto` to `cuda`, `npu` or `cpu`, whichever this machine has; returns other kinds as
@@ -130,6 +141,23 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
             let message = format!("unknown device {other:?}: use cpu, cuda, npu or auto");
             Err(Error::new(message))
         }
+    }
+}
+
+/// Loads the library of a kind of device, and compiles kernels for the GPUs of this machine into the
+/// cache on disk. Uses no device, so a process that has no rank yet can do it.
+///
+/// # Errors
+/// If the library cannot be loaded, as [`accelerator`] will report, or the kernels cannot be
+/// compiled.
+pub fn load_ahead(kind: &str) -> Result<(), Error> {
+    match device_kind(kind) {
+        "cuda" => {
+            torch_ext::load_cuda()?;
+            kernels::compile_gpu_kernels().map_err(Error::new)
+        }
+        "npu" => torch_ext::load_npu_library().map(drop),
+        _ => Ok(()),
     }
 }
 
@@ -191,6 +219,10 @@ impl Accelerator for Cpu {
     }
     fn computes_on_host(&self) -> bool {
         true
+    }
+    fn load_kernels(&self) {}
+    fn compute_capability(&self) -> Result<Option<(i32, i32)>, Error> {
+        Ok(None)
     }
 }
 
@@ -325,6 +357,18 @@ impl Accelerator for DiscreteDevice {
     }
     fn computes_on_host(&self) -> bool {
         false
+    }
+    fn load_kernels(&self) {
+        if self.device != NPU {
+            // Its error is in the log.
+            let _ = kernels::load_gpu_kernels(self.index);
+        }
+    }
+    fn compute_capability(&self) -> Result<Option<(i32, i32)>, Error> {
+        if self.device == NPU {
+            return Ok(None);
+        }
+        torch_ext::compute_capability(self.index).map(Some)
     }
 }
 

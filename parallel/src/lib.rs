@@ -69,7 +69,8 @@ pub use comm::{
     Backend, CommError, Communicator, Local, MemberRanges, MpiLaunch, ReduceOp, Work, mpi_library,
 };
 pub use device::{
-    Accelerator, Copier, Cpu, DiscreteDevice, MemoryUse, accelerator, device_kind, peak_resident,
+    Accelerator, Copier, Cpu, DiscreteDevice, MemoryUse, accelerator, device_kind, load_ahead,
+    peak_resident,
 };
 pub use gradients::{BucketPlan, GradientBuckets, Replication, plan_buckets};
 pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape, NodeSplit};

@@ -4,8 +4,8 @@ use crate::{
     Accelerator, Backend, CommError, Communicator, Cpu, Local, RankEnv, Rendezvous, StoreServer,
     StoreTraffic,
     comm::{
-        DeviceComm, DeviceTransport, FlightRecorder, Hccl, HostTransport, HybridComm, MemberRanges,
-        Membership, Nccl, StreamBudget, Timeouts, Transports,
+        DeviceComm, DeviceTransport, EchoComm, FlightRecorder, Hccl, HostTransport, HybridComm,
+        MemberRanges, Membership, Nccl, StreamBudget, Timeouts, Transports,
     },
     host_groups::{GroupLimits, HostGroups, HostGroupsState},
     machines::{Machines, machine_identity},
@@ -23,8 +23,18 @@ pub struct World {
     size: usize,
     ranks_per_node: usize,
     timeout: Duration,
-    /// `None` for a world of one rank.
-    joined: Option<Joined>,
+    others: Others,
+}
+
+/// The ranks of a world besides this one.
+enum Others {
+    /// A world of one rank.
+    None,
+    Joined(Box<Joined>),
+    /// A world in which this rank rehearses. `is_stream_ordered` is that of the real groups.
+    Echo {
+        is_stream_ordered: bool,
+    },
 }
 
 struct Joined {
@@ -65,7 +75,7 @@ impl World {
             size: 1,
             ranks_per_node: 1,
             timeout: Duration::ZERO,
-            joined: None,
+            others: Others::None,
         }
     }
 
@@ -142,7 +152,7 @@ impl World {
             size: env.world_size,
             ranks_per_node: env.local_world_size.clamp(1, env.world_size),
             timeout,
-            joined: Some(Joined {
+            others: Others::Joined(Box::new(Joined {
                 host_groups: HostGroups::new(HostGroupsState {
                     rank: env.rank,
                     store: store.clone(),
@@ -163,13 +173,32 @@ impl World {
                 stream_budget: Mutex::default(),
                 recorder,
                 rendezvous,
-            }),
+            })),
         })
+    }
+
+    /// Returns a world of the same size whose other ranks have the values of this one and send
+    /// zeros, or None if there are no others. Its groups need no other rank.
+    pub fn rehearsal(&self) -> Option<World> {
+        let joined = self.joined()?;
+        Some(World {
+            others: Others::Echo {
+                is_stream_ordered: joined.transports.device.is_some(),
+            },
+            ..*self
+        })
+    }
+
+    fn joined(&self) -> Option<&Joined> {
+        match &self.others {
+            Others::Joined(joined) => Some(joined),
+            Others::None | Others::Echo { .. } => None,
+        }
     }
 
     /// Sets the file to which this rank's last calls are written when one of them fails.
     pub fn dump_calls_to(&self, path: &Path) {
-        if let Some(joined) = &self.joined {
+        if let Some(joined) = self.joined() {
             joined.recorder.dump_calls_to(path);
         }
     }
@@ -177,7 +206,7 @@ impl World {
     /// Sets the handler for a rank that still waits in its device's driver long after an operation
     /// failed there.
     pub fn on_stuck(&self, handler: impl Fn(&CommError) + Send + 'static) {
-        if let Some(joined) = &self.joined {
+        if let Some(joined) = self.joined() {
             joined.recorder.on_stuck(handler);
         }
     }
@@ -187,7 +216,7 @@ impl World {
     /// # Errors
     /// The first failure.
     pub fn check(&self) -> Result<(), CommError> {
-        match &self.joined {
+        match self.joined() {
             Some(joined) => joined.recorder.check(),
             None => Ok(()),
         }
@@ -195,7 +224,7 @@ impl World {
 
     /// Returns the names of the transports, for messages.
     pub fn backend(&self) -> &'static str {
-        match &self.joined {
+        match self.joined() {
             Some(joined) => joined.transports.name(),
             None => "local",
         }
@@ -219,8 +248,7 @@ impl World {
     /// Returns what this rank has asked of the store to join the world and its groups. Zero for
     /// c10d's store, and in a world of one.
     pub fn store_traffic(&self) -> StoreTraffic {
-        let joined = self.joined.as_ref();
-        let traffic = joined.map(|joined| joined.rendezvous.traffic());
+        let traffic = self.joined().map(|joined| joined.rendezvous.traffic());
         traffic.unwrap_or_default()
     }
 
@@ -261,10 +289,16 @@ impl World {
         members: &[usize],
         p2p: bool,
     ) -> Result<Arc<dyn Communicator>, CommError> {
+        let is_single = members.len() == 1;
         // A world of one rank has joined only to test the backend that was requested by name.
-        let is_alone = members.len() == 1 && self.size > 1;
-        let Some(joined) = self.joined.as_ref().filter(|_| !is_alone) else {
-            return Ok(Arc::new(Local::new(self.rank, name)));
+        let is_alone = is_single && self.size > 1;
+        let joined = match &self.others {
+            Others::Joined(joined) if !is_alone => joined,
+            &Others::Echo { is_stream_ordered } if !is_single => {
+                let membership = Membership::new(name, members, self.rank)?;
+                return Ok(Arc::new(EchoComm::new(membership, is_stream_ordered)));
+            }
+            _ => return Ok(Arc::new(Local::new(self.rank, name))),
         };
         let membership = Membership::new(name, members, self.rank)?;
         let host_groups = &joined.host_groups;
@@ -320,7 +354,7 @@ impl World {
     /// # Errors
     /// If a rank does not join within the timeout.
     pub fn libtorch_gloo(&self, name: &str) -> Result<Option<torch_ext::Gloo>, torch_ext::Error> {
-        let Some(joined) = &self.joined else {
+        let Some(joined) = self.joined() else {
             return Ok(None);
         };
         let store = joined.store.prefixed(&format!("plain/{name}"))?;

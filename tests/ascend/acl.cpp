@@ -8,11 +8,13 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
+#include <fstream>
 #include <mutex>
 #include <set>
 #include <shared_mutex>
 #include <string>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 #include "acl.h"
@@ -161,6 +163,16 @@ void load(const std::string& operation) {
     }
   }
   for (auto& end : ends) end->wait();
+}
+void note_use(const std::string& text) {
+  static const char* folder = std::getenv("MOERUN_STANDIN_USES");
+  if (!folder) return;
+  static std::mutex mutex;
+  static std::set<std::string> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  if (!known.insert(text).second) return;
+  std::ofstream file(std::string(folder) + "/" + std::to_string(getpid()), std::ios::app);
+  file << text << std::endl;
 }
 }  // namespace standin
 

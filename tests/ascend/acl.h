@@ -45,4 +45,7 @@ void remember(const std::string& error);
 void load(const std::string& operation);
 // Counts a use of a device that is not the process's.
 void count_other_device();
+// With MOERUN_STANDIN_USES=FOLDER, writes `text` as a line of this process's file in that folder
+// when it comes for the first time.
+void note_use(const std::string& text);
 }  // namespace standin

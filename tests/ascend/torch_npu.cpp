@@ -4,7 +4,9 @@
 // order of the stream that used it.
 //
 // With MOERUN_STANDIN_COUNTS=FOLDER each process counts launches, copies and waits of the host, in
-// forward and in backward, in a file of that folder: 64-bit numbers in the order of `Count`.
+// forward and in backward, in a file of that folder: 64-bit numbers in the order of `Count`. With
+// MOERUN_STANDIN_USES=FOLDER it lists there the operators in the order of their first uses, and the
+// first communicator.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -317,6 +319,10 @@ Count kind_of_copy(const at::Tensor& from, const at::Tensor& to, bool non_blocki
 
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   count(kind_of_copy(from, to, non_blocking));
+  // Copies within the device are kernels, others of CUDA's driver.
+  if (from.is_privateuseone() && to.is_privateuseone())
+    standin::note_use(std::string("copy ") + c10::toString(from.scalar_type()) + " " +
+                      c10::toString(to.scalar_type()));
   check(aclrtSynchronizeStream(current_stream()));
   auto source = from.is_privateuseone() ? on_host(from) : from;
   auto target = to.is_privateuseone() ? on_host(to) : to;
@@ -396,9 +402,25 @@ bool waits_for_values(const c10::OperatorHandle& op) {
   return names.count(op.schema().name()) > 0;
 }
 
+// Returns an operator with the dtypes of its tensors: libtorch has a kernel for each.
+std::string kernel_name(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  std::string name = c10::toString(op.operator_name());
+  for (size_t i = stack.size() - op.schema().arguments().size(); i < stack.size(); i++)
+    if (stack[i].isTensor() && stack[i].toTensor().defined())
+      name += std::string(" ") + c10::toString(stack[i].toTensor().scalar_type());
+  return name;
+}
+
+// True for operators that return another view of the same memory, without a kernel.
+bool is_view(const c10::OperatorHandle& op) {
+  const auto& returns = op.schema().returns();
+  return !returns.empty() && returns[0].alias_info() && !returns[0].alias_info()->isWrite();
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   count(LAUNCHES);
   standin::load(op.schema().name() + "." + op.schema().overload_name());
+  if (!is_view(op)) standin::note_use(kernel_name(op, *stack));
   if (waits_for_values(op)) count(COPIES_OUT);
   check(aclrtSynchronizeStream(current_stream()));
   auto arguments = op.schema().arguments().size();

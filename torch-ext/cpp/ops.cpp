@@ -100,6 +100,18 @@ int mtx_synchronize(int type, int index) {
   });
 }
 
+int mtx_set_deterministic(bool deterministic) {
+  return mtx::guarded([&] {
+    auto& context = at::globalContext();
+    context.setDeterministicAlgorithms(deterministic, /*warn_only=*/false);
+    context.setDeterministicCuDNN(deterministic);
+    // Else new tensors are filled with NaN. No operation of ours reads what was not written.
+    context.setDeterministicFillUninitializedMemory(false);
+  });
+}
+
+bool mtx_uses_deterministic() { return at::globalContext().deterministicAlgorithms(); }
+
 // Starts counting the host memory of tensors.
 int mtx_count_host_memory() {
   return mtx::guarded([] { c10::SetCPUAllocator(&counting_allocator, /*priority=*/1); });

@@ -96,6 +96,8 @@ unsafe extern "C" {
         state: *mut C_tensor,
     ) -> c_int;
     pub(crate) fn mtx_synchronize(device_type: c_int, index: c_int) -> c_int;
+    pub(crate) fn mtx_set_deterministic(deterministic: bool) -> c_int;
+    pub(crate) fn mtx_uses_deterministic() -> bool;
     pub(crate) fn mtx_count_host_memory() -> c_int;
     pub(crate) fn mtx_reset_peak(device_type: c_int, index: c_int) -> c_int;
     pub(crate) fn mtx_allocator_bytes(

@@ -8,6 +8,7 @@
 //! - [`generator_state`], [`allocator_bytes`], [`synchronize`], [`keep_freed_memory`]: the state of
 //!   devices and allocators.
 //! - [`Stream`] and [`Event`]: queues of work on devices that have them.
+//! - [`set_deterministic`], [`set_variables`]: settings of the process.
 //! - [`skip_teardown_at_exit`]: a faster process exit.
 //! - [`fork_orphan`]: copies of a process that has loaded libtorch.
 //! - [`parallel_for`]: loops on libtorch's own threads.
@@ -41,6 +42,7 @@ mod c10d;
 mod callback;
 mod cuda;
 mod custom_store;
+mod deterministic;
 mod device;
 mod error;
 mod exit;
@@ -51,6 +53,7 @@ mod npu;
 mod optim;
 mod stream;
 mod threads;
+mod variables;
 
 pub use autograd::attach_backward;
 pub use c10d::{
@@ -58,6 +61,7 @@ pub use c10d::{
 };
 pub use cuda::{compute_capability, load_cuda, pci_bus_id};
 pub use custom_store::{StoreBackend, StoreOperation, StoreReply, StoreRequest};
+pub use deterministic::{set_deterministic, uses_deterministic};
 pub use device::{
     allocator_bytes, count_host_memory, generator_state, keep_freed_memory, pinned, reset_peak,
     set_generator_state, synchronize, use_device,
@@ -66,7 +70,8 @@ pub use error::Error;
 pub use exit::skip_teardown_at_exit;
 pub use fork::{Forked, fork_orphan};
 pub use library::load_library;
-pub use npu::{ASCEND_FOLDER, load_npu};
+pub use npu::{ASCEND_FOLDER, load_npu, load_npu_library};
 pub use optim::{AdamW, fused_adamw};
 pub use stream::{Event, Priority, Stream};
 pub use threads::{max_parallel_ranges, parallel_for};
+pub use variables::set_variables;

@@ -4,6 +4,7 @@
 //! [`load_npu`], tensors for MPS are created on the NPU. Not yet run on hardware.
 
 use crate::{Error, ffi, load_library};
+use libloading::os::unix::Library;
 use std::{ffi::c_int, sync::OnceLock};
 
 /// Environment variable with the folder of `libtorch_npu.so`, unless that is on the loader's path.
@@ -30,12 +31,23 @@ pub(crate) fn npu_index() -> Option<c_int> {
     DEVICE.get()?.as_ref().ok().copied()
 }
 
-fn load(index: c_int) -> Result<(), Error> {
-    let hint = format!(
+/// Loads `libtorch_npu.so` without using an NPU. It stays loaded.
+///
+/// # Errors
+/// If the library cannot be loaded.
+pub fn load_npu_library() -> Result<&'static Library, Error> {
+    load_library("libtorch_npu.so", ASCEND_FOLDER, &hint())
+}
+
+fn hint() -> String {
+    format!(
         "source CANN's set_env.sh, and point {ASCEND_FOLDER} at the folder of a libtorch_npu.so \
          built for libtorch 2.11.0 (build_libtorch_npu.py of github.com/Ascend/pytorch)"
-    );
-    let library = load_library("libtorch_npu.so", ASCEND_FOLDER, &hint)?;
+    )
+}
+
+fn load(index: c_int) -> Result<(), Error> {
+    let library = load_npu_library()?;
     // The signature of torch_npu::init_npu(c10::DeviceIndex) in torch_npu/csrc/libs/init_npu.h.
     type Init = unsafe extern "C" fn(i8);
     let number =
@@ -44,7 +56,7 @@ fn load(index: c_int) -> Result<(), Error> {
     // counted afterwards.
     unsafe {
         let init = library.get::<Init>(b"_ZN9torch_npu8init_npuEa\0");
-        let missing = |error| format!("libtorch_npu.so: no init_npu: {error}; hint: {hint}");
+        let missing = |error| format!("libtorch_npu.so: no init_npu: {error}; hint: {}", hint());
         init.map_err(|error| Error::new(missing(error)))?(number);
     }
     let mut devices = 0;

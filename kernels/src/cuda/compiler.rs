@@ -62,6 +62,14 @@ pub(super) fn source() -> String {
         .collect()
 }
 
+/// Returns the names of all kernels in the source.
+pub(super) fn kernel_names() -> Vec<String> {
+    let source = source();
+    let kernels = source.split("KERNEL void ").skip(1);
+    let name = |text: &str| text.split('(').next().unwrap_or_default().to_owned();
+    kernels.map(name).collect()
+}
+
 /// Returns the macro definitions of a variant.
 pub(super) fn definitions(variant: Variant) -> [String; 2] {
     let number = if variant.kind == Kind::Float {
@@ -240,7 +248,7 @@ mod tests {
             .lines()
             .filter(|line| line.contains("bytes stack frame"))
             .collect();
-        let kernels = source().matches("KERNEL void").count();
+        let kernels = kernel_names().len();
         assert!(reports.len() >= kernels, "{} reports: {log}", reports.len());
         for report in reports {
             let nothing = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
@@ -260,16 +268,14 @@ mod tests {
         let compiler = Compiler::of(Box::leak(Box::new(library))).unwrap();
         assert!(compiler.version().unwrap().contains('.'));
         for architecture in ["sm_80", "sm_90", "sm_100"] {
-            for (kind, vectors) in [
-                (Kind::Float, true),
-                (Kind::BFloat16, true),
-                (Kind::BFloat16, false),
-            ] {
-                let Compiled { code, log } = compiler
-                    .compile(Variant { kind, vectors }, architecture)
-                    .unwrap();
+            for variant in Variant::ALL {
+                let Compiled { code, log } = compiler.compile(variant, architecture).unwrap();
                 assert_eq!(&code[..4], b"\x7fELF");
                 assert_no_spills(&log);
+                for name in kernel_names() {
+                    let entry = format!("entry function '{name}'");
+                    assert!(log.contains(&entry), "{name}: {log}");
+                }
             }
         }
         let variant = Variant {

@@ -4,18 +4,18 @@
 
 use super::{
     code_cache::CodeCache,
-    compiler::{Compiler, options, source},
+    compiler::{Compiler, kernel_names, options, source},
     launch::{Gpu, KernelLaunch, Variant, pointers},
 };
 use cudarc::driver::sys::{CUcontext, CUfunction, CUmodule, CUstream};
 use libloading::os::unix::Library;
 use parking_lot::Mutex;
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
     sync::OnceLock,
 };
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use torch_ext::Stream;
 
 /// A `CUresult` as an integer: newer libraries return values that cudarc's enum lacks.
@@ -98,13 +98,11 @@ impl Driver {
 /// A GPU with its compiled kernels.
 pub(crate) struct Device {
     driver: Driver,
-    compiler: Compiler,
     /// The primary context, which libtorch uses too.
     context: CUcontext,
     architecture: String,
     multiprocessors: usize,
-    functions: Mutex<HashMap<(Variant, &'static str), CUfunction>>,
-    modules: Mutex<HashMap<Variant, CUmodule>>,
+    functions: HashMap<Variant, HashMap<String, CUfunction>>,
 }
 
 // SAFETY: the handles are the driver's, which any thread may use.
@@ -112,50 +110,95 @@ unsafe impl Send for Device {}
 // SAFETY: as above.
 unsafe impl Sync for Device {}
 
-/// Returns GPU `index` with the kernels for `kind` compiled.
+/// Returns GPU `index` with all kernels compiled and loaded.
 ///
-/// The first failure is logged; later calls return the same error.
-pub(super) fn ready(index: usize, kind: Kind) -> Result<&'static Device, String> {
-    type Ready = HashMap<(usize, Kind), Result<&'static Device, String>>;
+/// The first failure is logged; later calls return the same error. CUDA may load a kernel only once
+/// everything that is queued has ended, which may wait for another rank: so nothing is loaded later.
+pub(super) fn ready(index: usize) -> Result<&'static Device, String> {
+    type Ready = HashMap<usize, Result<&'static Device, String>>;
     static READY: OnceLock<Mutex<Ready>> = OnceLock::new();
     let mut ready = READY.get_or_init(Mutex::default).lock();
-    if let Some(gpu) = ready.get(&(index, kind)) {
+    if let Some(gpu) = ready.get(&index) {
         return gpu.clone();
     }
-    let opened = ready.iter().find(|((other, _), _)| *other == index);
-    let gpu = match opened {
-        Some((_, gpu)) => gpu.clone(),
-        None => {
-            let device = Device::open(index);
-            device.map(|device| &*Box::leak(Box::new(device)))
-        }
-    };
-    let variant = Variant {
-        kind,
-        vectors: true,
-    };
-    let gpu = gpu.and_then(|gpu| gpu.module(variant).map(|_| gpu));
+    let gpu = Device::open(index).map(|device| &*Box::leak(Box::new(device)));
     if let Err(error) = &gpu {
         tracing::warn!(
             "GPU {index} runs libtorch's operations instead of our own kernels, which are faster: \
              {error}"
         );
     }
-    ready.insert((index, kind), gpu.clone());
+    ready.insert(index, gpu.clone());
     gpu
+}
+
+/// Compiles the kernels for all GPUs of this machine into the cache on disk, without using a GPU.
+///
+/// # Errors
+/// The first failure.
+pub(super) fn compile_ahead() -> Result<(), String> {
+    let compiler = Compiler::of(library()?)?;
+    let gpus = 0..tch::Cuda::device_count().max(0) as usize;
+    let architectures: BTreeSet<String> = gpus.map(architecture).collect::<Result<_, _>>()?;
+    for architecture in &architectures {
+        compile_variants(&compiler, architecture)?;
+    }
+    Ok(())
+}
+
+/// Returns libtorch's stub library, which is linked with the driver and NVRTC, whatever their
+/// version.
+fn library() -> Result<&'static Library, String> {
+    const HINT: &str = "point MOERUN_TORCH_LIB at the torch/lib folder of a torch 2.11.0 \
+                        installed with CUDA, or run ./scripts/setup --cuda";
+    let library = torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", HINT);
+    library.map_err(|error| error.to_string())
+}
+
+/// Returns the name that the compiler gives to GPU `index`, such as `sm_90`.
+fn architecture(index: usize) -> Result<String, String> {
+    let capability = torch_ext::compute_capability(index);
+    let (major, minor) = capability.map_err(|error| error.to_string())?;
+    Ok(format!("sm_{major}{minor}"))
+}
+
+/// The machine code of all kernels for one variant.
+struct VariantCode {
+    variant: Variant,
+    code: Vec<u8>,
+}
+
+/// Returns the machine code of every variant, compiled in parallel unless the cache on disk has it.
+fn compile_variants(compiler: &Compiler, architecture: &str) -> Result<Vec<VariantCode>, String> {
+    let version = compiler.version()?;
+    let code = |variant: Variant| {
+        let options = options(variant, architecture).join(" ");
+        let source = source();
+        let inputs = [source.as_str(), options.as_str(), version.as_str()];
+        let code = CodeCache::of_user().get_or_compile(&inputs, || {
+            let compiled = compiler.compile(variant, architecture)?;
+            Ok(compiled.code)
+        });
+        code.map(|code| VariantCode { variant, code })
+    };
+    let code = &code;
+    std::thread::scope(|scope| {
+        let compiling = Variant::ALL.map(|variant| scope.spawn(move || code(variant)));
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        compiling.into_iter().map(join).collect()
+    })
 }
 
 impl Device {
     fn open(index: usize) -> Result<Device, String> {
-        const HINT: &str = "point MOERUN_TORCH_LIB at the torch/lib folder of a torch 2.11.0 \
-                            installed with CUDA, or run ./scripts/setup --cuda";
-        // libtorch's stub library, which is linked with both libraries, whatever their version.
-        let library = torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", HINT);
-        let library = library.map_err(|error| error.to_string())?;
+        let library = library()?;
         let driver = Driver::of(library)?;
         let compiler = Compiler::of(library)?;
-        let (major, minor) =
-            torch_ext::compute_capability(index).map_err(|error| error.to_string())?;
+        let architecture = architecture(index)?;
         let mut device = 0;
         let mut context = std::ptr::null_mut();
         let mut multiprocessors = 0;
@@ -170,60 +213,50 @@ impl Device {
                 device,
             ))?;
         }
-        Ok(Device {
+        let variants = compile_variants(&compiler, &architecture)?;
+        let mut device = Device {
             driver,
-            compiler,
             context,
-            architecture: format!("sm_{major}{minor}"),
+            architecture,
             multiprocessors: multiprocessors as usize,
-            functions: Mutex::default(),
-            modules: Mutex::default(),
-        })
+            functions: HashMap::new(),
+        };
+        device.enter()?;
+        for VariantCode { variant, code } in variants {
+            device.load(variant, &code)?;
+        }
+        Ok(device)
     }
 
     pub(super) fn architecture(&self) -> &str {
         &self.architecture
     }
 
-    /// Returns the kernels of a variant, compiled and loaded at the first call.
-    fn module(&self, variant: Variant) -> Result<CUmodule, String> {
-        let mut modules = self.modules.lock();
-        if let Some(module) = modules.get(&variant) {
-            return Ok(*module);
-        }
-        let code = self.code(variant)?;
-        self.enter()?;
-        let mut module = std::ptr::null_mut();
+    /// Loads the kernels of a variant. With lazy loading, the driver loads a kernel when its
+    /// function is looked up.
+    fn load(&mut self, variant: Variant, code: &[u8]) -> Result<(), String> {
+        let mut module: CUmodule = std::ptr::null_mut();
         // SAFETY: `module` is an out-parameter, and the driver copies the machine code.
         let status = unsafe { (self.driver.load)(&mut module, code.as_ptr().cast()) };
         self.driver.check(status)?;
-        modules.insert(variant, module);
-        Ok(module)
-    }
-
-    /// Returns the machine code of a variant, compiled unless the cache on disk has it.
-    fn code(&self, variant: Variant) -> Result<Vec<u8>, String> {
-        let version = self.compiler.version()?;
-        let options = options(variant, &self.architecture).join(" ");
-        CodeCache::of_user().get_or_compile(&[&source(), &options, &version], || {
-            let compiled = self.compiler.compile(variant, &self.architecture)?;
-            Ok(compiled.code)
-        })
-    }
-
-    fn function(&self, variant: Variant, name: &'static str) -> Result<CUfunction, String> {
-        let mut functions = self.functions.lock();
-        if let Some(function) = functions.get(&(variant, name)) {
-            return Ok(*function);
+        let functions = self.functions.entry(variant).or_default();
+        for name in kernel_names() {
+            let symbol = CString::new(name.as_str()).expect("names have no NUL");
+            let mut function = std::ptr::null_mut();
+            // SAFETY: `function` is an out-parameter, `module` and `symbol` live through the call.
+            let status = unsafe { (self.driver.function)(&mut function, module, symbol.as_ptr()) };
+            self.driver.check(status)?;
+            functions.insert(name, function);
         }
-        let module = self.module(variant)?;
-        let symbol = CString::new(name).expect("names have no NUL");
-        let mut function = std::ptr::null_mut();
-        // SAFETY: `function` is an out-parameter, `module` and `symbol` live through the call.
-        let status = unsafe { (self.driver.function)(&mut function, module, symbol.as_ptr()) };
-        self.driver.check(status)?;
-        functions.insert((variant, name), function);
-        Ok(function)
+        Ok(())
+    }
+
+    fn function(&self, variant: Variant, name: &str) -> Result<CUfunction, String> {
+        let functions = self.functions.get(&variant);
+        let function = functions.and_then(|functions| functions.get(name));
+        function
+            .copied()
+            .ok_or_else(|| format!("there is no kernel {name}"))
     }
 
     /// Makes the device's context current on the calling thread.

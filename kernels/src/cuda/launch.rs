@@ -31,6 +31,19 @@ pub(crate) struct Variant {
 }
 
 impl Variant {
+    /// Every variant, each of which a step may need: rows of views may be unaligned, and some
+    /// tensors of a bf16 model are fp32.
+    pub(super) const ALL: [Variant; 4] = [
+        Variant::new(Kind::Float, true),
+        Variant::new(Kind::Float, false),
+        Variant::new(Kind::BFloat16, true),
+        Variant::new(Kind::BFloat16, false),
+    ];
+
+    const fn new(kind: Kind, vectors: bool) -> Variant {
+        Variant { kind, vectors }
+    }
+
     /// Returns the widest variant for rows of `width` elements of tensors that share a dtype.
     pub(super) fn of(tensors: &[&Tensor], width: usize) -> Variant {
         let kind = tensors[0].kind();

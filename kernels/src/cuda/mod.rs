@@ -1,10 +1,9 @@
 //! CUDA kernels of our own for norms, routers, losses and other memory-bound operations.
 //!
-//! The kernels are in `source/`. NVRTC compiles them at first use (`compiler.rs`), which a cache on
-//! disk remembers (`code_cache.rs`), and CUDA's driver queues them on libtorch's streams
-//! (`driver.rs`). If either library is missing,
-//! libtorch's operations run instead. Tests run the kernels on the host (`emulator.rs`). Not yet
-//! run on hardware.
+//! The kernels are in `source/`. NVRTC compiles them (`compiler.rs`), which a cache on disk
+//! remembers (`code_cache.rs`), and CUDA's driver loads all of them at first use and queues them on
+//! libtorch's streams (`driver.rs`). If either library is missing, libtorch's operations run
+//! instead. Tests run the kernels on the host (`emulator.rs`). Not yet run on hardware.
 
 mod adamw;
 mod add_rows;
@@ -52,7 +51,7 @@ pub(crate) fn gpu(tensors: &[&Tensor]) -> Option<&'static dyn Gpu> {
     if !matches!(kind, Kind::Float | Kind::BFloat16) || !tensors.iter().all(fits) {
         return None;
     }
-    let gpu = driver::ready(index, kind).ok()?;
+    let gpu = driver::ready(index).ok()?;
     Some(gpu)
 }
 
@@ -61,12 +60,21 @@ pub(crate) fn same_device_contiguous(like: &Tensor, tensor: &Tensor, kind: Kind)
     tensor.device() == like.device() && tensor.kind() == kind && tensor.is_contiguous()
 }
 
-/// Compiles the kernels for a GPU at the first call and returns its architecture, such as `sm_90`.
+/// Compiles and loads all kernels for a GPU at the first call, and returns its architecture, such
+/// as `sm_90`.
 ///
 /// # Errors
 /// The reason why libtorch's operations run on that GPU instead.
-pub fn compile_gpu_kernels(index: usize) -> Result<String, String> {
-    driver::ready(index, Kind::BFloat16).map(|gpu| gpu.architecture().to_owned())
+pub fn load_gpu_kernels(index: usize) -> Result<String, String> {
+    driver::ready(index).map(|gpu| gpu.architecture().to_owned())
+}
+
+/// Compiles the kernels for all GPUs of this machine into the cache on disk, without using a GPU.
+///
+/// # Errors
+/// The first failure.
+pub fn compile_gpu_kernels() -> Result<(), String> {
+    driver::compile_ahead()
 }
 
 #[cfg(test)]
@@ -142,7 +150,7 @@ pub(crate) mod tests {
     pub(crate) fn test_gpu() -> (&'static dyn Gpu, Device) {
         if std::env::var("MOERUN_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
             torch_ext::load_cuda().unwrap();
-            return (driver::ready(0, Kind::BFloat16).unwrap(), Device::Cuda(0));
+            return (driver::ready(0).unwrap(), Device::Cuda(0));
         }
         (&emulator::Host, Device::Cpu)
     }
@@ -151,7 +159,7 @@ pub(crate) mod tests {
     fn host_tensors_and_missing_gpus_are_refused() {
         let x = Tensor::zeros([4, 4], FLOAT_CPU);
         assert!(gpu(&[&x]).is_none());
-        let error = compile_gpu_kernels(99).unwrap_err();
+        let error = load_gpu_kernels(99).unwrap_err();
         // Without CUDA's libraries the error says how to get them, with them that this GPU is
         // missing.
         let expected = ["setup --cuda", "GPU 99", "CUDA's driver"];

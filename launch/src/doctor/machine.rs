@@ -194,7 +194,7 @@ pub(super) fn gpus(config: Option<&Config>) -> Finding {
     };
     match parallel::accelerator("cuda", 0) {
         Ok(_) => {
-            let kernels = match kernels::compile_gpu_kernels(0) {
+            let kernels = match kernels::load_gpu_kernels(0) {
                 Ok(architecture) => format!("kernels for {architecture}"),
                 Err(error) => {
                     format!("libtorch's operations instead of moerun's faster kernels: {error}")

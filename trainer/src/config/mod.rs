@@ -129,6 +129,13 @@ pub struct RunConfig {
     #[on_resume(free)]
     #[serde(default = "auto")]
     pub device: String,
+    /// Repeats losses and weights to the bit when the same layout runs again, or restarts, on GPUs
+    /// and NPUs: slower kernels with a fixed order of additions run there. Processors always repeat
+    /// them. An operation without such a kernel stops the run with a message. Not yet run on
+    /// hardware.
+    #[on_resume(free)]
+    #[serde(default)]
+    pub deterministic: bool,
     /// Processors that a rank is bound to: `none`, `numa` (those of one NUMA node), `cores` (its
     /// own share), or `auto` (`numa` on machines with several NUMA nodes, unless the launcher has
     /// bound the ranks).
@@ -288,9 +295,9 @@ pub struct TrainConfig {
     #[serde(default)]
     pub dtype: Dtype,
     /// Computes the experts' forward GEMMs, and the gradients of their inputs, in 8-bit floating
-    /// point. On GPUs it needs compute capability 9 (Hopper); newer ones compute in bf16, with a
-    /// warning. Processors emulate it with the same results. Needs `dtype: bf16`. The precision
-    /// page of the documentation shows the effect on the loss.
+    /// point. On GPUs it needs compute capability 9 (Hopper); a run on other GPUs is refused.
+    /// Processors emulate it with the same results. Needs `dtype: bf16`. The precision page of the
+    /// documentation shows the effect on the loss.
     #[on_resume(reported)]
     #[serde(default)]
     pub fp8_experts: bool,

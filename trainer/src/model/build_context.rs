@@ -4,9 +4,8 @@ use crate::{
     config::{Config, Dtype, RecomputeConfig},
     process_groups::ProcessGroups,
 };
-use moe::experts::GemmPrecision;
+use moe::experts::{Fp8Weights, GemmPrecision};
 use parallel::{Accelerator, context::ContextKind};
-use tch::Kind;
 
 /// Device, process groups and numeric choices of a [`Model`](crate::Model).
 pub struct BuildContext<'a> {
@@ -38,7 +37,7 @@ impl<'a> BuildContext<'a> {
         groups: &'a ProcessGroups,
     ) -> BuildContext<'a> {
         let expert_gemm = if config.train.fp8_experts {
-            fp8_or_fallback(device)
+            GemmPrecision::Fp8(Fp8Weights::default())
         } else {
             GemmPrecision::Model
         };
@@ -74,17 +73,4 @@ impl<'a> BuildContext<'a> {
             offload: false,
         }
     }
-}
-
-/// Returns 8 bits for the experts, or with a warning the model's dtype where 8 bits cannot run.
-fn fp8_or_fallback(device: &dyn Accelerator) -> GemmPrecision {
-    let gemm = GemmPrecision::fp8_on(device.empty(&[0], Kind::Float).device());
-    if matches!(gemm, GemmPrecision::Model) {
-        tracing::warn!(
-            "train.fp8_experts: libtorch 2.11.0 has no fp8 kernel for {}, whose experts are \
-             computed in bf16",
-            device.name()
-        );
-    }
-    gemm
 }

@@ -15,6 +15,7 @@ mod microbatch;
 mod model_shapes;
 mod progress_counter;
 mod rank_figures;
+mod rehearsal;
 mod resume;
 mod resume_rules;
 mod retention;
@@ -100,6 +101,13 @@ struct StepPlan {
     plan: PipelinePlan,
     /// Forward passes of all microbatches.
     forward_schedule: Schedule,
+}
+
+/// Data and device of a trainer, besides its configuration and its world.
+struct Resources {
+    device: Box<dyn Accelerator>,
+    train: Dataset,
+    validation: Option<Dataset>,
 }
 
 /// A run on one rank.

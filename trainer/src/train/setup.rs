@@ -1,10 +1,11 @@
 //! Construction of a trainer: data, process groups, model and optimizer of this rank.
 
 use super::{
-    ResumeReport, StepPlan, Trainer,
+    Resources, ResumeReport, StepPlan, Trainer,
     counted_tokens::check_validation,
     expert_placement::{ExpertPlacement, ExpertRows},
     metrics_files::MetricsFiles,
+    rehearsal::rehearse,
     retention::Retention,
     run_state::CountedFrom,
 };
@@ -24,21 +25,25 @@ use parallel::{
 use std::{collections::BTreeMap, sync::Arc};
 
 impl Trainer {
-    /// Sets up a run with initial values.
+    /// Sets up a run with initial values. On a device it first rehearses a step.
     ///
     /// # Collective
     /// All ranks of `world`.
     ///
     /// # Errors
-    /// If data is missing, the device cannot be used, or a process group cannot be created.
+    /// If data is missing, the device cannot be used or lacks what the configuration needs, or a
+    /// process group cannot be created.
     pub fn new(
         config: Config,
         world: &World,
         device: Box<dyn Accelerator>,
     ) -> Result<Trainer, Error> {
-        let mesh = config
-            .mesh(world.rank(), world.size())
-            .map_err(Error::Config)?;
+        if config.run.deterministic {
+            torch_ext::set_deterministic(true)?;
+        }
+        if let Some(problem) = config.device_problem(device.compute_capability()?) {
+            return Err(Error::Config(format!("{}: {problem}", device.name())));
+        }
         let train = open_data(&config, &config.data.train)?;
         let validation = match &config.validation {
             Some(validation) => {
@@ -48,6 +53,36 @@ impl Trainer {
             }
             None => None,
         };
+        let resources = Resources {
+            device,
+            train,
+            validation,
+        };
+        let resources = rehearse(&config, world, resources)?;
+        Trainer::assemble(config, world, resources, |part| part)
+    }
+
+    /// Creates the process groups, and of the model what `select` leaves of this rank's part.
+    ///
+    /// # Collective
+    /// All ranks of `world`.
+    ///
+    /// # Errors
+    /// If the configuration does not fit the ranks, or a process group cannot be created.
+    pub(super) fn assemble(
+        config: Config,
+        world: &World,
+        resources: Resources,
+        select: impl FnOnce(ModelPart) -> ModelPart,
+    ) -> Result<Trainer, Error> {
+        let Resources {
+            device,
+            train,
+            validation,
+        } = resources;
+        let mesh = config
+            .mesh(world.rank(), world.size())
+            .map_err(Error::Config)?;
         let all = world.all("world")?;
         let plans = step_plans(&config, &mesh)?;
         // Batch sizes have no effect on the layers and groups of a rank.
@@ -60,7 +95,7 @@ impl Trainer {
         let stages = world.p2p_group("pipeline", &mesh.group(GroupKind::Pipeline))?;
         let pipeline = Executor::new(stages, lanes, device.as_ref())?;
         let ctx = BuildContext::from_config(&config, device.as_ref(), &groups);
-        let model = Model::new(&config.model, part, &ctx);
+        let model = Model::new(&config.model, select(part), &ctx);
         let gradients = gradient_buckets(&config, &model.parameters, device.as_ref())?;
         measure_min_tokens(&config, &mesh, &groups, &all, device.as_ref())?;
         let planner = groups

@@ -274,7 +274,7 @@ impl Trainer {
     }
 
     /// Updates the parameters and returns the learning rate.
-    fn update_parameters(&mut self, grad_norm: f64) -> Result<f64, Error> {
+    pub(super) fn update_parameters(&mut self, grad_norm: f64) -> Result<f64, Error> {
         let lr = learning_rate(&self.config, self.position());
         self.optimizer.step(
             &self.model.parameters,
@@ -289,7 +289,7 @@ impl Trainer {
     }
 
     /// Updates the loss-free balancing biases from the routed tokens of the step.
-    fn update_biases(&self, figures: &StepFigures) {
+    pub(super) fn update_biases(&self, figures: &StepFigures) {
         let Some(moe) = &self.config.model.moe else {
             return;
         };

@@ -1,5 +1,6 @@
 //! Checks that types cannot express: numbers that must divide others, and keys that need others.
 
+mod device;
 mod layout;
 mod model;
 mod problems;
