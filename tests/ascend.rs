@@ -325,6 +325,12 @@ fn npus_without_hccl_go_by_the_hosts_memory() {
     let output = finish(with_npus(experiment.train(4, &layout).args(changes)));
     assert!(output.status.success(), "{}", text(&output));
     assert_close(&curve(&experiment, "cpu"), &curve(&experiment, "npu"), 1e-5);
+    for (run, measures) in [("cpu", true), ("npu", false)] {
+        let lines = std::fs::read_to_string(experiment.path(run).join("metrics.jsonl")).unwrap();
+        for figure in ["rank_wait_ratio", "rank_pass_ms"] {
+            assert_eq!(lines.contains(figure), measures, "{figure} on {run}");
+        }
+    }
 }
 
 #[test]
@@ -413,8 +419,21 @@ impl HostCounts {
     }
 }
 
-/// Runs steps of a model on the stand-in and returns the counts of one layer and microbatch.
-fn counts_of_a_layer(ranks: usize, changes: &[&str]) -> HostCounts {
+/// Layers of the model whose microbatch is measured as a whole.
+const LAYERS: usize = 16;
+
+/// Operations of the host per microbatch and rank.
+struct MicrobatchCounts {
+    /// In each MoE layer.
+    layer: HostCounts,
+    /// Outside of the layers.
+    rest: HostCounts,
+    /// In a model of [`LAYERS`] layers.
+    whole: HostCounts,
+}
+
+/// Runs steps of models on the stand-in and returns the counts of one microbatch.
+fn counts_of_a_microbatch(ranks: usize, changes: &[&str]) -> MicrobatchCounts {
     const STEPS: usize = 2;
     let experiment = Experiment::new();
     let run = |layers: usize, microbatches: usize| {
@@ -436,14 +455,21 @@ fn counts_of_a_layer(ranks: usize, changes: &[&str]) -> HostCounts {
         assert!(output.status.success(), "{changes:?}: {}", text(&output));
         HostCounts::read(&folder)
     };
-    // What does not depend on both the layers and the microbatches drops out.
-    let growth = |layers| run(layers, 3).difference(run(layers, 1), 1.0);
-    let per_layer = 1.0 / (2 * 2 * STEPS * ranks) as f64;
-    growth(3).difference(growth(1), per_layer)
+    // What does not depend on the microbatches drops out.
+    let per_microbatch = 1.0 / (2 * STEPS * ranks) as f64;
+    let microbatch = |layers| run(layers, 3).difference(run(layers, 1), per_microbatch);
+    let first = microbatch(1);
+    let whole = microbatch(LAYERS);
+    let layer = whole.difference(first, 1.0 / (LAYERS - 1) as f64);
+    MicrobatchCounts {
+        layer,
+        rest: first.difference(layer, 1.0),
+        whole,
+    }
 }
 
 #[test]
-fn the_host_rarely_waits_for_a_layer() {
+fn the_host_waits_once_for_each_layer_and_microbatch() {
     let layouts: [(usize, &[&str]); 4] = [
         (1, &["parallel={}"]),
         (1, &["parallel={recompute: {layers: all}}"]),
@@ -451,13 +477,11 @@ fn the_host_rarely_waits_for_a_layer() {
         (2, &["parallel={expert: 2, recompute: {layers: all}}"]),
     ];
     for (ranks, changes) in layouts {
-        let counts = counts_of_a_layer(ranks, changes);
-        eprintln!("{changes:?}: {counts:?}");
-        let [forward, backward] = counts.waits();
-        assert!(
-            forward <= 2.0 && backward <= 1.0,
-            "{changes:?}: the host waits {forward} times in forward and {backward} in backward"
-        );
+        let MicrobatchCounts { layer, rest, whole } = counts_of_a_microbatch(ranks, changes);
+        eprintln!("{changes:?}:\n  layer {layer:?}\n  rest {rest:?}\n  whole {whole:?}");
+        assert_eq!(layer.waits(), [1.0, 0.0], "{changes:?}: a layer");
+        assert_eq!(rest.waits(), [0.0, 0.0], "{changes:?}: outside of layers");
+        assert_eq!(whole.waits(), [LAYERS as f64, 0.0], "{changes:?}: a model");
     }
 }
 

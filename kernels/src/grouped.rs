@@ -4,7 +4,7 @@
 //! data centers); not yet run there. On the CPU libtorch loops over the groups, which the tests
 //! use.
 
-use crate::upload::upload;
+use crate::row_groups::RowGroups;
 use tch::{Device, Kind, Tensor};
 
 /// Required alignment of addresses and strides, in bytes.
@@ -36,44 +36,35 @@ fn fits(tensor: &Tensor) -> bool {
         && strides.iter().rev().take(2).any(|&stride| stride == 1)
 }
 
-/// Returns the end of each group's rows, int32 `[groups]`.
-fn offsets(counts: &[i64], device: Device) -> Tensor {
-    let mut end = 0;
-    let mut offsets = Vec::with_capacity(counts.len());
-    for &count in counts {
-        end += count as i32;
-        offsets.push(end);
-    }
-    let offsets = upload(&[&offsets], device);
-    offsets
-        .unwrap_or_else(|error| panic!("offsets of groups: {error}"))
-        .remove(0)
+fn offsets(groups: &RowGroups, device: Device) -> Tensor {
+    let offsets = groups.ends(device);
+    offsets.unwrap_or_else(|error| panic!("offsets of groups: {error}"))
 }
 
 /// Does what [`crate::grouped_gemm`] does.
-pub(crate) fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], rows_per_group: &[i64]) -> Tensor {
+pub(crate) fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], groups: &RowGroups) -> Tensor {
     if let [matrices] = matrices
-        && rows_per_group.len() as i64 == matrices.size()[0]
+        && groups.num_groups() as i64 == matrices.size()[0]
     {
-        let offsets = Some(offsets(rows_per_group, rows.device()));
+        let offsets = Some(offsets(groups, rows.device()));
         let products = rows.internal_grouped_mm(matrices, offsets, None, None);
         // libtorch pads rows whose length is not a multiple of 16 bytes.
         return products.contiguous();
     }
     let shape = [rows.size()[0], matrices[0].size()[2]];
     let out = Tensor::empty(shape, (rows.kind(), rows.device()));
-    let mut rows_per_group = rows_per_group;
+    let mut groups = groups.clone();
     let mut start = 0;
     for matrices in matrices {
-        let (here, later) = rows_per_group.split_at(matrices.size()[0] as usize);
-        let len = here.iter().sum();
+        let [here, later] = groups.split_at(matrices.size()[0] as usize);
+        let len = here.num_rows();
         if len > 0 {
-            let offsets = Some(offsets(here, rows.device()));
+            let offsets = Some(offsets(&here, rows.device()));
             let rows = rows.narrow(0, start, len);
             let products = rows.internal_grouped_mm(matrices, offsets, None, None);
             out.narrow(0, start, len).copy_(&products);
         }
-        rows_per_group = later;
+        groups = later;
         start += len;
     }
     out
@@ -85,13 +76,13 @@ pub(crate) fn grouped_gemm_to_sums(
     sums: &Tensor,
     left: &Tensor,
     right: &Tensor,
-    counts: &[i64],
+    groups: &RowGroups,
     accumulate: bool,
 ) {
-    let offsets = Some(offsets(counts, left.device()));
+    let offsets = Some(offsets(groups, left.device()));
     let products = left.tr().internal_grouped_mm(right, offsets, None, None);
     // The result for groups without rows is unspecified.
-    for (group, &count) in counts.iter().enumerate() {
+    for (group, &count) in groups.counts().iter().enumerate() {
         if count == 0 {
             let _ = products.get(group as i64).zero_();
         }
@@ -142,8 +133,9 @@ mod tests {
             if !lent.is_empty() {
                 matrices.push(stack(lent.len()));
             }
-            let counts = [own, lent].concat();
-            let total = counts.iter().sum::<i64>();
+            let has_lent = !lent.is_empty();
+            let groups = RowGroups::new([own, lent].concat());
+            let total = groups.num_rows();
             let rows = random(&[total, inner]);
             let grad = random(&[total, outer]);
             prop_assert!(fits(&rows) && matrices.iter().all(fits) && fits(&grad.tr()));
@@ -152,16 +144,20 @@ mod tests {
                 off.double_value(&[]) <= 1e-2 * plain.to_f64().norm().double_value(&[])
             };
             let there_matrices: Vec<_> = matrices.iter().map(there).collect();
-            let out = super::grouped_gemm(&there(&rows), &there_matrices, &counts);
+            let ends = groups.ends(device).unwrap();
+            let there_groups = RowGroups::from_device(ends, total).unwrap();
+            let out = super::grouped_gemm(&there(&rows), &there_matrices, &there_groups);
+            // The host need not know the groups of one stack.
+            prop_assert_eq!(there_groups.is_on_host(), has_lent);
             prop_assert!(out.is_contiguous());
-            prop_assert!(close(&here(&out), &grouped_gemm(&rows, &matrices, &counts)));
-            let sums = randn(&[counts.len() as i64, outer, inner], Kind::Float);
+            prop_assert!(close(&here(&out), &grouped_gemm(&rows, &matrices, &groups)));
+            let sums = randn(&[groups.num_groups() as i64, outer, inner], Kind::Float);
             let ours = there(&sums).copy();
-            grouped_gemm_to_sums(&ours, &there(&grad), &there(&rows), &counts, accumulate);
+            grouped_gemm_to_sums(&ours, &there(&grad), &there(&rows), &there_groups, accumulate);
             if accumulate {
-                grouped_gemm_accumulate(&sums, &grad, &rows, &counts);
+                grouped_gemm_accumulate(&sums, &grad, &rows, &groups);
             } else {
-                grouped_gemm_overwrite(&sums, &grad, &rows, &counts);
+                grouped_gemm_overwrite(&sums, &grad, &rows, &groups);
             }
             prop_assert!(close(&here(&ours), &sums));
         }

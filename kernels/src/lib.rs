@@ -21,7 +21,8 @@
 //! // The first row belongs to expert 0, the other two to expert 1.
 //! let rows = Tensor::from_slice(&[1f32, 2., 3., 4., 5., 6.]).view([3, 2]);
 //! let experts = Tensor::from_slice(&[1f32, 1., 2., 0.]).view([2, 2, 1]);
-//! let out = kernels::grouped_gemm(&rows, &[experts], &[1, 2]);
+//! let groups = kernels::RowGroups::new(vec![1, 2]);
+//! let out = kernels::grouped_gemm(&rows, &[experts], &groups);
 //! assert_eq!(out, Tensor::from_slice(&[3f32, 6., 10.]).view([3, 1]));
 //! ```
 
@@ -46,6 +47,7 @@ mod quantize;
 mod rotary;
 mod router;
 mod routing;
+mod row_groups;
 mod rows;
 mod softmax;
 mod squares;
@@ -69,6 +71,7 @@ pub use quantize::quantize_rows;
 pub use rotary::apply_rotary;
 pub use router::{router, router_backward, select_experts, supports_router};
 pub use routing::{RouterGradients, RouterOutput, RouterScoring};
+pub use row_groups::RowGroups;
 pub use softmax::{softmax, softmax_gradient};
 pub use squares::sum_of_squares;
 pub use swiglu::{swiglu, swiglu_backward};

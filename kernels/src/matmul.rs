@@ -11,6 +11,7 @@ use crate::{
     grouped,
     matrix::{GemmOperands, Matrix},
     profile::{Cost, span},
+    row_groups::RowGroups,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -84,20 +85,23 @@ fn gemm_to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
 
 /// Multiplies each group of `rows` `[R, I]` by its own matrix and returns the products `[R, O]`.
 ///
-/// Group `g` has `counts[g]` rows, in order. `matrices` are tensors `[G, I, O]`, whose matrices
-/// belong to the groups in order. There are no more matrices than counts, and the tensors may have
-/// any strides.
-pub fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], counts: &[i64]) -> Tensor {
-    let groups = groups(counts);
-    let cost = || grouped_cost(&groups, &matrices[0], rows.kind());
+/// `matrices` are tensors `[G, I, O]`, whose matrices belong to the groups in order. There are no
+/// more matrices than groups, and the tensors may have any strides.
+pub fn grouped_gemm(rows: &Tensor, matrices: &[Tensor], groups: &RowGroups) -> Tensor {
+    let cost = || grouped_cost(&filled_groups(groups), &matrices[0], rows.kind());
     span("gemm", "of experts", cost, || {
         let inputs: Vec<_> = matrices.iter().chain([rows]).collect();
-        if groups.len() > 1 && grouped::supports_grouped_mm(&inputs) {
-            grouped::grouped_gemm(rows, matrices, counts)
+        if pays_in_one_kernel(groups) && grouped::supports_grouped_mm(&inputs) {
+            grouped::grouped_gemm(rows, matrices, groups)
         } else {
-            grouped_gemm_one_by_one(rows, matrices, &groups)
+            grouped_gemm_one_by_one(rows, matrices, &filled_groups(groups))
         }
     })
+}
+
+/// True if one kernel for all groups has something to join.
+fn pays_in_one_kernel(groups: &RowGroups) -> bool {
+    groups.num_groups() > 1 && groups.num_rows() > 0
 }
 
 /// Multiplies each group's rows by a GEMM of its own.
@@ -152,45 +156,34 @@ fn grouped_gemm_by_libtorch(
 /// Adds the product `left^T right` of each group's rows to its own matrix of `sums` `[G, O, I]`
 /// fp32.
 ///
-/// Group `g` has `rows_per_group[g]` rows of `left` `[R, O]` and `right` `[R, I]`, in order.
-pub fn grouped_gemm_accumulate(
-    sums: &Tensor,
-    left: &Tensor,
-    right: &Tensor,
-    rows_per_group: &[i64],
-) {
-    grouped_gemm_to_sums(sums, left, right, rows_per_group, true);
+/// `groups` divide the rows of `left` `[R, O]` and `right` `[R, I]`.
+pub fn grouped_gemm_accumulate(sums: &Tensor, left: &Tensor, right: &Tensor, groups: &RowGroups) {
+    grouped_gemm_to_sums(sums, left, right, groups, true);
 }
 
 /// Does what [`grouped_gemm_accumulate`] does, with the previous contents of `sums` taken as zero.
 ///
 /// # Panics
 /// If there is not one group for each sum.
-pub fn grouped_gemm_overwrite(
-    sums: &Tensor,
-    left: &Tensor,
-    right: &Tensor,
-    rows_per_group: &[i64],
-) {
-    assert_eq!(
-        rows_per_group.len() as i64,
-        sums.size()[0],
-        "one count per sum"
-    );
-    grouped_gemm_to_sums(sums, left, right, rows_per_group, false);
+pub fn grouped_gemm_overwrite(sums: &Tensor, left: &Tensor, right: &Tensor, groups: &RowGroups) {
+    let num_groups = groups.num_groups() as i64;
+    assert_eq!(num_groups, sums.size()[0], "one group per sum");
+    grouped_gemm_to_sums(sums, left, right, groups, false);
 }
 
 fn grouped_gemm_to_sums(
     sums: &Tensor,
     left: &Tensor,
     right: &Tensor,
-    counts: &[i64],
+    groups: &RowGroups,
     accumulate: bool,
 ) {
-    let groups: Vec<_> = all_groups(counts)
-        .filter(|group| group.len > 0 || !accumulate)
-        .collect();
-    let cost = || grouped_cost(&groups, sums, left.kind());
+    let written_groups = || {
+        all_groups(groups.counts())
+            .filter(|group| group.len > 0 || !accumulate)
+            .collect::<Vec<_>>()
+    };
+    let cost = || grouped_cost(&written_groups(), sums, left.kind());
     let operands = || {
         let left = Matrix::of(left);
         let right = Matrix::of(right);
@@ -200,13 +193,13 @@ fn grouped_gemm_to_sums(
             left: left.slice_rows(start, len).transposed(),
             right: right.slice_rows(start, len),
         };
-        groups.iter().map(of_group).collect()
+        written_groups().iter().map(of_group).collect()
     };
     span("gemm", "for experts' gradients", cost, || {
-        if groups.len() > 1 && grouped::supports_grouped_mm(&[left, right]) {
-            grouped::grouped_gemm_to_sums(sums, left, right, counts, accumulate);
+        if pays_in_one_kernel(groups) && grouped::supports_grouped_mm(&[left, right]) {
+            grouped::grouped_gemm_to_sums(sums, left, right, groups, accumulate);
         } else if !try_own_gemm([sums, left, right], accumulate, operands) {
-            for &GemmGroup { index, start, len } in &groups {
+            for GemmGroup { index, start, len } in written_groups() {
                 let sum = sums.get(index as i64);
                 let range = start..start + len;
                 let rows = |x: &Tensor| slice_rows(x, &range);
@@ -245,8 +238,9 @@ struct GemmGroup {
 }
 
 /// Returns the groups that have rows.
-fn groups(counts: &[i64]) -> Vec<GemmGroup> {
-    all_groups(counts).filter(|group| group.len > 0).collect()
+fn filled_groups(groups: &RowGroups) -> Vec<GemmGroup> {
+    let all = all_groups(groups.counts());
+    all.filter(|group| group.len > 0).collect()
 }
 
 fn all_groups(counts: &[i64]) -> impl Iterator<Item = GemmGroup> {
@@ -410,14 +404,15 @@ mod tests {
             threads in 1i32..4,
         ) {
             let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
-            let total = counts.iter().sum::<i64>();
-            let groups = counts.len() as i64;
+            let groups = RowGroups::from(&counts[..]);
+            let total = groups.num_rows();
+            let num_groups = counts.len() as i64;
             let rows = randn(&[total, 24], kind);
             let others = randn(&[total, 40], kind);
-            let matrices = randn(&[groups, 24, 40], kind);
-            let sums = randn(&[groups, 40, 24], Kind::Float);
+            let matrices = randn(&[num_groups, 24, 40], kind);
+            let sums = randn(&[num_groups, 40, 24], Kind::Float);
             tch::set_num_threads(threads);
-            let ours = grouped_gemm(&rows, &[matrices.shallow_clone()], &counts);
+            let ours = grouped_gemm(&rows, &[matrices.shallow_clone()], &groups);
             let mut products = vec![Tensor::empty([0, 40], DOUBLE_CPU)];
             let mut plain = Vec::new();
             let mut start = 0;
@@ -433,9 +428,9 @@ mod tests {
             }
             prop_assert!(close(&ours, &Tensor::cat(&products, 0), kind));
             if accumulate {
-                grouped_gemm_accumulate(&sums, &others, &rows, &counts);
+                grouped_gemm_accumulate(&sums, &others, &rows, &groups);
             } else {
-                grouped_gemm_overwrite(&sums, &others, &rows, &counts);
+                grouped_gemm_overwrite(&sums, &others, &rows, &groups);
             }
             prop_assert!(close(&sums, &Tensor::stack(&plain, 0), kind));
         }
@@ -487,7 +482,8 @@ mod tests {
     #[test]
     fn groups_cost_as_much_as_their_rows() {
         let matrices = Tensor::zeros([3, 5, 7], FLOAT_CPU);
-        let cost = grouped_cost(&groups(&[4, 0, 2]), &matrices, Kind::BFloat16);
+        let groups = RowGroups::new(vec![4, 0, 2]);
+        let cost = grouped_cost(&filled_groups(&groups), &matrices, Kind::BFloat16);
         let expected = Cost {
             flops: 2.0 * 6.0 * 35.0,
             bytes: 6.0 * 12.0 * 2.0 + 2.0 * 35.0 * 4.0,
@@ -512,6 +508,6 @@ mod tests {
         let [left, right] = [left, right].map(|x| x.set_requires_grad(true));
         assert!(!gemm(&left, &right).requires_grad());
         gemm_accumulate(&sum, &left, &right);
-        let _ = grouped_gemm(&left, &[right.unsqueeze(0)], &[4]);
+        let _ = grouped_gemm(&left, &[right.unsqueeze(0)], &RowGroups::new(vec![4]));
     }
 }

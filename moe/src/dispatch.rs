@@ -9,8 +9,8 @@
 //! rows to the experts, and one back. Backward repeats the last two in reverse order.
 //! Hierarchical dispatch adds three small exchanges.
 //!
-//! With one expert rank a device sorts the tokens itself; the host fetches the counts and waits
-//! once per layer. With more ranks the host makes the plan, from the fetched experts.
+//! With one expert rank a device sorts the tokens itself, and the host reads the counts only if it
+//! needs them. With more ranks the host makes the plan, from the fetched experts.
 
 pub use crate::hierarchy::Hierarchy;
 
@@ -28,7 +28,7 @@ use crate::{
         plan_receive, rank_plan,
     },
 };
-use kernels::upload;
+use kernels::{RowGroups, upload};
 use parallel::{Activation, Communicator, Weight, Work};
 use parking_lot::Mutex;
 use std::{sync::Arc, time::Instant};
@@ -65,22 +65,40 @@ pub struct DispatchPlan {
     pub seconds: f64,
     /// The routes of the chunks that were started: recomputation uses them again.
     routes: Arc<Mutex<Vec<Option<ChunkRoute>>>>,
-    /// Routed tokens of each chunk and physical slot of this rank's tokens, `[chunks * E]`.
-    own_counts: Arc<Vec<i64>>,
+    /// Routed tokens of this rank by physical slot, for each chunk.
+    own_tokens: Vec<RowGroups>,
+}
+
+/// Routed tokens of a rank per expert. A device may still be counting them.
+#[derive(Debug, Clone, Default)]
+pub struct TokensPerExpert {
+    physical_slots: Arc<Vec<i64>>,
+    by_slot: Vec<RowGroups>,
+}
+
+impl TokensPerExpert {
+    /// Returns the routed tokens of each expert, `[E]`. Waits for the device that counts them.
+    pub fn get(&self) -> Vec<i64> {
+        let of_slot = |&slot: &i64| {
+            let chunks = self.by_slot.iter();
+            chunks.map(|chunk| chunk.counts()[slot as usize]).sum()
+        };
+        self.physical_slots.iter().map(of_slot).collect()
+    }
 }
 
 /// The way of a chunk's tokens to their experts.
 struct ChunkRoute {
     route: DispatchRoute,
     /// Rows for each expert that this rank computes.
-    counts: Vec<i64>,
+    groups: RowGroups,
 }
 
 impl ChunkRoute {
     fn copy(&self) -> ChunkRoute {
         ChunkRoute {
             route: self.route.copy(),
-            counts: self.counts.clone(),
+            groups: self.groups.clone(),
         }
     }
 }
@@ -88,7 +106,7 @@ impl ChunkRoute {
 /// Rows in flight to their experts.
 pub struct PendingDispatch {
     route: DispatchRoute,
-    counts: Vec<i64>,
+    groups: RowGroups,
     pending: PendingRows,
 }
 
@@ -97,7 +115,7 @@ pub struct Dispatched {
     /// `[R, D]`, in the order of the experts that this rank computes.
     pub rows_rd: Activation,
     /// Rows for each expert that this rank computes: its own, then lent ones.
-    pub counts: Vec<i64>,
+    pub groups: RowGroups,
     route: DispatchRoute,
 }
 
@@ -109,14 +127,12 @@ pub struct PendingCombine {
 }
 
 impl DispatchPlan {
-    /// Returns the routed tokens of this rank per expert, `[E]`.
-    pub(crate) fn tokens_per_expert(&self) -> Vec<i64> {
-        let num_experts = self.physical_slots.len();
-        let of_slot = |&slot: &i64| {
-            let chunks = self.own_counts.iter().skip(slot as usize);
-            chunks.step_by(num_experts).sum()
-        };
-        self.physical_slots.iter().map(of_slot).collect()
+    /// Returns the routed tokens of this rank per expert.
+    pub(crate) fn tokens_per_expert(&self) -> TokensPerExpert {
+        TokensPerExpert {
+            physical_slots: self.physical_slots.clone(),
+            by_slot: self.own_tokens.clone(),
+        }
     }
 
     /// Starts to send lent weights to helpers. Returns None if no rank lends an expert.
@@ -187,8 +203,8 @@ impl Dispatcher {
         self.plan_from_counts(own, physical_slots.clone())
     }
 
-    /// Plans as [`Dispatcher::plan`] does where this rank has all experts, without fetching
-    /// `experts_tk` `[T, K]` from its device. Waits for the counts only.
+    /// Plans as [`Dispatcher::plan`] does where this rank has all experts, on the device of
+    /// `experts_tk` `[T, K]`. The host waits for nothing.
     ///
     /// # Errors
     /// If libtorch fails.
@@ -207,31 +223,31 @@ impl Dispatcher {
             experts_tk.shallow_clone()
         };
         let tokens = experts_tk.size()[0] as usize;
-        let mut permutations = Vec::new();
-        let mut ends = Vec::new();
+        let mut routes = Vec::new();
+        let mut own_tokens = Vec::new();
         for chunk in 0..self.chunks {
             let range = chunk_range(tokens, chunk, self.chunks);
             let slots_tk = slots_tk.narrow(0, range.start as i64, range.len() as i64);
             let (permutation, ends_e) = Permutation::by_expert(&slots_tk, num_experts);
-            permutations.push(permutation);
-            ends.push(ends_e);
-        }
-        let ends = Vec::<i64>::try_from(Tensor::cat(&ends, 0)).map_err(failed)?;
-        let counts: Vec<i64> = ends.chunks(num_experts).flat_map(differences).collect();
-        let plan = self.plan_from_counts(counts.clone(), physical_slots)?;
-        let route = |(permutation, counts): (Permutation, &[i64])| {
+            let groups = RowGroups::from_device(ends_e, slots_tk.numel() as i64)?;
+            own_tokens.push(groups.clone());
             let exchange = TokenExchange {
                 permutation,
                 all_to_all: None,
             };
-            Some(ChunkRoute {
+            routes.push(Some(ChunkRoute {
                 route: DispatchRoute(vec![exchange]),
-                counts: counts.to_vec(),
-            })
-        };
-        let routes = permutations.into_iter().zip(counts.chunks(num_experts));
-        *plan.routes.lock() = routes.map(route).collect();
-        Ok(plan)
+                groups,
+            }));
+        }
+        Ok(DispatchPlan {
+            physical_slots,
+            rank_plan: Arc::new(RankPlan::of_single_rank(num_experts, self.chunks)),
+            lending: None,
+            seconds: 0.0,
+            routes: Arc::new(Mutex::new(routes)),
+            own_tokens,
+        })
     }
 
     /// True if [`Dispatcher::plan_on_device`] can plan for tokens on `device`. On processors the
@@ -247,12 +263,11 @@ impl Dispatcher {
         physical_slots: Arc<Vec<i64>>,
     ) -> Result<DispatchPlan, Error> {
         let num_experts = physical_slots.len();
-        let own_counts = Arc::new(own);
         let gathered;
         let counts = if self.group.size() == 1 {
-            &*own_counts
+            &own
         } else {
-            gathered = all_gather_counts(&self.group, &own_counts)?;
+            gathered = all_gather_counts(&self.group, &own)?;
             &gathered
         };
         let started = Instant::now();
@@ -275,7 +290,7 @@ impl Dispatcher {
             lending,
             seconds,
             routes: Arc::default(),
-            own_counts,
+            own_tokens: own.chunks(num_experts).map(RowGroups::from).collect(),
         })
     }
 
@@ -309,7 +324,7 @@ impl Dispatcher {
             .get(chunk)
             .and_then(Option::as_ref)
             .map(ChunkRoute::copy);
-        let ChunkRoute { route, counts } = match known {
+        let ChunkRoute { route, groups } = match known {
             Some(known) => known,
             None => {
                 let made = self.route(x_td.device(), experts, top_k, plan, chunk)?;
@@ -322,7 +337,7 @@ impl Dispatcher {
         let pending = route.start(x_td)?;
         Ok(PendingDispatch {
             route,
-            counts,
+            groups,
             pending,
         })
     }
@@ -346,7 +361,8 @@ impl Dispatcher {
             &plan.rank_plan.computed_experts,
             device,
         )?;
-        Ok(ChunkRoute { route, counts })
+        let groups = RowGroups::new(counts);
+        Ok(ChunkRoute { route, groups })
     }
 
     /// Returns the destinations of a chunk's routed tokens: for an expert that ranks split, one
@@ -398,7 +414,7 @@ impl Dispatcher {
             let exchange = TokenExchange::new(&send, per_token, None, device)?;
             return Ok(ChunkRoute {
                 route: DispatchRoute(vec![exchange]),
-                counts: send.counts,
+                groups: RowGroups::new(send.counts),
             });
         }
         let receive = plan_receive(
@@ -411,7 +427,7 @@ impl Dispatcher {
         let exchange = TokenExchange::new(&send, per_token, received, device)?;
         Ok(ChunkRoute {
             route: DispatchRoute(vec![exchange]),
-            counts: receive.counts,
+            groups: RowGroups::new(receive.counts),
         })
     }
 
@@ -499,7 +515,7 @@ impl PendingDispatch {
     ) -> Result<Dispatched, Error> {
         let PendingDispatch {
             route,
-            counts,
+            groups,
             pending,
         } = self;
         let rows = route.wait(pending)?;
@@ -511,7 +527,7 @@ impl PendingDispatch {
         };
         Ok(Dispatched {
             rows_rd,
-            counts,
+            groups,
             route,
         })
     }
@@ -544,12 +560,6 @@ fn in_slot_order(counts: &[i64], physical_slots: &[i64]) -> Vec<i64> {
     by_slot
 }
 
-/// Returns the lengths of consecutive ranges with these ends.
-fn differences(ends: &[i64]) -> impl Iterator<Item = i64> {
-    let starts = std::iter::once(&0).chain(ends);
-    ends.iter().zip(starts).map(|(end, start)| end - start)
-}
-
 fn failed(error: impl std::fmt::Display) -> Error {
     Error::new(error.to_string())
 }
@@ -566,4 +576,93 @@ fn all_gather_counts(group: &Arc<dyn Communicator>, counts: &[i64]) -> Result<Ve
         .and_then(Work::wait)?;
     let all = Vec::<i32>::try_from(all).map_err(failed)?;
     Ok(all.into_iter().map(i64::from).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use parallel::Local;
+    use proptest::prelude::*;
+
+    const TOP_K: usize = 2;
+    const HIDDEN: i64 = 3;
+
+    #[derive(Debug, PartialEq)]
+    struct Outcome {
+        tokens_per_expert: Vec<i64>,
+        computed_experts: Vec<usize>,
+        num_local: usize,
+        /// By chunk.
+        counts: Vec<Vec<i64>>,
+        rows_rd: Vec<Tensor>,
+        hidden_td: Vec<Tensor>,
+        gradient_td: Tensor,
+    }
+
+    /// Dispatches `tokens` tokens by `plan` and combines their rows, each with a factor of its own.
+    /// `experts` may be empty if the plan has the routes.
+    fn run(
+        dispatcher: &Dispatcher,
+        plan: &DispatchPlan,
+        tokens: usize,
+        experts: &[i64],
+    ) -> Outcome {
+        let shape = [tokens as i64, HIDDEN];
+        let numbers = Tensor::arange(shape[0] * HIDDEN, (Kind::Float, Device::Cpu));
+        let x_td = numbers.sin().view(shape).set_requires_grad(true);
+        let mut outcome = Outcome {
+            tokens_per_expert: plan.tokens_per_expert().get(),
+            computed_experts: plan.rank_plan.computed_experts.clone(),
+            num_local: plan.rank_plan.num_local,
+            counts: Vec::new(),
+            rows_rd: Vec::new(),
+            hidden_td: Vec::new(),
+            gradient_td: Tensor::new(),
+        };
+        let chunks = dispatcher.chunks();
+        for chunk in 0..chunks {
+            let range = chunk_range(tokens, chunk, chunks);
+            let of_chunk = |x: &Tensor| x.narrow(0, range.start as i64, range.len() as i64);
+            let experts = experts.get(range.start * TOP_K..range.end * TOP_K);
+            let experts = experts.unwrap_or_default();
+            let pending = dispatcher.start(&of_chunk(&x_td), experts, TOP_K, plan, chunk);
+            let dispatched = pending.unwrap().wait(|| panic!("the rows are kept"), true);
+            let dispatched = dispatched.unwrap();
+            outcome.counts.push(dispatched.groups.counts().to_vec());
+            let rows_rd = dispatched.rows_rd.value.shallow_clone();
+            let numbers = Tensor::arange(rows_rd.size()[0], (Kind::Float, Device::Cpu));
+            let y_rd = &rows_rd * numbers.cos().unsqueeze(1);
+            let weights_tk = of_chunk(&x_td).narrow(1, 0, TOP_K as i64).detach();
+            let combine = dispatcher.start_combine(&y_rd, dispatched, &weights_tk);
+            outcome.rows_rd.push(rows_rd.detach());
+            outcome.hidden_td.push(combine.unwrap().wait().unwrap());
+        }
+        Tensor::cat(&outcome.hidden_td, 0)
+            .sum(Kind::Float)
+            .backward();
+        outcome.gradient_td = x_td.grad();
+        outcome
+    }
+
+    proptest! {
+        #[test]
+        fn a_plan_of_the_device_is_the_plan_of_the_host(
+            slots in Just((0..5).collect::<Vec<i64>>()).prop_shuffle(),
+            experts in prop::collection::vec(0i64..5, TOP_K..40),
+            chunks in 1usize..4,
+        ) {
+            let tokens = experts.len() / TOP_K;
+            let experts = &experts[..tokens * TOP_K];
+            let topology = ExpertTopology::on_one_node(1, 1);
+            let dispatcher = Dispatcher::new(Arc::new(Local::new(0, "experts")), 5, topology, None, None, chunks);
+            dispatcher.set_physical_slots(slots);
+            let on_host = dispatcher.plan(experts, TOP_K).unwrap();
+            let experts_tk = Tensor::from_slice(experts).view([-1, TOP_K as i64]);
+            let on_device = dispatcher.plan_on_device(&experts_tk).unwrap();
+            prop_assert_eq!(
+                run(&dispatcher, &on_device, tokens, &[]),
+                run(&dispatcher, &on_host, tokens, experts)
+            );
+        }
+    }
 }

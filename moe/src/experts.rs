@@ -13,7 +13,7 @@ use crate::{
         weights::LentWeights,
     },
 };
-use kernels::{grouped_gemm, grouped_gemm_accumulate, swiglu, swiglu_backward};
+use kernels::{RowGroups, grouped_gemm, grouped_gemm_accumulate, swiglu, swiglu_backward};
 use parallel::{Activation, GradientSum, Weight, add_gradients};
 use tch::{Device, Kind, Tensor};
 use torch_ext::{Error, attach_backward};
@@ -50,7 +50,7 @@ impl GemmPrecision {
         rows: &Tensor,
         matrices: &ExpertMatrices,
         which: ExpertMatrix,
-        counts: &[i64],
+        groups: &RowGroups,
     ) -> Result<Tensor, Error> {
         // The weights are `[E, out, in]` in forward, and `[E, in, out]` in backward.
         let (stacks, in_backward) = match which {
@@ -70,7 +70,7 @@ impl GemmPrecision {
         };
         let stacks: Vec<Tensor> = stacks.iter().map(orient).collect();
         let weights = match self {
-            GemmPrecision::Model => return Ok(grouped_gemm(rows, &stacks, counts)),
+            GemmPrecision::Model => return Ok(grouped_gemm(rows, &stacks, groups)),
             GemmPrecision::Fp8(weights) => weights,
         };
         let own = weights.get(which, &stacks[0]);
@@ -80,7 +80,7 @@ impl GemmPrecision {
         } else {
             Fp8Matrices::join(std::iter::once(own).chain(lent).collect())
         };
-        fp8::grouped_matmul(rows, &all, counts)
+        fp8::grouped_matmul(rows, &all, groups)
     }
 }
 
@@ -104,7 +104,7 @@ pub fn grouped_swiglu(
         down_proj,
         lent: None,
     };
-    grouped_swiglu_with_lent(x_rd, weights, counts, &GemmPrecision::Model, keep)
+    grouped_swiglu_with_lent(x_rd, weights, &counts.into(), &GemmPrecision::Model, keep)
 }
 
 /// Weights of the experts that a rank computes: its own, then lent ones.
@@ -123,7 +123,7 @@ pub(crate) struct ExpertWeights<'a> {
 pub(crate) fn grouped_swiglu_with_lent(
     x_rd: &Activation,
     weights: ExpertWeights,
-    counts: &[i64],
+    groups: &RowGroups,
     gemm: &GemmPrecision,
     keep: bool,
 ) -> Result<Tensor, Error> {
@@ -135,16 +135,16 @@ pub(crate) fn grouped_swiglu_with_lent(
     let rows = x_rd.value.size()[0];
     let num_local = gate_up_proj.shape()[0];
     let experts = num_local + lent.as_ref().map_or(0, LentWeights::count);
-    if counts.iter().sum::<i64>() != rows || counts.len() as i64 != experts {
+    if groups.num_rows() != rows || groups.num_groups() as i64 != experts {
         return Err(Error::new(format!(
-            "experts: {rows} rows in groups {counts:?} do not fit {experts} experts"
+            "experts: {groups:?} does not fit {rows} rows and {experts} experts"
         )));
     }
     let lent_weights = fetch_lent(lent.as_ref(), gate_up_proj, down_proj)?;
     let (out, hidden) = tch::no_grad(|| {
         let matrices = ExpertMatrices::new(gate_up_proj, down_proj, lent_weights);
-        let hidden = gemm.grouped(&x_rd.value, &matrices, ExpertMatrix::GateUp, counts)?;
-        let out = gemm.grouped(&swiglu(&hidden), &matrices, ExpertMatrix::Down, counts)?;
+        let hidden = gemm.grouped(&x_rd.value, &matrices, ExpertMatrix::GateUp, groups)?;
+        let out = gemm.grouped(&swiglu(&hidden), &matrices, ExpertMatrix::Down, groups)?;
         Ok::<_, Error>((out, hidden))
     })?;
     let gate_up_tracker = gate_up_proj.tracker();
@@ -153,7 +153,7 @@ pub(crate) fn grouped_swiglu_with_lent(
         gate_up_proj: gate_up_proj.clone(),
         down_proj: down_proj.clone(),
         lent,
-        counts: counts.to_vec(),
+        groups: groups.clone(),
         gemm: gemm.clone(),
         hidden: keep.then_some(hidden),
         out_shape: out.size(),
@@ -189,7 +189,7 @@ struct SwigluBackward {
     gate_up_proj: Weight,
     down_proj: Weight,
     lent: Option<LentWeights>,
-    counts: Vec<i64>,
+    groups: RowGroups,
     gemm: GemmPrecision,
     /// The gate-up product, if it is kept.
     hidden: Option<Tensor>,
@@ -220,8 +220,8 @@ impl SwigluBackward {
 
     /// Returns the gradient of the input `x`, and adds those of the weights to their sums.
     fn run(&self, grad_out: Tensor, x: Tensor, matrices: &ExpertMatrices) -> Result<Tensor, Error> {
-        let counts = &self.counts;
-        let multiply = |rows: &Tensor, which| self.gemm.grouped(rows, matrices, which, counts);
+        let groups = &self.groups;
+        let multiply = |rows: &Tensor, which| self.gemm.grouped(rows, matrices, which, groups);
         let hidden = match &self.hidden {
             Some(hidden) => hidden.shallow_clone(),
             None => multiply(&x, ExpertMatrix::GateUp)?,
@@ -234,7 +234,7 @@ impl SwigluBackward {
             grad_hidden,
             activation,
             grad_out,
-            counts: counts.clone(),
+            groups: groups.clone(),
             lent: self.lent.clone(),
         };
         add_gradients(&[&self.down_proj, &self.gate_up_proj], move |sums| {
@@ -250,7 +250,7 @@ struct WeightGradientOperands {
     grad_hidden: Tensor,
     activation: Tensor,
     grad_out: Tensor,
-    counts: Vec<i64>,
+    groups: RowGroups,
     lent: Option<LentWeights>,
 }
 
@@ -258,8 +258,7 @@ impl WeightGradientOperands {
     fn add_to(&self, grad_gate_up: &GradientSum, grad_down: &GradientSum) -> Result<(), Error> {
         let gate_up_shape = grad_gate_up.size();
         let down_shape = grad_down.size();
-        let (own_counts, lent_counts) = self.counts.split_at(down_shape[0] as usize);
-        let own_rows: i64 = own_counts.iter().sum();
+        let [own_groups, lent_groups] = self.groups.split_at(down_shape[0] as usize);
         // Gradients from helpers are in flight while this rank adds up its own.
         let pending = match &self.lent {
             None => None,
@@ -267,12 +266,12 @@ impl WeightGradientOperands {
                 let elements = expert_numel(&gate_up_shape) + expert_numel(&down_shape);
                 lent.add_gradients(elements, &self.x, |all| {
                     let sums = split_matrices(all, &gate_up_shape, &down_shape);
-                    self.add_lent(&sums, own_rows, lent_counts);
+                    self.add_lent(&sums, own_groups.num_rows(), &lent_groups);
                 })?
             }
         };
-        grad_down.grouped_gemm_accumulate(&self.grad_out, &self.activation, own_counts);
-        grad_gate_up.grouped_gemm_accumulate(&self.grad_hidden, &self.x, own_counts);
+        grad_down.grouped_gemm_accumulate(&self.grad_out, &self.activation, &own_groups);
+        grad_gate_up.grouped_gemm_accumulate(&self.grad_hidden, &self.x, &own_groups);
         match pending {
             Some(pending) => pending.wait_and_add_to(grad_gate_up.tensor(), grad_down.tensor()),
             None => Ok(()),
@@ -280,20 +279,20 @@ impl WeightGradientOperands {
     }
 
     /// Adds the gradients of lent experts, whose rows follow the first `own_rows`.
-    fn add_lent(&self, sums: &[Tensor; 2], own_rows: i64, lent_counts: &[i64]) {
+    fn add_lent(&self, sums: &[Tensor; 2], own_rows: i64, lent_groups: &RowGroups) {
         let [grad_gate_up, grad_down] = sums;
         let lent_rows = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
         grouped_gemm_accumulate(
             grad_down,
             &lent_rows(&self.grad_out),
             &lent_rows(&self.activation),
-            lent_counts,
+            lent_groups,
         );
         grouped_gemm_accumulate(
             grad_gate_up,
             &lent_rows(&self.grad_hidden),
             &lent_rows(&self.x),
-            lent_counts,
+            lent_groups,
         );
     }
 }
@@ -435,7 +434,8 @@ mod tests {
                 down_proj: &weights[1],
                 lent: None,
             };
-            let out = grouped_swiglu_with_lent(&activation, weights, &counts, &gemm, true).unwrap();
+            let groups = RowGroups::from(&counts[..]);
+            let out = grouped_swiglu_with_lent(&activation, weights, &groups, &gemm, true).unwrap();
             (&out * &probe).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             x.zero_grad();

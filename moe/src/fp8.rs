@@ -6,7 +6,7 @@
 //! loss can be measured there. The kernel itself has not yet been run on hardware.
 // Shapes: R rows, E experts, I in, O out.
 
-use kernels::{quantize_rows, upload};
+use kernels::{RowGroups, quantize_rows};
 use parking_lot::Mutex;
 use std::{collections::HashMap, sync::Arc};
 use tch::{Device, Kind, Tensor};
@@ -101,18 +101,18 @@ impl std::fmt::Debug for Fp8Weights {
 pub(crate) fn grouped_matmul(
     rows: &Tensor,
     matrices: &Fp8Matrices,
-    counts: &[i64],
+    groups: &RowGroups,
 ) -> Result<Tensor, Error> {
     let (small, scales) = quantize_rows(&rows.contiguous());
     if let Device::Cuda(index) = rows.device() {
         let (major, minor) = torch_ext::compute_capability(index)?;
         check_gpu(index, major, minor)?;
-        return grouped_matmul_cuda(&small, &scales, matrices, counts);
+        return grouped_matmul_cuda(&small, &scales, matrices, groups);
     }
     let small = small.to_kind(Kind::Float);
     let mut products = Vec::new();
     let mut start = 0;
-    for (expert, &len) in counts.iter().enumerate() {
+    for (expert, &len) in groups.counts().iter().enumerate() {
         let matrix = matrices.small.get(expert as i64);
         let matrix_scale = matrices.scales.get(expert as i64);
         let group = small.narrow(0, start, len);
@@ -138,14 +138,9 @@ fn grouped_matmul_cuda(
     rows: &Tensor,
     scales: &Tensor,
     matrices: &Fp8Matrices,
-    counts: &[i64],
+    groups: &RowGroups,
 ) -> Result<Tensor, Error> {
-    let ends = counts.iter().scan(0i32, |end, &count| {
-        *end += count as i32;
-        Some(*end)
-    });
-    let ends: Vec<i32> = ends.collect();
-    let ends = upload(&[&ends], rows.device())?.remove(0);
+    let ends = groups.ends(rows.device())?;
     let bias = None::<Tensor>;
     let result_scale = None::<Tensor>;
     rows.f_internal_scaled_grouped_mm(
@@ -188,7 +183,12 @@ mod tests {
             [0.0, 448.0, -9.0, 448.0, 448.0, 448.0],
         ];
         let matrices = Tensor::from_slice(&matrices.concat()).view([2, 2, 3]);
-        let ours = grouped_matmul(&rows, &Fp8Matrices::of(&matrices), &[2, 1]).unwrap();
+        let ours = grouped_matmul(
+            &rows,
+            &Fp8Matrices::of(&matrices),
+            &RowGroups::new(vec![2, 1]),
+        )
+        .unwrap();
         let matrix = |expert: i64| matrices.get(expert).tr();
         let plain = [
             rows.narrow(0, 0, 2).matmul(&matrix(0)),
@@ -202,7 +202,8 @@ mod tests {
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
         let rows = random(&[32, 64]) * (random(&[32, 1]) * 20.0).exp();
         let matrix = random(&[48, 64]);
-        let ours = grouped_matmul(&rows, &Fp8Matrices::of(&matrix.unsqueeze(0)), &[32]).unwrap();
+        let groups = RowGroups::new(vec![32]);
+        let ours = grouped_matmul(&rows, &Fp8Matrices::of(&matrix.unsqueeze(0)), &groups).unwrap();
         let plain = rows.matmul(&matrix.tr());
         let norm = |x: &Tensor| {
             x.square()
@@ -243,7 +244,8 @@ mod tests {
         let joined = Fp8Matrices::join(vec![Fp8Matrices::of(&own), Fp8Matrices::of(&lent)]);
         let whole = Fp8Matrices::of(&Tensor::cat(&[own, lent], 0));
         let rows = random(1).get(0);
-        let multiply = |matrices| grouped_matmul(&rows, matrices, &[1, 1, 1]).unwrap();
+        let groups = RowGroups::new(vec![1; 3]);
+        let multiply = |matrices| grouped_matmul(&rows, matrices, &groups).unwrap();
         assert_eq!(multiply(&joined), multiply(&whole));
     }
 
@@ -251,7 +253,8 @@ mod tests {
     fn groups_without_rows_and_rows_of_zeros_are_fine() {
         let zeros = Tensor::zeros([2, 16], (Kind::BFloat16, Device::Cpu));
         let matrices = Tensor::stack(&[&zeros, &zeros, &zeros], 0);
-        let out = grouped_matmul(&zeros, &Fp8Matrices::of(&matrices), &[0, 2, 0]).unwrap();
+        let groups = RowGroups::new(vec![0, 2, 0]);
+        let out = grouped_matmul(&zeros, &Fp8Matrices::of(&matrices), &groups).unwrap();
         assert_eq!((out.size(), out.kind()), (vec![2, 2], Kind::BFloat16));
         assert_eq!(out.abs().sum(Kind::Float).double_value(&[]), 0.0);
     }

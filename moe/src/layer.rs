@@ -2,7 +2,7 @@
 
 use crate::{
     balance::{BalanceScope, RouterStats},
-    dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch},
+    dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch, TokensPerExpert},
     experts::{ExpertWeights, GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent},
     lending::weights::LentWeights,
     plan::{chunk_range, count_tokens_by_group, group_ranges},
@@ -68,8 +68,8 @@ pub struct MoeOutput {
 /// Work of a layer on this rank in one forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct MoeStats {
-    /// Routed tokens of this rank per expert, `[E]`.
-    pub tokens_per_expert: Vec<i64>,
+    /// Routed tokens of this rank per expert.
+    pub tokens_per_expert: TokensPerExpert,
     /// Routed tokens that this rank computed.
     pub computed_tokens: i64,
     /// The part of `computed_tokens` that belongs to lent experts.
@@ -292,10 +292,10 @@ impl MoeLayer {
                     num_chunks,
                 ));
             }
-            let counts = &dispatched.counts;
-            let lent_counts = &counts[plan.rank_plan.num_local..];
-            moe_stats.computed_tokens += counts.iter().sum::<i64>();
-            moe_stats.lent_tokens += lent_counts.iter().sum::<i64>();
+            let groups = dispatched.groups.clone();
+            let [_, lent_groups] = groups.split_at(plan.rank_plan.num_local);
+            moe_stats.computed_tokens += groups.num_rows();
+            moe_stats.lent_tokens += lent_groups.num_rows();
             moe_stats.internode_bytes += self.dispatcher.internode_bytes(&dispatched);
             let weights = ExpertWeights {
                 gate_up_proj,
@@ -305,7 +305,7 @@ impl MoeLayer {
             let y_rd = grouped_swiglu_with_lent(
                 &dispatched.rows_rd,
                 weights,
-                counts,
+                &groups,
                 &self.gemm,
                 self.save.experts,
             )?;

@@ -31,7 +31,7 @@ impl Permutation {
     }
 
     /// Sorts routed tokens by their expert below `num_experts`, on the device of `experts_tk`
-    /// `[T, K]` int64. Also returns the end of each expert's rows, `[num_experts]` int64.
+    /// `[T, K]` int64. Also returns the end of each expert's rows, `[num_experts]` int32.
     ///
     /// The host waits for nothing.
     pub(crate) fn by_expert(experts_tk: &Tensor, num_experts: usize) -> (Permutation, Tensor) {
@@ -43,7 +43,7 @@ impl Permutation {
         let _ = row_of_routed_token.index_copy_(0, &order, &rows);
         let token_of_row = order.divide_scalar_mode(top_k, "floor").to_kind(Kind::Int);
         let all = Tensor::arange(num_experts as i64, (Kind::Int64, device));
-        let ends = all.searchsorted(&sorted, false, true, "right", None::<&Tensor>);
+        let ends = all.searchsorted(&sorted, true, true, "right", None::<&Tensor>);
         let permutation = Permutation::new(token_of_row, &row_of_routed_token, top_k as usize);
         (permutation, ends)
     }
@@ -156,8 +156,9 @@ mod tests {
             prop_assert_eq!(ours.row_of_routed_token.kind(), Kind::Int);
             prop_assert!(ours.row_of_routed_token.equal(&plan.row_of_routed_token));
             let up_to = |last: usize| experts.iter().filter(|&&expert| expert <= last).count();
-            let expected: Vec<i64> = (0..3).map(|last| up_to(last) as i64).collect();
-            prop_assert_eq!(Vec::<i64>::try_from(ends).unwrap(), expected);
+            let expected: Vec<i32> = (0..3).map(|last| up_to(last) as i32).collect();
+            prop_assert_eq!(ends.kind(), Kind::Int);
+            prop_assert_eq!(Vec::<i32>::try_from(ends).unwrap(), expected);
         }
     }
 

@@ -55,6 +55,18 @@ pub struct RankPlan {
     pub transfers: Vec<Transfer>,
 }
 
+impl RankPlan {
+    /// Returns the plan of the only rank, which has all experts and whose routes are known.
+    pub(crate) fn of_single_rank(num_experts: usize, chunks: usize) -> RankPlan {
+        RankPlan {
+            chunks: vec![ChunkPlan::default(); chunks],
+            computed_experts: (0..num_experts).collect(),
+            num_local: num_experts,
+            transfers: Vec::new(),
+        }
+    }
+}
+
 /// Routing of one chunk of a rank's tokens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ChunkPlan {

@@ -87,7 +87,7 @@ fn choices_are_those_of_fp64() {
     assert_eq!(differing(&ours, &exact), 0);
     let experts: Vec<i64> = exact.into_iter().flatten().collect();
     assert_eq!(
-        output.moe_stats.tokens_per_expert,
+        output.moe_stats.tokens_per_expert.get(),
         count_tokens_per_expert(&experts, EXPERTS as usize)
     );
 

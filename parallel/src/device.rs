@@ -39,6 +39,9 @@ pub trait Accelerator: Send + Sync + std::fmt::Debug {
     fn empty(&self, shape: &[i64], kind: Kind) -> Tensor;
 
     /// Copies a tensor from host memory to this device. On the CPU, returns the tensor itself.
+    ///
+    /// On other devices the copy is queued on the current stream; the host waits for large tensors
+    /// only. The caller may change `host` afterwards.
     fn upload(&self, host: &Tensor) -> Tensor;
 
     /// Waits until all queued work is done.
@@ -300,6 +303,25 @@ impl DiscreteDevice {
     }
 }
 
+/// Largest tensor, in bytes, that goes to a device through page-locked memory. libtorch never
+/// returns such memory to the system.
+const QUEUED_BYTES: usize = 16 << 20;
+
+impl DiscreteDevice {
+    /// Copies a tensor to page-locked memory. Returns `None` if the tensor is empty or large, or if
+    /// such memory is exhausted.
+    fn pinned_copy(&self, host: &Tensor) -> Option<Tensor> {
+        let bytes = host.numel() * host.kind().elt_size_in_bytes();
+        if !(1..=QUEUED_BYTES).contains(&bytes) {
+            return None;
+        }
+        let staging = self.staging(host.numel() as i64, host.kind()).ok()?;
+        let mut pinned = staging.f_view(host.size().as_slice()).ok()?;
+        tch::no_grad(|| pinned.f_copy_(host)).ok()?;
+        Some(pinned)
+    }
+}
+
 impl Accelerator for DiscreteDevice {
     fn name(&self) -> String {
         let kind = if self.device == NPU { "npu" } else { "cuda" };
@@ -312,7 +334,11 @@ impl Accelerator for DiscreteDevice {
         Tensor::empty(shape, (kind, self.device))
     }
     fn upload(&self, host: &Tensor) -> Tensor {
-        host.to_device(self.device)
+        match self.pinned_copy(host) {
+            // libtorch reuses the page-locked memory only after the copy.
+            Some(pinned) => pinned.to_device_(self.device, host.kind(), true, false),
+            None => host.to_device(self.device),
+        }
     }
     fn synchronize(&self) -> Result<(), Error> {
         torch_ext::use_device(self.device)?;

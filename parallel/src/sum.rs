@@ -2,7 +2,9 @@
 //!
 //! The memory is not cleared: the first contribution overwrites it.
 
-use kernels::{gemm_accumulate, gemm_overwrite, grouped_gemm_accumulate, grouped_gemm_overwrite};
+use kernels::{
+    RowGroups, gemm_accumulate, gemm_overwrite, grouped_gemm_accumulate, grouped_gemm_overwrite,
+};
 use std::cell::Cell;
 use tch::Tensor;
 
@@ -37,11 +39,11 @@ impl GradientSum {
     }
 
     /// Adds each group's matrix product, see [`kernels::grouped_gemm_accumulate`].
-    pub fn grouped_gemm_accumulate(&self, left: &Tensor, right: &Tensor, counts: &[i64]) {
+    pub fn grouped_gemm_accumulate(&self, left: &Tensor, right: &Tensor, groups: &RowGroups) {
         if self.unwritten.take() {
-            grouped_gemm_overwrite(&self.sum, left, right, counts);
+            grouped_gemm_overwrite(&self.sum, left, right, groups);
         } else {
-            grouped_gemm_accumulate(&self.sum, left, right, counts);
+            grouped_gemm_accumulate(&self.sum, left, right, groups);
         }
     }
 

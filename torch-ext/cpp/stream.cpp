@@ -77,5 +77,9 @@ int mtx_event_query(const c10::Event* event, bool* out) {
   return mtx::guarded([&] { *out = event->query(); });
 }
 
+int mtx_event_synchronize(const c10::Event* event) {
+  return mtx::guarded([&] { event->synchronize(); });
+}
+
 void mtx_event_free(c10::Event* event) { delete event; }
 }

@@ -245,6 +245,7 @@ unsafe extern "C" {
     pub(crate) fn mtx_event_record(stream: Handle, out: *mut Handle) -> c_int;
     pub(crate) fn mtx_event_block(event: Handle, stream: Handle) -> c_int;
     pub(crate) fn mtx_event_query(event: Handle, out: *mut bool) -> c_int;
+    pub(crate) fn mtx_event_synchronize(event: Handle) -> c_int;
     pub(crate) fn mtx_event_free(event: Handle);
     pub(crate) fn mtx_pinned(bytes: i64, out: *mut *mut C_tensor) -> c_int;
     pub(crate) fn mtx_serve_as_mps() -> c_int;

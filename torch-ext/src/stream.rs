@@ -133,6 +133,15 @@ impl Event {
         ffi::check(unsafe { ffi::mtx_event_query(self.0, &mut done) })?;
         Ok(done)
     }
+
+    /// Blocks the host until the device has reached the event.
+    ///
+    /// # Errors
+    /// The message of an asynchronous failure of earlier work.
+    pub fn wait(&self) -> Result<(), Error> {
+        // SAFETY: the event is live.
+        ffi::check(unsafe { ffi::mtx_event_synchronize(self.0) })
+    }
 }
 
 impl Drop for Stream {

@@ -3,8 +3,8 @@
 
 use super::tests::test_gpu;
 use crate::{
-    combine, cross_entropy, grouped_gemm, grouped_gemm_overwrite, quantize_rows, rms_norm,
-    rms_norm_backward, swiglu, tensors::tests::TestTensor,
+    RowGroups, combine, cross_entropy, grouped_gemm, grouped_gemm_overwrite, quantize_rows,
+    rms_norm, rms_norm_backward, swiglu, tensors::tests::TestTensor,
 };
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -107,13 +107,14 @@ fn any_groups_may_be_empty() {
         (0..1000).map(|group| group % 3).collect(),
     ];
     for counts in patterns {
-        let total = counts.iter().sum();
-        let groups = counts.len() as i64;
+        let groups = RowGroups::from(&counts[..]);
+        let total = groups.num_rows();
+        let num_groups = counts.len() as i64;
         let [rows, grad] = [64, 32].map(|width| random(&[total, width], Kind::BFloat16));
-        let matrices = random(&[groups, 64, 32], Kind::BFloat16);
-        let sums = Tensor::full([groups, 32, 64], f64::NAN, (Kind::Float, gpu()));
-        let out = grouped_gemm(&rows, &[matrices.shallow_clone()], &counts);
-        grouped_gemm_overwrite(&sums, &grad, &rows, &counts);
+        let matrices = random(&[num_groups, 64, 32], Kind::BFloat16);
+        let sums = Tensor::full([num_groups, 32, 64], f64::NAN, (Kind::Float, gpu()));
+        let out = grouped_gemm(&rows, &[matrices.shallow_clone()], &groups);
+        grouped_gemm_overwrite(&sums, &grad, &rows, &groups);
         let mut start = 0;
         for (group, &len) in counts.iter().enumerate() {
             let own = rows.narrow(0, start, len).to_f64();
@@ -184,10 +185,10 @@ fn rates_at_the_sizes_of_a_step() {
         drop(combine(&rows, &ids, None))
     });
     let matrices = random(&[experts, hidden, 2 * ffn], bf16);
-    let counts = vec![routed / experts; experts as usize];
+    let groups = RowGroups::new(vec![routed / experts; experts as usize]);
     let flops = 2.0 * (routed * hidden * 2 * ffn) as f64;
     print_rate("grouped_gemm", 0.0, flops, || {
-        drop(grouped_gemm(&rows, &[matrices.shallow_clone()], &counts));
+        drop(grouped_gemm(&rows, &[matrices.shallow_clone()], &groups));
     });
     let square = random(&[hidden, hidden], bf16);
     let flops = 2.0 * (tokens * hidden * hidden) as f64;

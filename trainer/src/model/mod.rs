@@ -37,7 +37,7 @@ use norm::rms_norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use rope::Rope;
 use std::{ops::Range, sync::Arc};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 pub use build_context::BuildContext;
 pub(crate) use documents::Documents;
@@ -88,27 +88,25 @@ pub struct ForwardOutput {
     pub moe_stats: Vec<MoeStats>,
 }
 
-/// A stage's contribution to the auxiliary losses of the whole step.
-pub(crate) struct AuxLosses {
-    /// Weighted sum that enters the total loss; `None` without MoE layers.
-    pub total: Option<Tensor>,
-    /// Load-balancing loss, not weighted.
-    pub load_balance: f64,
-    /// Router z-loss, not weighted.
-    pub z: f64,
+/// A stage's contributions to the auxiliary losses of the whole step, each `[]` fp32.
+pub struct AuxLosses {
+    /// Weighted sum that enters the total loss.
+    pub total: Tensor,
+    /// Load-balancing loss, not weighted and without gradient.
+    pub load_balance: Tensor,
+    /// Router z-loss, not weighted and without gradient.
+    pub z: Tensor,
 }
 
-/// One microbatch's contributions to the losses of the whole step. Their sums over ranks and
-/// microbatches are the losses of the step.
+/// One microbatch's contributions to the losses of the whole step, each `[]` fp32. Their sums over
+/// ranks and microbatches are the losses of the step.
 pub struct Losses {
     /// Total loss, from which backward starts.
     pub total: Tensor,
-    /// Cross-entropy per counted token, in nats.
-    pub cross_entropy: f64,
-    /// Load-balancing loss, not weighted.
-    pub load_balance: f64,
-    /// Router z-loss, not weighted.
-    pub z: f64,
+    /// Cross-entropy per counted token, in nats, without gradient.
+    pub cross_entropy: Tensor,
+    /// `None` without MoE layers.
+    pub aux: Option<AuxLosses>,
 }
 
 impl Model {
@@ -215,17 +213,16 @@ impl Model {
         totals: &BatchTotals,
     ) -> Result<Losses, Error> {
         let loss = self.cross_entropy(&output.hidden_td, labels_bs, totals)?;
-        let cross_entropy = loss.double_value(&[]);
+        let cross_entropy = loss.detach();
         let aux = self.aux_losses(0, &output.stats, totals);
-        let total = match aux.total {
-            Some(aux_total) => loss + aux_total,
+        let total = match &aux {
+            Some(aux) => loss + &aux.total,
             None => loss,
         };
         Ok(Losses {
             total,
             cross_entropy,
-            load_balance: aux.load_balance,
-            z: aux.z,
+            aux,
         })
     }
 
@@ -272,21 +269,14 @@ impl Model {
         }
     }
 
-    /// Returns the auxiliary losses of model chunk `chunk`.
+    /// Returns the auxiliary losses of model chunk `chunk`, `None` without MoE layers.
     pub(crate) fn aux_losses(
         &self,
         chunk: usize,
         stats: &[RouterStats],
         totals: &BatchTotals,
-    ) -> AuxLosses {
-        let mut out = AuxLosses {
-            total: None,
-            load_balance: 0.0,
-            z: 0.0,
-        };
-        let Some(moe) = self.config.moe.as_ref().filter(|_| !stats.is_empty()) else {
-            return out;
-        };
+    ) -> Option<AuxLosses> {
+        let moe = self.config.moe.as_ref().filter(|_| !stats.is_empty())?;
         // Counts of the whole batch cover all layers of the model.
         let moe_layers = &self.stages[chunk].moe_layers;
         let first = moe_layers.start as i64;
@@ -299,16 +289,15 @@ impl Model {
         let load_balance =
             load_balance_loss(stats, moe.top_k, moe.load_balance_pool_layers, &totals);
         let z = z_loss(stats, &totals);
-        // One copy to the host, so that it waits for a device once.
-        let both = tch::no_grad(|| Tensor::stack(&[&load_balance, &z], 0).to_device(Device::Cpu));
-        out.load_balance = both.double_value(&[0]);
-        out.z = both.double_value(&[1]);
-        let mut total = load_balance * moe.load_balance;
+        let mut total = &load_balance * moe.load_balance;
         if moe.z_loss > 0.0 {
-            total = total + z * moe.z_loss;
+            total = total + &z * moe.z_loss;
         }
-        out.total = Some(total);
-        out
+        Some(AuxLosses {
+            total,
+            load_balance: load_balance.detach(),
+            z: z.detach(),
+        })
     }
 
     /// Returns logits `[T, V]` in fp32 for hidden states `[T, D]` of a whole model.

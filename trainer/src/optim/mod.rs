@@ -9,6 +9,7 @@ use crate::{
     config::OptimizerConfig,
     model::parameters::{Parameter, Parameters},
     optim::offload::Offload,
+    scalars::fetch_scalars,
 };
 use kernels::{AdamWUpdate, adamw, sum_of_squares};
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
@@ -58,6 +59,15 @@ fn parameter_groups(parameters: &Parameters) -> Vec<ParameterGroup> {
     groups
 }
 
+/// Returns the squared norm of each gradient that this rank counts, `[]` fp64 on its device.
+pub(crate) fn squared_norms(parameters: &Parameters, gradients: &GradientBuckets) -> Vec<Tensor> {
+    let all = parameters.iter().enumerate();
+    let counted = all.filter(|(_, parameter)| parameter.counted);
+    counted
+        .map(|(index, _)| sum_of_squares(&gradients.gradient(index)))
+        .collect()
+}
+
 impl Optimizer {
     /// Creates zero moments for `parameters`, in the memory of their masters.
     ///
@@ -105,16 +115,19 @@ impl Optimizer {
         parameters: &Parameters,
         gradients: &GradientBuckets,
     ) -> Result<f64, Error> {
-        let all = parameters.iter().enumerate();
-        let counted = all.filter(|(_, parameter)| parameter.counted);
-        let squares: Vec<Tensor> = counted
-            .map(|(index, _)| sum_of_squares(&gradients.gradient(index)))
-            .collect();
-        let squares = if squares.is_empty() {
-            Vec::new()
-        } else {
-            Vec::<f64>::try_from(Tensor::stack(&squares, 0))?
-        };
+        let [squares] = fetch_scalars([&squared_norms(parameters, gradients)])?;
+        self.norm_of(&squares)
+    }
+
+    /// Returns the norm of all gradients of the model from the fetched [`squared_norms`] of each
+    /// rank.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// If a collective fails.
+    pub(crate) fn norm_of(&self, squares: &[f64]) -> Result<f64, Error> {
         let total = Tensor::from_slice(&[squares.iter().sum::<f64>()]);
         self.world.all_reduce(&total, ReduceOp::Sum)?.wait()?;
         Ok(total.double_value(&[0]).sqrt())

@@ -78,9 +78,11 @@ pub struct RankLists {
     pub rank_peak_memory: Vec<u64>,
     /// Peak resident host memory of each rank's process so far, in bytes.
     pub rank_peak_resident: Vec<u64>,
-    /// Fraction of the step's pass time in which each rank waited for others.
+    /// Fraction of the step's pass time in which each rank waited for others; on processors only.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rank_wait_ratio: Vec<f64>,
-    /// Mean milliseconds of each rank's passes in a pipeline, by kind and `.chunk` after the first.
+    /// Mean milliseconds of each rank's passes in a pipeline, by kind and `.chunk` after the first;
+    /// on processors only. `run.trace_step` times passes on devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rank_pass_ms: Vec<BTreeMap<String, f64>>,
 }
@@ -94,9 +96,10 @@ pub struct RankDistributions {
     pub peak_memory: RankDistribution,
     /// Peak resident host memory of a rank's process so far, in bytes.
     pub peak_resident: RankDistribution,
-    /// Fraction of the step's pass time in which a rank waited for others.
+    /// Fraction of the step's pass time in which a rank waited for others; on processors only.
     pub wait_ratio: RankDistribution,
-    /// Mean milliseconds of a rank's passes in a pipeline, by kind and `.chunk` after the first.
+    /// Mean milliseconds of a rank's passes in a pipeline, by kind and `.chunk` after the first; on
+    /// processors only.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pass_ms: BTreeMap<String, RankDistribution>,
 }

@@ -14,9 +14,10 @@ pub(crate) struct Microbatch {
 
 impl Microbatch {
     fn upload(device: &dyn Accelerator, inputs: &Tensor, labels: &Tensor) -> Microbatch {
+        let both = device.upload(&Tensor::stack(&[inputs, labels], 0));
         Microbatch {
-            inputs: device.upload(inputs),
-            labels: device.upload(labels),
+            inputs: both.get(0),
+            labels: both.get(1),
         }
     }
 }

@@ -14,7 +14,8 @@ pub(crate) struct RankFigures {
     pub(crate) peak_memory: f64,
     /// Peak resident bytes of the process.
     pub(crate) peak_resident: f64,
-    pub(crate) wait_ratio: f64,
+    /// `None` if it was not measured.
+    pub(crate) wait_ratio: Option<f64>,
     /// Times of passes, `[kinds * chunks]`; empty without a pipeline.
     pub(crate) passes: Vec<PassTime>,
 }
@@ -59,7 +60,8 @@ impl RankFigures {
             .collect();
         whole.push(Some(self.peak_memory as u64));
         whole.push(Some(self.peak_resident as u64));
-        whole.push(Some((self.wait_ratio * PER_UNIT).round() as u64));
+        let wait_ratio = self.wait_ratio.map(|ratio| (ratio * PER_UNIT).round());
+        whole.push(wait_ratio.map(|ratio| ratio as u64));
         let mean = |pass: &PassTime| {
             let nanoseconds = (pass.seconds / pass.count * PER_UNIT).round();
             (pass.count > 0.0).then_some(nanoseconds as u64)
@@ -113,7 +115,8 @@ impl RankTable {
         }
         packed.extend(self.ranks.iter().map(|rank| rank.peak_memory));
         packed.extend(self.ranks.iter().map(|rank| rank.peak_resident));
-        packed.extend(self.ranks.iter().map(|rank| rank.wait_ratio));
+        let wait_ratios = self.ranks.iter().map(|rank| rank.wait_ratio);
+        packed.extend(wait_ratios.map(Option::unwrap_or_default));
         for PassTime { seconds, count } in self.ranks.iter().flat_map(|rank| &rank.passes) {
             packed.extend([seconds, count]);
         }
@@ -143,7 +146,7 @@ impl RankTable {
             rank.peak_resident = next();
         }
         for rank in &mut ranks {
-            rank.wait_ratio = next();
+            rank.wait_ratio = Some(next());
         }
         for rank in &mut ranks {
             for _ in 0..sizes.passes {
@@ -173,8 +176,9 @@ mod tests {
         assert_eq!(table.pack(), packed);
         let last = &table.ranks[1];
         assert_eq!(last.tokens, [Some(20.0), Some(22.0)]);
-        let measured = [last.peak_memory, last.peak_resident, last.wait_ratio];
-        assert_eq!(measured, [24.0, 26.0, 28.0]);
+        let measured = [last.peak_memory, last.peak_resident];
+        assert_eq!(measured, [24.0, 26.0]);
+        assert_eq!(last.wait_ratio, Some(28.0));
         let pass = PassTime {
             seconds: 35.0,
             count: 36.0,
@@ -201,7 +205,7 @@ mod tests {
             tokens: vec![Some(5.0), None],
             peak_memory: 7.0,
             peak_resident: 8.0,
-            wait_ratio: 0.25,
+            wait_ratio: Some(0.25),
             passes: vec![time(0.5, 4.0), time(0.0, 0.0)],
         };
         let sizes = RankFigureSizes {
@@ -215,5 +219,11 @@ mod tests {
         assert_eq!(whole.peak_resident, Some(8));
         assert_eq!(whole.wait_ratio, Some(250_000_000));
         assert_eq!(whole.passes, [Some(125_000_000), None]);
+        let unmeasured = RankFigures {
+            wait_ratio: None,
+            ..own
+        };
+        let whole = ByFigure::new(sizes, unmeasured.whole());
+        assert_eq!(whole.wait_ratio, None);
     }
 }

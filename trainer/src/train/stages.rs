@@ -148,12 +148,15 @@ impl<'a> StepStages<'a> {
         let sequences = self.inputs.sequences;
         let out = model.forward_stage(chunk, &x, sequences, documents.as_ref())?;
         let aux = model.aux_losses(chunk, &out.stats, &self.inputs.totals);
-        self.sums.load_balance += aux.load_balance;
-        self.sums.z += aux.z;
-        for (moe_layer, moe_stats) in model.moe_layers(chunk).zip(&out.moe_stats) {
+        for (moe_layer, moe_stats) in model.moe_layers(chunk).zip(out.moe_stats) {
             self.sums.add_moe_stats(moe_layer, moe_stats);
         }
-        let mut loss = aux.total;
+        let mut loss = None;
+        if let Some(aux) = aux {
+            self.sums.losses.load_balance.push(aux.load_balance);
+            self.sums.losses.z.push(aux.z);
+            loss = Some(aux.total);
+        }
         if let Some(batch) = batch.filter(|_| part.last && self.inputs.vocabulary.is_none()) {
             let cross_entropy = self.cross_entropy(&out.hidden_td, &batch)?;
             loss = Some(add_loss(loss, cross_entropy));
@@ -180,7 +183,7 @@ impl<'a> StepStages<'a> {
         let cross_entropy = model.cross_entropy(hidden_td, &labels, &self.inputs.totals)?;
         // All tensor-parallel ranks have the loss; one counts it.
         if model.tensor().rank() == 0 {
-            self.sums.cross_entropy += cross_entropy.double_value(&[]);
+            self.sums.losses.cross_entropy.push(cross_entropy.detach());
         }
         Ok(cross_entropy)
     }
@@ -245,7 +248,8 @@ impl<'a> StepStages<'a> {
         let model = self.inputs.model;
         // All ranks have the loss; the one of the last stage counts it.
         if model.part().has_last() && model.tensor().rank() == 0 {
-            self.sums.cross_entropy += results[0].double_value(&[]);
+            let loss = results[0].shallow_clone();
+            self.sums.losses.cross_entropy.push(loss);
         }
         let softmax = self.vocabulary_state_mut(microbatch).softmax.take();
         let softmax = softmax.expect("S comes first");

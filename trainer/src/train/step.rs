@@ -10,12 +10,16 @@ use super::{
     stages::{StepInputs, StepStages},
     step_figures::{FigureSizes, StepFigures},
     step_metrics::StepSummary,
-    step_sums::StepSums,
-    summed_figures::{OwnFigures, SummedFigures},
+    step_sums::{LossTerms, StepSums},
+    summed_figures::OwnFigures,
 };
 use crate::{
     Error,
-    optim::schedule::{Position, learning_rate},
+    optim::{
+        schedule::{Position, learning_rate},
+        squared_norms,
+    },
+    scalars::fetch_scalars,
 };
 use checkpoint::run_folder::RunFolder;
 use kernels::profile;
@@ -23,6 +27,20 @@ use moe::balance::{BalanceScope, BatchTotals, update_bias};
 use parallel::{GradientBuckets, ReduceOp, pipeline::Schedule};
 use std::time::Instant;
 use tch::Tensor;
+
+/// Figures of a step that the host fetches from the device.
+struct Fetched {
+    /// Norm of all gradients of the model.
+    grad_norm: f64,
+    losses: StepLosses,
+}
+
+/// Losses of a step on this rank.
+struct StepLosses {
+    cross_entropy: f64,
+    load_balance: f64,
+    z: f64,
+}
 
 impl Trainer {
     /// Runs one optimizer step. Returns its metrics, and true if `stop` was true on any rank.
@@ -44,9 +62,10 @@ impl Trainer {
             self.counted_from.skipped += skipped;
         }
         let (sums, counted_tokens) = self.accumulate()?;
-        let grad_norm = self.grad_norm()?;
+        let Fetched { grad_norm, losses } = self.fetch(&sums.losses)?;
         let reserved = self.reserve_slot()?;
-        let summed = self.sum_figures(&sums, stop, reserved.as_ref())?;
+        let own = self.own_figures(&sums, losses, stop, reserved.as_ref())?;
+        let summed = own.sum(&self.world)?;
         let figures = &summed.step;
         let loss = figures.cross_entropy;
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -102,12 +121,28 @@ impl Trainer {
     /// If data cannot be read or a collective fails.
     pub fn forward_backward(&self) -> Result<f64, Error> {
         self.accumulate()?;
-        self.grad_norm()
-    }
-
-    fn grad_norm(&self) -> Result<f64, Error> {
         let parameters = &self.model.parameters;
         self.optimizer.grad_norm(parameters, &self.gradients)
+    }
+
+    /// Fetches the losses of this rank, and with them the squares of which the norm is made.
+    fn fetch(&self, terms: &LossTerms) -> Result<Fetched, Error> {
+        let squares = squared_norms(&self.model.parameters, &self.gradients);
+        let [squares, cross_entropy, load_balance, z] = fetch_scalars([
+            &squares,
+            &terms.cross_entropy,
+            &terms.load_balance,
+            &terms.z,
+        ])?;
+        let sum = |terms: Vec<f64>| terms.into_iter().fold(0.0, |sum, term| sum + term);
+        Ok(Fetched {
+            grad_norm: self.optimizer.norm_of(&squares)?,
+            losses: StepLosses {
+                cross_entropy: sum(cross_entropy),
+                load_balance: sum(load_balance),
+                z: sum(z),
+            },
+        })
     }
 
     /// Runs forward and backward of all microbatches of the next step. Returns this rank's sums,
@@ -179,8 +214,13 @@ impl Trainer {
             positions: (sequence_length / self.mesh.shape().context) as i64,
             kind: self.config.train.dtype.kind(),
         });
-        let spans = self.pipeline.run(schedule, &mut stages)?;
+        let mut spans = self.pipeline.run(schedule, &mut stages)?;
+        if !self.device.computes_on_host() {
+            // In these times the host has only queued the passes.
+            spans.clear();
+        }
         stages.sums.record_spans(&spans, order.chunks);
+        stages.sums.finish();
         Ok(stages.sums)
     }
 
@@ -209,13 +249,14 @@ impl Trainer {
         }
     }
 
-    /// Sums all figures of the step over the ranks.
-    fn sum_figures(
+    /// Returns this rank's figures of the step.
+    fn own_figures(
         &self,
         sums: &StepSums,
+        losses: StepLosses,
         stop: bool,
         reserved: Option<&ReservedSlot>,
-    ) -> Result<SummedFigures, Error> {
+    ) -> Result<OwnFigures, Error> {
         let sizes = FigureSizes {
             moe_layers: sums.moe_layers.len(),
             experts: num_experts(sums),
@@ -223,9 +264,9 @@ impl Trainer {
         let lacks_slot = reserved.is_some_and(|reserved| reserved.slot.is_none());
         let snapshots = self.snapshots.as_ref();
         let mut own = StepFigures::zeros(sizes);
-        own.cross_entropy = sums.cross_entropy;
-        own.load_balance = sums.load_balance;
-        own.z = sums.z;
+        own.cross_entropy = losses.cross_entropy;
+        own.load_balance = losses.load_balance;
+        own.z = losses.z;
         own.stopping_ranks = f64::from(u8::from(stop));
         own.checkpoint_ranks = f64::from(u8::from(self.wants_checkpoint));
         own.ranks_without_slot = f64::from(u8::from(lacks_slot));
@@ -238,7 +279,7 @@ impl Trainer {
             figures.transfers = sums.transfers;
         }
         let rank = self.rank_figures(sums)?;
-        let figures = OwnFigures {
+        Ok(OwnFigures {
             sizes,
             rank_sizes: RankFigureSizes {
                 moe_layers: sizes.moe_layers,
@@ -248,8 +289,7 @@ impl Trainer {
             step: own,
             rank,
             lists_ranks: self.is_logged(self.step + 1),
-        };
-        Ok(figures.sum(&self.world)?)
+        })
     }
 
     /// Returns the figures that this rank has for itself.

@@ -136,13 +136,14 @@ impl Trainer {
 
     fn rank_lists(&self, table: &RankTable) -> RankLists {
         let ranks = &table.ranks;
-        let in_pipeline = ranks.iter().filter(|rank| !rank.passes.is_empty());
+        let measured = ranks.iter().filter(|_| self.device.computes_on_host());
+        let in_pipeline = measured.clone().filter(|rank| !rank.passes.is_empty());
         let layers = tokens_by_layer(table).into_iter();
         RankLists {
             tokens_per_rank: layers.map(|layer| whole(&layer)).collect(),
             rank_peak_memory: ranks.iter().map(|rank| rank.peak_memory as u64).collect(),
             rank_peak_resident: ranks.iter().map(|rank| rank.peak_resident as u64).collect(),
-            rank_wait_ratio: ranks.iter().map(|rank| rank.wait_ratio).collect(),
+            rank_wait_ratio: measured.filter_map(|rank| rank.wait_ratio).collect(),
             rank_pass_ms: in_pipeline.map(|rank| self.pass_ms(&rank.passes)).collect(),
         }
     }

@@ -2,18 +2,40 @@
 
 use moe::MoeStats;
 use parallel::pipeline::{PassKind, simulate::Span};
+use std::collections::VecDeque;
+use tch::Tensor;
+
+/// Most statistics that are kept until a device has counted their tokens.
+const MAX_PENDING: usize = 1024;
 
 /// Losses, MoE statistics and times of one step on this rank.
 pub(crate) struct StepSums {
-    pub(crate) cross_entropy: f64,
-    pub(crate) load_balance: f64,
-    pub(crate) z: f64,
+    pub(crate) losses: LossTerms,
     /// By MoE layer of the model; zero for layers of other ranks.
     pub(crate) moe_layers: Vec<MoeLayerSums>,
-    /// Fraction of the time in which this rank waited for others.
-    pub(crate) wait_ratio: f64,
+    /// Statistics that are not yet in `moe_layers`, oldest first.
+    pending: VecDeque<LayerStats>,
+    /// Fraction of the time in which this rank waited for others, `None` if it was not measured.
+    pub(crate) wait_ratio: Option<f64>,
     /// Times of each kind of pass in each chunk, `[kinds * chunks]`.
     pub(crate) passes: Vec<PassTime>,
+}
+
+/// Statistics of one MoE layer of the model in one pass.
+struct LayerStats {
+    moe_layer: usize,
+    stats: MoeStats,
+}
+
+/// Contributions of passes to the losses, `[]` fp32 on the device. The host fetches all at the end
+/// of the step, so that no pass waits for the device.
+#[derive(Default)]
+pub(crate) struct LossTerms {
+    pub(crate) cross_entropy: Vec<Tensor>,
+    /// Not weighted.
+    pub(crate) load_balance: Vec<Tensor>,
+    /// Not weighted.
+    pub(crate) z: Vec<Tensor>,
 }
 
 /// Routed tokens and transfers of one MoE layer.
@@ -44,8 +66,8 @@ pub(crate) struct PassTime {
 
 impl MoeLayerSums {
     fn add(&mut self, stats: &MoeStats) {
-        let tokens = &stats.tokens_per_expert;
-        for (sum, &tokens) in self.tokens_per_expert.iter_mut().zip(tokens) {
+        let tokens = stats.tokens_per_expert.get();
+        for (sum, tokens) in self.tokens_per_expert.iter_mut().zip(tokens) {
             *sum += tokens as f64;
         }
         self.computed_tokens += stats.computed_tokens as f64;
@@ -64,25 +86,41 @@ impl StepSums {
             transfers: Transfers::default(),
         };
         StepSums {
-            cross_entropy: 0.0,
-            load_balance: 0.0,
-            z: 0.0,
+            losses: LossTerms::default(),
             moe_layers: vec![layer; moe_layers],
-            wait_ratio: 0.0,
+            pending: VecDeque::new(),
+            wait_ratio: None,
             passes: Vec::new(),
         }
     }
 
-    /// Adds what one MoE layer did for one microbatch.
-    pub(crate) fn add_moe_stats(&mut self, moe_layer: usize, stats: &MoeStats) {
-        self.moe_layers[moe_layer].add(stats);
+    /// Takes the statistics of one MoE layer and microbatch. They are added later, so that no pass
+    /// waits for the device that counts tokens.
+    pub(crate) fn add_moe_stats(&mut self, moe_layer: usize, stats: MoeStats) {
+        self.pending.push_back(LayerStats { moe_layer, stats });
+        if self.pending.len() > MAX_PENDING {
+            self.add_oldest();
+        }
     }
 
-    /// Adds the times of passes of `chunks` chunks.
+    /// Adds all statistics that are left. Waits for the device to count their tokens.
+    pub(crate) fn finish(&mut self) {
+        while !self.pending.is_empty() {
+            self.add_oldest();
+        }
+    }
+
+    fn add_oldest(&mut self) {
+        if let Some(LayerStats { moe_layer, stats }) = self.pending.pop_front() {
+            self.moe_layers[moe_layer].add(&stats);
+        }
+    }
+
+    /// Adds the times of passes of `chunks` chunks; none if they were not measured.
     pub(crate) fn record_spans(&mut self, spans: &[Span], chunks: usize) {
         let total = spans.last().map_or(0.0, |span| span.end);
         let busy: f64 = spans.iter().map(|span| span.end - span.start).sum();
-        self.wait_ratio = if total > 0.0 { 1.0 - busy / total } else { 0.0 };
+        self.wait_ratio = (total > 0.0).then(|| 1.0 - busy / total);
         self.passes = vec![PassTime::default(); PassKind::NAMES.len() * chunks];
         for Span { pass, start, end } in spans {
             let kind = PassKind::NAMES
@@ -93,5 +131,30 @@ impl StepSums {
             time.seconds = time.seconds + end - start;
             time.count += 1.0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_layers_statistics_are_added_once() {
+        let mut sums = StepSums::new(2, 0);
+        for pass in 0..MAX_PENDING + 10 {
+            let stats = MoeStats {
+                computed_tokens: pass as i64,
+                ..MoeStats::default()
+            };
+            sums.add_moe_stats(pass % 2, stats);
+        }
+        assert_eq!(sums.pending.len(), MAX_PENDING);
+        sums.finish();
+        let of_layer = |first: usize| {
+            let passes = (first..MAX_PENDING + 10).step_by(2);
+            passes.sum::<usize>() as f64
+        };
+        let computed = [0, 1].map(|layer| sums.moe_layers[layer].computed_tokens);
+        assert_eq!(computed, [of_layer(0), of_layer(1)]);
     }
 }

@@ -136,7 +136,7 @@ mod tests {
                 tokens: (0..3).map(tokens).collect(),
                 peak_memory: 70e9 + rank as f64,
                 peak_resident: 3e9,
-                wait_ratio: 0.125,
+                wait_ratio: Some(0.125),
                 passes: vec![
                     PassTime {
                         seconds: 0.25,

@@ -4,6 +4,7 @@ use super::{Trainer, metrics::ValidationMetrics, microbatch::ValidationBatch};
 use crate::{
     Error,
     config::{Config, KeyChange, ResumeEffect},
+    scalars::fetch_scalars,
 };
 use moe::balance::BatchTotals;
 use parallel::agreement::sum_over_ranks;
@@ -74,7 +75,7 @@ impl Trainer {
         };
         let labels = rounds.clone().map(|round| batch(round).labels());
         let counted_tokens = self.counted_tokens(data, tokens, labels)?;
-        let mut loss = 0.0;
+        let mut losses = Vec::new();
         for round in rounds {
             if let Some(snapshots) = &self.snapshots {
                 snapshots.progress.tick();
@@ -86,8 +87,10 @@ impl Trainer {
                 counts_le: None,
             };
             let sums = self.run_schedule(&self.single_forward, None, &batch(round), totals)?;
-            loss += sums.cross_entropy;
+            losses.extend(sums.losses.cross_entropy);
         }
+        let [losses] = fetch_scalars([&losses])?;
+        let loss = losses.into_iter().fold(0.0, |sum, loss| sum + loss);
         let summed = sum_over_ranks(&self.world, &[loss])?;
         Ok(Some(ValidationMetrics {
             step: self.step,
