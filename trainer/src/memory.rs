@@ -4,20 +4,25 @@
 //! microbatches as the schedule has in flight. Expert load is assumed to be even.
 
 use crate::{
-    config::{Config, Dtype, MAX_ESTIMATED_LAYERS, MoeConfig, QkNorm, RecomputedPart},
+    config::{Config, Dtype, MAX_ESTIMATED_LAYERS},
     model::{
-        ModelPart, PipelineSplit, StagePart, VocabularyShard, logits_chunk_bytes,
+        ModelPart, PipelineSplit, StagePart,
+        activations::{Activations, BlockShape, FP32_BYTES},
+        decoder::{layer_activations, layer_specs, stream_norm_spec, vocabulary_spec},
+        logits_chunk_bytes,
         parameters::Replicas,
+        position::ShardPosition,
+        spec::ParamSpec,
     },
     process_groups::zero_rank_and_size,
 };
-use parallel::{BucketPlan, Mesh, own_rows, pipeline::simulate::simulate, plan_buckets};
+use parallel::{
+    BucketPlan, Mesh, matrix_shape, own_rows, pipeline::simulate::simulate, plan_buckets,
+};
 use std::{
     collections::{HashMap, hash_map::Entry},
     ops::Range,
 };
-
-const FP32_BYTES: u64 = 4;
 
 /// Ranks of one pipeline stage that hold equally much.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,20 +94,6 @@ struct Place {
     own_rows: Vec<i64>,
 }
 
-/// Heads of one rank.
-struct Heads {
-    queries: u64,
-    kv: u64,
-}
-
-/// Bytes of one layer.
-struct LayerActivations {
-    /// Saved from forward to backward.
-    saved: u64,
-    /// Temporary tensors of backward.
-    transient: u64,
-}
-
 /// Sizes that all layers of a rank share.
 struct RankSizes<'a> {
     config: &'a Config,
@@ -116,245 +107,65 @@ struct RankSizes<'a> {
 }
 
 impl RankSizes<'_> {
-    fn splits_kv_heads(&self) -> bool {
-        let tensor = self.mesh.shape().tensor;
-        self.config.model.kv_heads().is_multiple_of(tensor)
-    }
-
-    fn heads(&self) -> Heads {
-        let model = &self.config.model;
-        let tensor = self.mesh.shape().tensor;
-        let kv = model.kv_heads();
-        let own_kv = if self.splits_kv_heads() {
-            kv / tensor
-        } else {
-            kv
-        };
-        Heads {
-            queries: (model.heads / tensor) as u64,
-            kv: own_kv as u64,
-        }
-    }
-
-    /// Returns the parameters of layer `index`, in the model's order.
-    fn layer_parameters(&self, index: usize, unit: usize) -> Vec<ParameterShape> {
-        let model = &self.config.model;
-        let shape = self.mesh.shape();
-        let hidden = model.hidden as u64;
-        let width = model.head_dim() as u64;
-        let heads = self.heads();
-        let query_rows = heads.queries * width;
-        let kv_rows = heads.kv * width;
-        let kv_replicas = if self.splits_kv_heads() {
-            Replicas::Dense
-        } else {
-            Replicas::Stage
-        };
-        let tensor = shape.tensor as u64;
-        let mut shapes = Vec::new();
-        let mut add = |rows: u64, cols: u64, replicas| {
-            shapes.push(ParameterShape {
-                rows,
-                cols,
-                replicas,
-                unit,
-            });
-        };
-        add(hidden, 1, Replicas::Stage);
-        add(query_rows, hidden, Replicas::Dense);
-        add(kv_rows, hidden, kv_replicas);
-        add(kv_rows, hidden, kv_replicas);
-        match model.qk_norm {
-            QkNorm::None => {}
-            QkNorm::Full => {
-                add(query_rows, 1, Replicas::Dense);
-                add(kv_rows, 1, kv_replicas);
-            }
-            QkNorm::Head => {
-                add(width, 1, Replicas::Stage);
-                add(width, 1, Replicas::Stage);
-            }
-        }
-        add(hidden, query_rows, Replicas::Dense);
-        add(hidden, 1, Replicas::Stage);
-        let mut add_swiglu = |copies: u64, ffn: u64, replicas| {
-            add(copies * 2 * ffn, hidden, replicas);
-            add(copies * hidden, ffn, replicas);
-        };
-        match model.moe_config(index) {
-            None => {
-                let ffn = model.ffn.unwrap_or(0) as u64;
-                add_swiglu(1, ffn / tensor, Replicas::Dense);
-            }
-            Some(moe) => {
-                let experts = (moe.experts / shape.expert) as u64;
-                let columns = (moe.ffn / shape.expert_tensor) as u64;
-                add_swiglu(experts, columns, Replicas::Expert);
-                if moe.shared_experts > 0 {
-                    let ffn = (moe.shared_experts * moe.ffn) as u64;
-                    add_swiglu(1, ffn / tensor, Replicas::Dense);
-                }
-                add(moe.experts as u64, hidden, Replicas::Stage);
-            }
-        }
-        shapes
-    }
-
     /// Returns all parameters of `part`, in the model's order.
     fn parameters(&self, part: &ModelPart) -> Vec<ParameterShape> {
-        let tie_embeddings = self.config.model.tie_embeddings;
-        let hidden = self.config.model.hidden as u64;
-        let rows = self.vocabulary_rows(part);
+        let model = &self.config.model;
+        let position = self.position(part);
         let shares_vocabulary = part.vocabulary.is_some();
-        let is_split = part.has_first() != part.has_last();
-        let embedding_replicas = if tie_embeddings && !shares_vocabulary && is_split {
-            Replicas::TiedEmbedding
-        } else {
-            Replicas::Dense
-        };
-        let vocabulary = |unit| ParameterShape {
-            rows,
-            cols: hidden,
-            replicas: embedding_replicas,
-            unit,
-        };
-        let mut unit = 0;
-        let mut shapes = Vec::new();
         let has_embedding = shares_vocabulary || part.has_first();
+        let mut units = Vec::new();
         if has_embedding {
-            shapes.push(vocabulary(unit));
+            units.push(vec![vocabulary_spec(model, "embedding")]);
         }
-        for layer in part.stages.iter().flat_map(|stage| stage.layers.clone()) {
-            unit += 1;
-            shapes.extend(self.layer_parameters(layer, unit));
-        }
+        let layers = part.stages.iter().flat_map(|stage| stage.layers.clone());
+        units.extend(layers.map(|layer| layer_specs(model, layer)));
         if part.has_last() {
-            unit += 1;
-            shapes.push(ParameterShape {
-                rows: hidden,
-                cols: 1,
-                replicas: Replicas::Stage,
-                unit,
-            });
+            units.push(vec![stream_norm_spec(model, "", "norm")]);
         }
         let has_head = shares_vocabulary || part.has_last();
-        if has_head && !(tie_embeddings && has_embedding) {
-            unit += 1;
-            shapes.push(vocabulary(unit));
+        if has_head && !(model.tie_embeddings && has_embedding) {
+            units.push(vec![vocabulary_spec(model, "head")]);
         }
-        shapes
+        let shape = |unit: usize, spec: &ParamSpec| {
+            let (rows, cols) = matrix_shape(&spec.local_shape(&position));
+            ParameterShape {
+                rows: rows as u64,
+                cols: cols as u64,
+                replicas: spec.replicas(&position),
+                unit,
+            }
+        };
+        let numbered = units.iter().enumerate();
+        numbered
+            .flat_map(|(unit, specs)| specs.iter().map(move |spec| shape(unit, spec)))
+            .collect()
+    }
+
+    fn position(&self, part: &ModelPart) -> ShardPosition {
+        ShardPosition::on_mesh(&self.mesh).with_part(&self.config.model, part)
     }
 
     /// Returns the rows of embedding and output layer on this rank.
     fn vocabulary_rows(&self, part: &ModelPart) -> u64 {
-        let shard = part.vocabulary.unwrap_or(VocabularyShard {
-            rank: self.mesh.coordinates().tensor,
-            ranks: self.mesh.shape().tensor,
-        });
-        shard.rows(self.config.model.vocab_size).len() as u64
+        let share = self.position(part).vocabulary;
+        share.part(self.config.model.vocab_size).len() as u64
     }
 
-    /// Returns the tokens at this rank's experts, which are as many as it gets back.
-    fn routed_tokens(&self, moe: &MoeConfig) -> u64 {
-        self.own_tokens * (moe.top_k * self.mesh.shape().expert_tensor) as u64
-    }
-
-    fn layer_activations(&self, index: usize) -> LayerActivations {
-        let model = &self.config.model;
-        let recompute = &self.config.parallel.recompute;
-        let shape = self.mesh.shape();
-        let hidden = model.hidden as u64;
-        let stream = self.own_tokens * hidden * self.element;
-        // The inputs of both norms, and their outputs.
-        let mut saved = 2 * stream;
-        if recompute.keeps(RecomputedPart::Norm) {
-            saved += 2 * stream;
+    fn block_shape(&self) -> BlockShape<'_> {
+        BlockShape {
+            mesh: self.mesh.shape(),
+            tokens: self.tokens,
+            own_tokens: self.own_tokens,
+            element: self.element,
+            recompute: &self.config.parallel.recompute,
+            on_host: self.config.run.device == "cpu",
+            is_causal: self.config.data.eod_token.is_none(),
         }
-        saved += self.attention_activations();
-        let mut transient = self.attention_transient();
-        let mut add_swiglu = |rows: u64, ffn: u64| {
-            let gate_up = rows * 2 * ffn * self.element;
-            let half = rows * ffn * self.element;
-            if recompute.keeps(RecomputedPart::Experts) {
-                saved += gate_up;
-            }
-            // Gradients of the gate-up output and of the activation, the activation itself, and
-            // the gradient of the rows.
-            let backward = gate_up + 3 * half + 3 * rows * hidden * self.element;
-            transient = transient.max(backward);
-        };
-        let tensor = shape.tensor as u64;
-        match model.moe_config(index) {
-            None => add_swiglu(self.tokens, model.ffn.unwrap_or(0) as u64 / tensor),
-            Some(moe) => {
-                let rows = self.routed_tokens(moe);
-                add_swiglu(rows, (moe.ffn / shape.expert_tensor) as u64);
-                if moe.shared_experts > 0 {
-                    let ffn = (moe.shared_experts * moe.ffn) as u64;
-                    add_swiglu(self.tokens, ffn / tensor);
-                }
-                // Rows at the experts.
-                if recompute.keeps(RecomputedPart::Dispatch) {
-                    saved += rows * hidden * self.element;
-                }
-                // Rows that come back, router scores, indices.
-                saved += rows * hidden * self.element;
-                saved += 3 * self.own_tokens * moe.experts as u64 * FP32_BYTES;
-                saved += 4 * rows * 8;
-            }
-        }
-        if recompute.recomputes_layer(index) {
-            // The experts of each token, and the routes of the rows.
-            let routing = |moe| self.routed_tokens(moe) * (8 + 4 * 4);
-            LayerActivations {
-                saved: stream + model.moe_config(index).map_or(0, routing),
-                transient: transient + saved,
-            }
-        } else {
-            LayerActivations { saved, transient }
-        }
-    }
-
-    /// Returns the bytes that attention saves for backward.
-    fn attention_activations(&self) -> u64 {
-        let config = self.config;
-        let width = config.model.head_dim() as u64;
-        let heads = self.heads();
-        let queries = self.tokens * heads.queries * width * self.element;
-        let keys = self.tokens * heads.kv * width * self.element;
-        let log_sum_exps = self.tokens * heads.queries * FP32_BYTES;
-        // libtorch's own attention saves keys and values once per query head.
-        let is_ring = self.mesh.shape().context > 1;
-        let on_host = config.run.device == "cpu";
-        let is_causal = config.data.eod_token.is_none();
-        let repeats_keys = !(is_ring || on_host && is_causal);
-        let keeps_output = config.parallel.recompute.keeps(RecomputedPart::Attention);
-        let mut saved = if keeps_output && repeats_keys {
-            4 * queries + log_sum_exps
-        } else if keeps_output {
-            2 * queries + 2 * keys + log_sum_exps
-        } else {
-            2 * queries + 2 * keys
-        };
-        if config.model.qk_norm != QkNorm::None {
-            saved += queries + keys;
-        }
-        saved
-    }
-
-    /// Returns the bytes of backward's temporary tensors: the gradients of what attention saves,
-    /// and four fp32 rows per token for a norm.
-    fn attention_transient(&self) -> u64 {
-        let model = &self.config.model;
-        let width = model.head_dim() as u64;
-        let queries = self.tokens * self.heads().queries * width * self.element;
-        let norm = self.own_tokens * model.hidden as u64 * FP32_BYTES;
-        4 * queries + 4 * norm
     }
 
     /// Returns the bytes that all layers of `part` save for one microbatch, and the largest set of
     /// temporary tensors of a layer's backward or the loss.
-    fn activations(&self, part: &ModelPart) -> LayerActivations {
+    fn activations(&self, part: &ModelPart) -> Activations {
         let hidden = self.config.model.hidden as u64;
         let rows = self.vocabulary_rows(part);
         let shares_vocabulary = part.vocabulary.is_some();
@@ -365,7 +176,7 @@ impl RankSizes<'_> {
         let mut largest = 0;
         for stage in &part.stages {
             for layer in stage.layers.clone() {
-                let of_layer = self.layer_activations(layer);
+                let of_layer = layer_activations(&self.config.model, layer, &self.block_shape());
                 saved += of_layer.saved;
                 largest = largest.max(of_layer.transient);
             }
@@ -380,7 +191,7 @@ impl RankSizes<'_> {
             // The softmax of a microbatch lives from S to T; few fp32 logits exist at once.
             largest += 2 * logits + self.tokens * rows * self.element + 6 * states;
         }
-        LayerActivations {
+        Activations {
             saved,
             transient: largest,
         }

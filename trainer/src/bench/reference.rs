@@ -4,7 +4,11 @@
 use crate::{
     Error,
     config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig},
-    model::{BuildContext, IGNORED, Model, ModelPart},
+    model::{
+        BuildContext, IGNORED, Model, ModelPart,
+        decoder::{layer_specs, vocabulary_spec},
+        spec::{ParamSpec, Role},
+    },
     optim::Optimizer,
     process_groups::ProcessGroups,
 };
@@ -140,25 +144,27 @@ impl ReferenceShape {
     /// Returns the GEMMs of a forward pass with weights, for an even expert load. Backward runs
     /// each twice more: for the input and for the weight.
     pub fn gemms(&self) -> Vec<GemmShape> {
+        let config = self.model_config(false);
         let tokens = self.tokens();
-        let hidden = self.hidden as i64;
-        let ffn = self.ffn as i64;
-        let kv = (self.hidden / self.heads * self.kv_heads) as i64;
         let routed = tokens * self.top_k as i64 / self.experts as i64;
-        let experts = self.layers * self.experts;
-        let gemm = |rows, inner, outer, times| GemmShape {
-            rows,
-            inner,
-            outer,
-            times,
+        let gemm = |spec: &ParamSpec, layers: usize| {
+            let shape = spec.shape();
+            GemmShape {
+                rows: match spec.role {
+                    Role::Expert => routed,
+                    _ => tokens,
+                },
+                inner: shape[1],
+                outer: shape[0],
+                times: layers * spec.matrices() as usize,
+            }
         };
-        vec![
-            gemm(tokens, hidden, hidden, 2 * self.layers),
-            gemm(tokens, hidden, kv, 2 * self.layers),
-            gemm(routed, hidden, 2 * ffn, experts),
-            gemm(routed, ffn, hidden, experts),
-            gemm(tokens, hidden, self.vocab as i64, 1),
-        ]
+        // All layers are alike. Routers compute in fp32.
+        let mut layer = layer_specs(&config, 0);
+        layer.retain(|spec| matches!(spec.role, Role::Matrix | Role::Expert));
+        let mut gemms: Vec<GemmShape> = layer.iter().map(|spec| gemm(spec, self.layers)).collect();
+        gemms.push(gemm(&vocabulary_spec(&config, "head"), 1));
+        gemms
     }
 
     /// Returns the FLOPs of a step by the usual formula (arXiv 2204.02311, appendix B): six for

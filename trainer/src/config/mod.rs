@@ -20,6 +20,7 @@ mod snapshot;
 mod warnings;
 mod words;
 
+pub use crate::model::ParameterCount;
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
@@ -28,7 +29,7 @@ pub use layout::{
     VocabularyLayout,
 };
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
-pub use model::{ModelConfig, MoeConfig, MupConfig, ParameterCount, QkNorm, RouterConfig};
+pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
 pub use optimizer::OptimizerConfig;
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, resolve_schema, schema};

@@ -7,9 +7,6 @@ use moe::{Score, balance::BalanceScope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Matrices of a feed-forward network: gate, up and down.
-const FFN_MATRICES: u128 = 3;
-
 /// The architecture: a decoder-only transformer with MoE layers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
@@ -89,15 +86,6 @@ pub struct ModelConfig {
     pub mup: Option<MupConfig>,
 }
 
-/// Number of a model's parameters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ParameterCount {
-    /// All parameters. Largest sizes exceed 64 bits.
-    pub total: u128,
-    /// Parameters that one token uses: those of its experts and all others.
-    pub active: u128,
-}
-
 impl ModelConfig {
     /// Returns the number of key and value heads.
     pub fn kv_heads(&self) -> usize {
@@ -127,74 +115,6 @@ impl ModelConfig {
         (0..self.layers)
             .filter(|&layer| self.moe_config(layer).is_some())
             .count()
-    }
-
-    /// Returns the number of parameters.
-    pub fn num_parameters(&self) -> ParameterCount {
-        let hidden = self.hidden as u128;
-        let vocabulary = self.vocab_size as u128 * hidden;
-        let copies = if self.tie_embeddings { 1 } else { 2 };
-        let ends = vocabulary * copies + hidden;
-        let mut count = ParameterCount {
-            total: ends,
-            active: ends,
-        };
-        for layer in 0..self.layers {
-            let layer = self.layer_parameters(layer);
-            count.total += layer.total;
-            count.active += layer.active;
-        }
-        count
-    }
-
-    fn layer_parameters(&self, layer: usize) -> ParameterCount {
-        let hidden = self.hidden as u128;
-        let norms = 2 * hidden;
-        let shared = self.attention_parameters() + norms;
-        let ffn = |width: usize| FFN_MATRICES * width as u128 * hidden;
-        let Some(moe) = self.moe_config(layer) else {
-            let all = shared + ffn(self.ffn.unwrap_or(0));
-            return ParameterCount {
-                total: all,
-                active: all,
-            };
-        };
-        let router = moe.experts as u128 * hidden;
-        let experts = |count: usize| ffn((count + moe.shared_experts) * moe.ffn);
-        ParameterCount {
-            total: shared + router + experts(moe.experts),
-            active: shared + router + experts(moe.top_k),
-        }
-    }
-
-    fn attention_parameters(&self) -> u128 {
-        let head_dim = self.head_dim() as u128;
-        let heads = (self.heads + self.kv_heads()) as u128;
-        let qk_norm = match self.qk_norm {
-            QkNorm::None => 0,
-            QkNorm::Full => heads * head_dim,
-            QkNorm::Head => 2 * head_dim,
-        };
-        2 * heads * head_dim * self.hidden as u128 + qk_norm
-    }
-
-    /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.
-    pub fn head_cost_in_layers(&self) -> f64 {
-        let hidden = self.hidden as f64;
-        let head_dim = self.head_dim() as f64;
-        let attention = hidden * head_dim * 2.0 * (self.heads + self.kv_heads()) as f64;
-        let layer = |index: usize| {
-            let feed_forward = match self.moe_config(index) {
-                Some(moe) => {
-                    let experts = moe.top_k + moe.shared_experts;
-                    3.0 * (moe.ffn * experts) as f64 + moe.experts as f64
-                }
-                None => 3.0 * self.ffn.unwrap_or(0) as f64,
-            };
-            attention + hidden * feed_forward
-        };
-        let mean = (0..self.layers).map(layer).sum::<f64>() / self.layers.max(1) as f64;
-        hidden * self.vocab_size as f64 / mean.max(1.0)
     }
 }
 

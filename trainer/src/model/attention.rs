@@ -3,19 +3,16 @@
 // G key/value heads of this rank, d head width.
 
 use super::{
+    activations::{Activations, BlockShape, FP32_BYTES},
+    build_context::BuildContext,
     core_attention::CoreAttention,
     documents::Documents,
-    norm::{rms_norm, split_rms_norm},
-    options::{ParameterOptions, RoleOptions},
+    norm::{norm_spec, rms_norm, split_rms_norm},
     rope::Rope,
+    spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
+    weights::WeightBuilder,
 };
-use crate::{
-    config::{ModelConfig, QkNorm, RecomputedPart},
-    model::{
-        build_context::BuildContext,
-        parameters::{Parameters, Replicas, slice},
-    },
-};
+use crate::config::{ModelConfig, QkNorm, RecomputedPart};
 use parallel::{
     Activation, Weight, linear, linears, recompute::recomputed, tensor::TensorParallel,
 };
@@ -91,93 +88,127 @@ impl HeadRanges {
     }
 }
 
-/// Adds the parameters of one attention block.
-struct ParameterAdder<'a> {
-    parameters: &'a mut Parameters,
-    ctx: &'a BuildContext<'a>,
-    name: &'a str,
+/// Descriptions of the parameters of one attention block.
+pub(crate) struct AttentionSpecs {
+    query: ParamSpec,
+    key: ParamSpec,
+    value: ParamSpec,
+    /// Norms of queries and of keys.
+    norms: Option<[ParamSpec; 2]>,
+    output: ParamSpec,
 }
 
-impl ParameterAdder<'_> {
-    /// Adds the part of a global matrix that `rows` of it make up.
-    fn rows(
-        &mut self,
-        part: &str,
-        shape: &[i64],
-        rows: &Range<i64>,
-        replicas: Replicas,
-        options: ParameterOptions,
-    ) -> Weight {
-        let slice = slice(&format!("{}.{part}", self.name), shape, 0, rows);
-        let device = self.ctx.device;
-        self.parameters.add_slice(device, slice, replicas, options)
+impl AttentionSpecs {
+    /// Describes the parameters of the block with this global name.
+    pub(crate) fn new(config: &ModelConfig, block: &str) -> AttentionSpecs {
+        let head_dim = config.head_dim() as u64;
+        let heads = config.heads as u64;
+        let kv_heads = config.kv_heads() as u64;
+        let hidden = Dim::new("model.hidden", config.hidden as u64);
+        let queries = Dim::new("model.heads x head_dim", heads.saturating_mul(head_dim));
+        let keys = Dim::new(
+            "model.kv_heads x head_dim",
+            kv_heads.saturating_mul(head_dim),
+        );
+        let of_heads = |dim, units| {
+            Split::Tensor(SplitDim {
+                dim,
+                units,
+                fused: 1,
+            })
+        };
+        let matrix = |part, dims: [Dim; 2], split, writes_residual| ParamSpec {
+            block: block.to_string(),
+            part,
+            dims: dims.to_vec(),
+            stack: Stack::Single,
+            split,
+            role: Role::Matrix,
+            writes_residual,
+        };
+        let norms = match config.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Full => Some([
+                norm_spec(block, "query_norm", queries, of_heads(0, heads)),
+                norm_spec(block, "key_norm", keys, of_heads(0, kv_heads)),
+            ]),
+            QkNorm::Head => {
+                let width = Dim::new("model.head_dim", head_dim);
+                Some(
+                    ["query_norm", "key_norm"]
+                        .map(|part| norm_spec(block, part, width, Split::Whole)),
+                )
+            }
+        };
+        AttentionSpecs {
+            query: matrix("query", [queries, hidden], of_heads(0, heads), false),
+            key: matrix("key", [keys, hidden], of_heads(0, kv_heads), false),
+            value: matrix("value", [keys, hidden], of_heads(0, kv_heads), false),
+            norms,
+            output: matrix("output", [hidden, queries], of_heads(1, heads), true),
+        }
+    }
+
+    /// Returns the descriptions in the order of use.
+    pub(crate) fn into_list(self) -> Vec<ParamSpec> {
+        let mut list = vec![self.query, self.key, self.value];
+        list.extend(self.norms.into_iter().flatten());
+        list.push(self.output);
+        list
+    }
+}
+
+/// Returns the bytes of activations of one attention block on a rank.
+pub(crate) fn activations(config: &ModelConfig, at: &BlockShape) -> Activations {
+    let width = config.head_dim() as u64;
+    let heads = (config.heads / at.mesh.tensor) as u64;
+    let kv_heads = if config.kv_heads().is_multiple_of(at.mesh.tensor) {
+        config.kv_heads() / at.mesh.tensor
+    } else {
+        config.kv_heads()
+    };
+    let queries = at.tokens * heads * width * at.element;
+    let keys = at.tokens * kv_heads as u64 * width * at.element;
+    let log_sum_exps = at.tokens * heads * FP32_BYTES;
+    let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
+    // libtorch's own attention saves keys and values once per query head.
+    let repeats_keys = !(at.mesh.context > 1 || at.on_host && at.is_causal);
+    let mut saved = if keeps_output && repeats_keys {
+        4 * queries + log_sum_exps
+    } else if keeps_output {
+        2 * queries + 2 * keys + log_sum_exps
+    } else {
+        2 * queries + 2 * keys
+    };
+    if config.qk_norm != QkNorm::None {
+        saved += queries + keys;
+    }
+    // Gradients of what is saved, and four fp32 rows per token for a norm.
+    let norm = at.own_tokens * config.hidden as u64 * FP32_BYTES;
+    Activations {
+        saved,
+        transient: 4 * queries + 4 * norm,
     }
 }
 
 impl Attention {
-    pub(crate) fn new(
-        parameters: &mut Parameters,
-        ctx: &BuildContext,
-        config: &ModelConfig,
-        name: &str,
-        options: &RoleOptions,
-    ) -> Attention {
+    pub(crate) fn new(builder: &mut WeightBuilder, name: &str) -> Attention {
+        let config = builder.config;
+        let ctx = builder.ctx;
         let tensor = ctx.groups.tensor.clone();
         let heads = config.heads as i64;
         let head_dim = config.head_dim() as i64;
-        let hidden = config.hidden as i64;
         let ranges = HeadRanges::new(config, &tensor);
-        let kv_replicas = if ranges.splits_kv_heads {
-            Replicas::Dense
-        } else {
-            Replicas::Stage
-        };
+        let specs = AttentionSpecs::new(config, name);
+        let query = builder.add(&specs.query);
+        let key = builder.add(&specs.key);
+        let value = builder.add(&specs.value);
+        let norms = specs.norms.map(|norms| {
+            let [query_norm, key_norm] = norms.map(|norm| builder.add(&norm));
+            (query_norm, key_norm)
+        });
+        let output = builder.add(&specs.output);
         let wide = |heads: &Range<i64>| heads.start * head_dim..heads.end * head_dim;
-        let query_rows = wide(&ranges.queries);
-        let kv_rows = wide(&ranges.held);
-        let query_shape = [heads * head_dim, hidden];
-        let kv_shape = [config.kv_heads() as i64 * head_dim, hidden];
-        let uses = tensor.uses_per_forward();
-        let matrix = options.matrix;
-        let mut adder = ParameterAdder {
-            parameters,
-            ctx,
-            name,
-        };
-
-        let query = adder
-            .rows("query", &query_shape, &query_rows, Replicas::Dense, matrix)
-            .scale_uses(uses);
-        let key = adder
-            .rows("key", &kv_shape, &kv_rows, kv_replicas, matrix)
-            .scale_uses(uses);
-        let value = adder
-            .rows("value", &kv_shape, &kv_rows, kv_replicas, matrix)
-            .scale_uses(uses);
-        let mut norm = |part: &str, length: i64, rows: &Range<i64>, replicas| {
-            let weight = adder.rows(part, &[length], rows, replicas, options.norm);
-            weight.scale_uses(1)
-        };
-        let norms = match config.qk_norm {
-            QkNorm::None => None,
-            QkNorm::Full => {
-                let query_norm = norm("query_norm", query_shape[0], &query_rows, Replicas::Dense);
-                let key_norm = norm("key_norm", kv_shape[0], &kv_rows, kv_replicas);
-                Some((query_norm, key_norm))
-            }
-            QkNorm::Head => {
-                let all = 0..head_dim;
-                let query_norm = norm("query_norm", head_dim, &all, Replicas::Stage);
-                let key_norm = norm("key_norm", head_dim, &all, Replicas::Stage);
-                Some((query_norm, key_norm))
-            }
-        };
-        let output_shape = [hidden, heads * head_dim];
-        let output_slice = slice(&format!("{name}.output"), &output_shape, 1, &query_rows);
-        let output = parameters
-            .add_slice(ctx.device, output_slice, Replicas::Dense, options.residual)
-            .scale_uses(uses);
-
         let used_rows = |weight: Weight| {
             if ranges.computed == ranges.held {
                 return weight;

@@ -2,15 +2,12 @@
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
 use super::{
-    attention::Attention, documents::Documents, experts::LocalExperts, norm::rms_norm, rope::Rope,
+    attention::Attention, documents::Documents, experts::LocalExperts,
+    feed_forward::DenseFeedForward, norm::rms_norm, rope::Rope,
 };
 use crate::{Error, model::parameters::Unit};
-use moe::{
-    MoeLayer, MoeOutput, MoeStats, RoutingReplay, balance::RouterStats, experts::grouped_swiglu,
-};
-use parallel::{
-    Activation, Weight, recompute::recomputed, sharding::before_backward, tensor::TensorParallel,
-};
+use moe::{MoeLayer, MoeOutput, MoeStats, RoutingReplay, balance::RouterStats};
+use parallel::{Activation, Weight, recompute::recomputed, sharding::before_backward};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tch::Tensor;
@@ -30,15 +27,7 @@ pub(crate) struct Layer {
 }
 
 pub(crate) enum FeedForward {
-    Dense {
-        /// `[1, 2F, D]`; of F this rank's part.
-        gate_up: Weight,
-        /// `[1, D, F]`; of F this rank's part.
-        down: Weight,
-        tensor: TensorParallel,
-        /// True if the gate-up output is saved for backward.
-        save_gate_up: bool,
-    },
+    Dense(DenseFeedForward),
     Moe(Box<MoeLayer>, LocalExperts),
 }
 
@@ -108,16 +97,8 @@ impl Layer {
         let x = self.add_branch(x, branch);
         let normed = self.normed(&x, &self.feed_forward_norm)?;
         match &self.feed_forward {
-            FeedForward::Dense {
-                gate_up,
-                down,
-                tensor,
-                save_gate_up,
-            } => {
-                let branch = tensor.column_row_parallel(&normed, |x| {
-                    let tokens = x.value.size()[0];
-                    grouped_swiglu(x, gate_up, down, &[tokens], *save_gate_up)
-                })?;
+            FeedForward::Dense(network) => {
+                let branch = network.forward(&normed)?;
                 Ok((self.add_branch(&x, branch), None))
             }
             FeedForward::Moe(moe, _) => {

@@ -3,23 +3,31 @@
 // Shapes: B batch, S sequence, T = B * S tokens, D hidden, F ffn, V vocabulary, E experts, L of
 // them on this rank.
 
+pub(crate) mod activations;
 mod attention;
 mod build;
 mod build_context;
 mod core_attention;
+pub(crate) mod decoder;
 mod documents;
 mod embedding;
 pub(crate) mod experts;
+pub(crate) mod feed_forward;
 mod init;
 mod layer;
 mod loss;
+pub(crate) mod moe_block;
 mod norm;
 mod options;
 pub(crate) mod parameters;
 mod part;
+pub(crate) mod position;
 mod rope;
-pub(crate) mod tensor_shapes;
+mod rules;
+mod share;
+pub(crate) mod spec;
 pub(crate) mod vocabulary;
+mod weights;
 
 use crate::{
     Error,
@@ -40,10 +48,12 @@ use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
 pub use build_context::BuildContext;
+pub use decoder::ParameterCount;
 pub(crate) use documents::Documents;
 pub(crate) use experts::LocalExperts;
 pub(crate) use loss::{IGNORED, LossScale, logits_chunk_bytes, with_gradient};
-pub use part::{ModelPart, PipelineSplit, StagePart, VocabularyShard, split_layers};
+pub use part::{ModelPart, PipelineSplit, StagePart, split_layers};
+pub use share::Share;
 
 /// This rank's part of a decoder, and its parameters.
 pub struct Model {
@@ -338,7 +348,7 @@ impl Model {
             let layers = stage.layers.iter();
             let moe_layers = layers.filter_map(|(layer, _)| match &layer.feed_forward {
                 FeedForward::Moe(moe, experts) => Some((moe.as_ref(), experts)),
-                FeedForward::Dense { .. } => None,
+                FeedForward::Dense(_) => None,
             });
             let numbered = stage.moe_layers.clone().zip(moe_layers);
             numbered.map(|(index, (moe, experts))| (index, moe, experts))

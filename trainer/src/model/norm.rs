@@ -3,10 +3,24 @@
 //!
 //! Backward needs only the input and one number per row.
 
+use super::spec::{Dim, ParamSpec, Role, Split, Stack};
 use parallel::{Communicator, ReduceOp, Weight};
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
+
+/// Returns the weight of a norm over `dim`, of which `split` gives the division.
+pub(crate) fn norm_spec(block: &str, part: &'static str, dim: Dim, split: Split) -> ParamSpec {
+    ParamSpec {
+        block: block.to_string(),
+        part,
+        dims: vec![dim],
+        stack: Stack::Single,
+        split,
+        role: Role::Norm,
+        writes_residual: false,
+    }
+}
 
 /// Normalizes `x` `[..., D]` with `weight` `[D]`, in the dtype of `x`.
 pub(crate) fn rms_norm(x: &Tensor, weight: &Weight, eps: f64) -> Result<Tensor, Error> {

@@ -213,18 +213,6 @@ impl Parameters {
         self.list.is_empty()
     }
 
-    /// Adds a parameter that is one slice of a global tensor and returns its weight.
-    pub(crate) fn add_slice(
-        &mut self,
-        device: &dyn Accelerator,
-        slice: TensorSlice,
-        replicas: Replicas,
-        options: ParameterOptions,
-    ) -> Weight {
-        let shape = slice.shape.clone();
-        self.add(device, &shape, vec![slice], replicas, options)
-    }
-
     /// Adds a parameter of shape `shape` whose rows are those of `slices`, in order, and returns
     /// its weight.
     pub(crate) fn add(

@@ -1,5 +1,6 @@
 //! The part of a model that each rank holds.
 
+use super::share::Share;
 use parallel::pipeline::{Placement, stage_at};
 use std::ops::Range;
 
@@ -14,24 +15,6 @@ pub struct StagePart {
     pub last: bool,
 }
 
-/// A rank among those that split the rows of embedding and output layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VocabularyShard {
-    /// Index of this rank.
-    pub rank: usize,
-    /// Number of ranks that split the rows.
-    pub ranks: usize,
-}
-
-impl VocabularyShard {
-    /// Returns the rows of a vocabulary of `vocab` tokens on this rank, split as evenly as
-    /// possible.
-    pub fn rows(self, vocab: usize) -> Range<usize> {
-        let start = |rank: usize| vocab * rank / self.ranks;
-        start(self.rank)..start(self.rank + 1)
-    }
-}
-
 /// The part of a model that one rank holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelPart {
@@ -39,7 +22,7 @@ pub struct ModelPart {
     pub stages: Vec<StagePart>,
     /// This rank's share of embedding and output layer, if all ranks of the pipeline have one.
     /// Otherwise the ranks of the first and of the last stage split them.
-    pub vocabulary: Option<VocabularyShard>,
+    pub vocabulary: Option<Share>,
 }
 
 impl ModelPart {
@@ -97,7 +80,7 @@ impl PipelineSplit<'_> {
             }
         };
         let chunks = self.layers.len() / self.ranks;
-        let shard = VocabularyShard {
+        let shard = Share {
             rank: rank * self.tensor_ranks + tensor_rank,
             ranks: self.ranks * self.tensor_ranks,
         };
@@ -189,7 +172,7 @@ mod tests {
             prop_assert_eq!(parts.iter().filter(|part| part.has_first()).count(), 1);
             prop_assert_eq!(parts.iter().filter(|part| part.has_last()).count(), 1);
             let shards = parts.iter().map(|part| part.vocabulary.unwrap());
-            prop_assert_eq!(shards.map(|shard| shard.rows(1001).len()).sum::<usize>(), 1001);
+            prop_assert_eq!(shards.map(|shard| shard.part(1001).len()).sum::<usize>(), 1001);
         }
     }
 }

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     Error,
     config::Config,
-    model::{Model, parameters::Replicas, tensor_shapes::tensor_shapes},
+    model::{Model, decoder::tensor_shapes, parameters::Replicas},
     optim::Optimizer,
 };
 use checkpoint::{Checkpoint, Shard, Staging, TensorSlice};

@@ -8,11 +8,13 @@
 use super::run_state::PlacementState;
 use crate::{
     Error,
-    config::{Config, MoeConfig, PlacementConfig},
+    config::{Config, ModelConfig, MoeConfig, PlacementConfig},
     model::{
         LocalExperts, Model,
-        experts::ExpertShape,
+        feed_forward::SwigluSpecs,
+        moe_block::expert_specs,
         parameters::{Replicas, slices_of_rows},
+        position::ShardPosition,
     },
     optim::Optimizer,
     process_groups::zero_rank_and_size,
@@ -114,7 +116,7 @@ impl ExpertPlacement {
             .iter()
             .zip(&self.state.physical_slots)
             .map(|(loads, slots)| {
-                rebalance_experts(loads, slots, self.rows.owners, self.config.min_gain)
+                rebalance_experts(loads, slots, self.rows.owners(), self.config.min_gain)
             })
             .collect();
         for (moe_layer, moe, experts) in model.local_moe_layers() {
@@ -243,18 +245,15 @@ fn check_held(held: &[HeldSlice], planned: &[TensorSlice]) -> Result<(), Error> 
 /// The rows of each layer's experts that each rank of a stage holds. They follow from the mesh, the
 /// configuration and the placement.
 pub(crate) struct ExpertRows {
-    experts: usize,
-    /// Number of owners of each MoE layer's experts.
-    owners: usize,
+    model: ModelConfig,
+    moe: MoeConfig,
     /// The ranks of the stage, in order.
     ranks: Vec<RankPart>,
 }
 
 /// The part of a layer's experts that a rank holds.
 struct RankPart {
-    /// Index of its owner: the ranks that hold the same experts.
-    owner: usize,
-    shape: ExpertShape,
+    position: ShardPosition,
     /// Index among the ranks that shard the rows, and their number.
     shard: (usize, usize),
 }
@@ -266,29 +265,25 @@ impl ExpertRows {
     /// If the mesh does not fit the configuration.
     pub(crate) fn new(config: &Config, moe: &MoeConfig, mesh: &Mesh) -> Result<ExpertRows, Error> {
         let shape = mesh.shape();
-        let ffn = moe.ffn as i64;
-        let columns = ffn / shape.expert_tensor as i64;
         let part = |rank: usize| {
             let mesh = Mesh::new(shape, rank, mesh.size());
             let mesh = mesh.map_err(|error| Error::Config(error.to_string()))?;
-            let at = mesh.coordinates();
-            let slice = at.expert_tensor as i64;
             Ok(RankPart {
-                owner: at.expert,
-                shape: ExpertShape {
-                    hidden: config.model.hidden as i64,
-                    ffn,
-                    part: columns * slice..columns * (slice + 1),
-                },
+                position: ShardPosition::on_mesh(&mesh),
                 shard: zero_rank_and_size(&mesh, &config.parallel, Replicas::Expert),
             })
         };
         let ranks = mesh.group(GroupKind::Stage).into_iter().map(part);
         Ok(ExpertRows {
-            experts: moe.experts,
-            owners: shape.expert,
+            model: config.model.clone(),
+            moe: moe.clone(),
             ranks: ranks.collect::<Result<_, Error>>()?,
         })
+    }
+
+    /// Returns the number of owners of each MoE layer's experts.
+    fn owners(&self) -> usize {
+        self.ranks[0].position.expert.ranks
     }
 
     /// Returns the slices of the tensors `names` of layer `name` that each rank holds, where expert
@@ -303,10 +298,10 @@ impl ExpertRows {
         for (expert, &physical_slot) in physical_slots.iter().enumerate() {
             expert_of_slot[physical_slot as usize] = expert;
         }
-        let local = self.experts / self.owners;
+        let SwigluSpecs { gate_up, down } = expert_specs(&self.model, &self.moe, name);
         let held = |rank: &RankPart| {
-            let own = &expert_of_slot[rank.owner * local..(rank.owner + 1) * local];
-            let parameters = [rank.shape.gate_up(name, own), rank.shape.down(name, own)];
+            let own = &expert_of_slot[gate_up.own_experts(&rank.position)];
+            let parameters = [&gate_up, &down].map(|spec| spec.slices(&rank.position, own));
             let slices = parameters.into_iter().flat_map(|slices| {
                 let rows = slices.iter().map(|slice| slice.shape[0]).sum();
                 let (shard, shards) = rank.shard;
@@ -488,6 +483,8 @@ pub(crate) fn execute_moves(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Share;
+    use serde_json::json;
     use std::collections::HashSet;
 
     fn rows(name: &str, start: i64, len: i64) -> TensorSlice {
@@ -531,22 +528,21 @@ mod tests {
     /// Two owners with two replicas, whose rows two ranks split, before and after a move.
     #[test]
     fn the_ranks_of_a_stage_hold_each_row_once_per_replica() {
-        let half = |index: usize| {
-            let start = 3 * index as i64;
-            start..start + 3
-        };
+        let share = |rank, ranks| Share { rank, ranks };
         let rank = |rank: usize| RankPart {
-            owner: rank / 2 % 2,
-            shape: ExpertShape {
-                hidden: 5,
-                ffn: 6,
-                part: half(rank % 2),
+            position: ShardPosition {
+                tensor: share(0, 1),
+                expert: share(rank / 2 % 2, 2),
+                expert_tensor: share(rank % 2, 2),
+                vocabulary: share(0, 1),
+                vocabulary_replicas: Replicas::Dense,
             },
             shard: (rank / 4 % 2, 2),
         };
+        let model = json!({"layers": 1, "hidden": 5, "heads": 1, "vocab_size": 1});
         let rows = ExpertRows {
-            experts: 4,
-            owners: 2,
+            model: serde_json::from_value(model).unwrap(),
+            moe: MoeConfig::new(4, 1, 6),
             ranks: (0..16).map(rank).collect(),
         };
         for slots in [[0, 1, 2, 3], [2, 1, 0, 3]] {

@@ -2,19 +2,14 @@
 //! allocated by the configuration.
 
 use super::accounting::Shapes;
-use crate::config::ModelConfig;
+use crate::{
+    config::ModelConfig,
+    model::decoder::{end_specs, layer_specs},
+};
+use std::collections::BTreeSet;
 
 /// Prefix of the names of saved weights.
 const WEIGHTS: &str = "model/";
-
-/// A size of the configuration and the weight that has it.
-struct Size {
-    key: &'static str,
-    configured: u128,
-    /// End of the weight's name.
-    weight: &'static str,
-    dim: usize,
-}
 
 /// Returns the sizes in which a configuration contradicts the saved weights `shapes`, one sentence
 /// each.
@@ -35,62 +30,35 @@ pub(super) fn shape_problems(model: &ModelConfig, shapes: &Shapes) -> Vec<String
             "model.tie_embeddings is {tied}, but the tensors say otherwise"
         ));
     }
-    for Size {
-        key,
-        configured,
-        weight,
-        dim,
-    } in sizes(model)
-    {
-        let mut weights = shapes.iter();
-        let saved = weights.find(|(name, _)| name.starts_with(WEIGHTS) && name.ends_with(weight));
-        if let Some((name, shape)) = saved
-            && shape.get(dim).map(|&size| size as u128) != Some(configured)
-        {
-            problems.push(format!(
-                "{key} is {configured}, but {name} has shape {shape:?}"
-            ));
+    let mut compared = BTreeSet::new();
+    // Each kind of layer once: all others of the kind have the same shapes.
+    let kinds = (0..layers.min(configured)).scan(BTreeSet::new(), |seen, layer| {
+        Some(
+            seen.insert(model.moe_config(layer).is_some())
+                .then_some(layer),
+        )
+    });
+    let specs = end_specs(model)
+        .into_iter()
+        .chain(kinds.flatten().flat_map(|layer| layer_specs(model, layer)));
+    for spec in specs {
+        let name = format!("{WEIGHTS}{}", spec.name(0));
+        let Some(shape) = shapes.get(&name) else {
+            continue;
+        };
+        for (index, dim) in spec.dims.iter().enumerate() {
+            let Some(key) = dim.key.filter(|key| compared.insert(*key)) else {
+                continue;
+            };
+            if shape.get(index).map(|&size| size as u64) != Some(dim.size) {
+                problems.push(format!(
+                    "{key} is {}, but {name} has shape {shape:?}",
+                    dim.size
+                ));
+            }
         }
     }
     problems
-}
-
-fn sizes(model: &ModelConfig) -> Vec<Size> {
-    let size = |key, configured, weight, dim| Size {
-        key,
-        configured,
-        weight,
-        dim,
-    };
-    let hidden = model.hidden as u128;
-    let heads = model.heads as u128;
-    let head_dim = match model.head_dim {
-        Some(head_dim) => head_dim as u128,
-        None => hidden / heads.max(1),
-    };
-    let queries = heads * head_dim;
-    let keys = model.kv_heads() as u128 * head_dim;
-    let mut sizes = vec![
-        size("model.vocab_size", model.vocab_size as u128, "embedding", 0),
-        size("model.hidden", hidden, "embedding", 1),
-        size("model.heads x head_dim", queries, ".attention.query", 0),
-        size("model.kv_heads x head_dim", keys, ".attention.key", 0),
-    ];
-    if let Some(ffn) = model.ffn {
-        sizes.push(size("model.ffn", ffn as u128, ".mlp.down", 1));
-    }
-    if let Some(moe) = &model.moe {
-        let experts = moe.experts as u128;
-        let ffn = moe.ffn as u128;
-        let shared = moe.shared_experts as u128 * ffn;
-        let shared_key = "model.moe.shared_experts x ffn";
-        sizes.extend([
-            size("model.moe.experts", experts, ".moe.gate", 0),
-            size("model.moe.ffn", ffn, ".moe.experts.0.down", 1),
-            size(shared_key, shared, ".moe.shared.down", 1),
-        ]);
-    }
-    sizes
 }
 
 /// Returns the number of layers with saved weights.

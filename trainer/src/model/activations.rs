@@ -1,0 +1,33 @@
+//! Memory of a block's activations, as blocks describe it.
+
+use crate::config::RecomputeConfig;
+use parallel::MeshShape;
+
+/// Bytes of an fp32 number.
+pub(crate) const FP32_BYTES: u64 = 4;
+
+/// Bytes of activations for one microbatch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Activations {
+    /// Saved from forward to backward.
+    pub(crate) saved: u64,
+    /// Temporary tensors of backward.
+    pub(crate) transient: u64,
+}
+
+/// Everything that a block's activations on a rank depend on, besides the model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlockShape<'a> {
+    pub(crate) mesh: MeshShape,
+    /// Tokens of a microbatch inside a block, where tensor-parallel ranks split the matrices.
+    pub(crate) tokens: u64,
+    /// Tokens of a microbatch between blocks, where tensor-parallel ranks split the tokens.
+    pub(crate) own_tokens: u64,
+    /// Bytes of an element in the model's dtype.
+    pub(crate) element: u64,
+    pub(crate) recompute: &'a RecomputeConfig,
+    /// True if the model is on the CPU.
+    pub(crate) on_host: bool,
+    /// True if a position sees all earlier ones: documents do not cut sequences.
+    pub(crate) is_causal: bool,
+}

@@ -1,0 +1,123 @@
+//! SwiGLU feed-forward network (arXiv 2002.05202): a dense layer's, and a model of an expert's.
+// Shapes: T tokens (of a microbatch, on this rank), D hidden, F ffn.
+
+use super::{
+    activations::{Activations, BlockShape},
+    spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
+    weights::WeightBuilder,
+};
+use crate::config::RecomputedPart;
+use moe::experts::grouped_swiglu;
+use parallel::{Activation, Weight, tensor::TensorParallel};
+use tch::Tensor;
+use torch_ext::Error;
+
+/// Descriptions of the parameters of a SwiGLU network.
+#[derive(Debug, Clone)]
+pub(crate) struct SwigluSpecs {
+    /// `[2F, D]`: the rows of gate, then those of up.
+    pub(crate) gate_up: ParamSpec,
+    /// `[D, F]`.
+    pub(crate) down: ParamSpec,
+}
+
+/// Which axis divides the networks of a block, and how many there are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Networks {
+    /// One network, which tensor-parallel ranks divide.
+    Dense,
+    /// This many experts, each of which expert-tensor-parallel ranks divide.
+    Experts(u64),
+}
+
+impl SwigluSpecs {
+    /// Describes the networks of inner width `ffn` in the block with this global name.
+    pub(crate) fn new(block: &str, hidden: Dim, ffn: Dim, networks: Networks) -> SwigluSpecs {
+        let spec = |part, dims: [Dim; 2], dim, fused, writes_residual| {
+            let split = SplitDim {
+                dim,
+                units: ffn.size,
+                fused,
+            };
+            let (stack, split, role) = match networks {
+                Networks::Dense => (Stack::GroupOfOne, Split::Tensor(split), Role::Matrix),
+                Networks::Experts(count) => (
+                    Stack::Experts(count),
+                    Split::ExpertTensor(split),
+                    Role::Expert,
+                ),
+            };
+            ParamSpec {
+                block: block.to_string(),
+                part,
+                dims: dims.to_vec(),
+                stack,
+                split,
+                role,
+                writes_residual,
+            }
+        };
+        SwigluSpecs {
+            gate_up: spec(
+                "gate_up",
+                [Dim::derived(ffn.size.saturating_mul(2)), hidden],
+                0,
+                2,
+                false,
+            ),
+            down: spec("down", [hidden, ffn], 1, 1, true),
+        }
+    }
+
+    /// Returns the descriptions in the order of use.
+    pub(crate) fn into_list(self) -> Vec<ParamSpec> {
+        vec![self.gate_up, self.down]
+    }
+}
+
+/// Returns the bytes of activations of networks of inner width `ffn` that compute `rows` rows of
+/// width `hidden`, on a rank.
+pub(crate) fn activations(rows: u64, hidden: u64, ffn: u64, at: &BlockShape) -> Activations {
+    let gate_up = rows * 2 * ffn * at.element;
+    let half = rows * ffn * at.element;
+    let keeps_gate_up = at.recompute.keeps(RecomputedPart::Experts);
+    Activations {
+        saved: if keeps_gate_up { gate_up } else { 0 },
+        // Gradients of the gate-up output and of the activation, the activation itself, and the
+        // gradient of the rows.
+        transient: gate_up + 3 * half + 3 * rows * hidden * at.element,
+    }
+}
+
+/// A rank's part of a dense feed-forward network.
+pub(crate) struct DenseFeedForward {
+    /// `[1, 2F, D]`; of F this rank's part.
+    gate_up: Weight,
+    /// `[1, D, F]`; of F this rank's part.
+    down: Weight,
+    tensor: TensorParallel,
+    /// True if the gate-up output is saved for backward.
+    save_gate_up: bool,
+}
+
+impl DenseFeedForward {
+    pub(crate) fn new(builder: &mut WeightBuilder, specs: &SwigluSpecs) -> DenseFeedForward {
+        DenseFeedForward {
+            gate_up: builder.add(&specs.gate_up),
+            down: builder.add(&specs.down),
+            tensor: builder.ctx.groups.tensor.clone(),
+            save_gate_up: builder.ctx.recompute.keeps(RecomputedPart::Experts),
+        }
+    }
+
+    /// Maps this rank's rows `[T / ranks, D]` to the same shape.
+    ///
+    /// # Collective
+    /// All ranks of the tensor group.
+    pub(crate) fn forward(&self, x: &Activation) -> Result<Tensor, Error> {
+        self.tensor.column_row_parallel(x, |x| {
+            let tokens = x.value.size()[0];
+            grouped_swiglu(x, &self.gate_up, &self.down, &[tokens], self.save_gate_up)
+        })
+    }
+}
