@@ -565,7 +565,7 @@ fn steps_do_not_wait_for_kernels_that_are_loaded_late() {
 #[test]
 fn each_operation_is_rehearsed_before_the_first_communicator() {
     let experiment = Experiment::new();
-    let layouts: [&[&str]; 6] = [
+    let layouts: [&[&str]; 7] = [
         &["parallel.expert=1"],
         &["parallel.expert=1", "train.dtype=bf16"],
         &["parallel.zero=3", "parallel.recompute.layers=all"],
@@ -576,6 +576,7 @@ fn each_operation_is_rehearsed_before_the_first_communicator() {
             "train.micro_batch=1",
         ],
         &["parallel.context=2"],
+        &["parallel.tensor=2"],
         &[
             "model.moe.dispatch=least_loaded",
             "model.moe.least_loaded.threshold=1",

@@ -30,7 +30,7 @@ fn build_library(folder: &Path) {
 fn told(experiment: &Experiment, changes: &[&str], variables: &[(&str, &str)]) -> Vec<String> {
     let file = experiment.path("told");
     let _ = std::fs::remove_file(&file);
-    let mut command = experiment.train(1, &[&["run.device=cuda"], changes].concat());
+    let mut command = experiment.train(1, &[&["run.device=cuda", "parallel={}"], changes].concat());
     command
         .env("MOERUN_TORCH_LIB", experiment.path("."))
         .env("MOERUN_TEST_TOLD", &file)

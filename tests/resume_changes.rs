@@ -179,6 +179,7 @@ fn run_changes(folder: &Path) -> Vec<Change> {
     vec![
         change("run.seed", json!(2)),
         change("run.device", json!("auto")),
+        change("run.deterministic", json!(true)),
         change("run.cpu_affinity", json!("cores")),
         change("run.backend", json!("gloo")),
         change("run.timeout_s", json!(200)),
