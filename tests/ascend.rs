@@ -501,19 +501,3 @@ fn each_thread_uses_the_device_of_its_rank() {
         assert_eq!(uses, 0.0, "{layout:?}: uses of other devices");
     }
 }
-
-#[test]
-fn steps_do_not_wait_for_kernels_that_are_loaded_late() {
-    let experiment = Experiment::new();
-    let changes = [
-        "train.steps=3",
-        "parallel.pipeline=2",
-        "parallel.vocabulary=vocab-2",
-        "train.micro_batch=1",
-        "run.timeout_s=30",
-        "run.device=npu",
-    ];
-    let mut command = experiment.train(4, &changes);
-    let output = finish(with_npus(&mut command).env("MOERUN_STANDIN_LAZY_LOADING", "1"));
-    assert!(output.status.success(), "{}", text(&output));
-}
