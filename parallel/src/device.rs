@@ -272,7 +272,7 @@ pub struct DiscreteDevice {
 }
 
 impl DiscreteDevice {
-    /// Loads the CUDA library and opens GPU `index`, which becomes the current device of the calling
+    /// Loads the CUDA library and opens GPU `index`. It becomes the current device of the calling
     /// thread.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-/// Interval at which the device is asked.
+/// Interval between two questions to the device about the same operation.
 const INSPECTION_INTERVAL: Duration = Duration::from_millis(100);
 /// The time after a timeout in which an operation that was complete by then is noticed.
 const INSPECTION_DELAY: Duration = Duration::from_millis(300);

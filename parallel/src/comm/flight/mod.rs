@@ -65,10 +65,10 @@ struct RecorderState {
     store_rank: Option<usize>,
 }
 
-/// The times that a recorder allows.
+/// The times after which a recorder acts.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Timeouts {
-    /// For each operation.
+    /// The time in which an operation must be complete.
     operation: Duration,
     /// A rank that does not notice a failure of its device for this long waits in the driver.
     stuck: Duration,
@@ -172,7 +172,7 @@ impl FlightRecorder {
         self.0.start.elapsed().as_secs_f64()
     }
 
-    /// Logs a call.
+    /// Logs a call before it starts.
     fn started(&self, call: Call, is_collective: bool) -> StartedCall {
         self.0.log.lock().add(call, is_collective)
     }

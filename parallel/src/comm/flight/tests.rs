@@ -112,7 +112,7 @@ impl Recorded {
         }
     }
 
-    /// Queues a sum.
+    /// Queues a sum of the group, and waits as a rank does: without the device.
     fn sum(&self) -> Result<(), CommError> {
         let x = Tensor::zeros([2], (Kind::Float, Device::Cpu));
         self.group.all_reduce(&x, ReduceOp::Sum)?.wait()
