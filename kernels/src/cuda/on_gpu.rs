@@ -3,8 +3,9 @@
 
 use super::tests::test_gpu;
 use crate::{
-    combine, cross_entropy, grouped_gemm, grouped_gemm_overwrite, quantize_rows, rms_norm,
-    rms_norm_backward, swiglu, tensors::tests::TestTensor,
+    combine, cross_entropy, gemm_accumulate, grouped_gemm, grouped_gemm_accumulate,
+    grouped_gemm_overwrite, quantize_rows, rms_norm, rms_norm_backward, swiglu,
+    tensors::tests::TestTensor,
 };
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -188,6 +189,18 @@ fn rates_at_the_sizes_of_a_step() {
     let flops = 2.0 * (routed * hidden * 2 * ffn) as f64;
     print_rate("grouped_gemm", 0.0, flops, || {
         drop(grouped_gemm(&rows, &[matrices.shallow_clone()], &counts));
+    });
+    // Two ways to the gradients of experts: `_grouped_mm`, whose bf16 result is added, and one
+    // cuBLAS call for each expert, which adds in fp32.
+    let sums = random(&[experts, 2 * ffn, hidden], Kind::Float);
+    print_rate("grouped_gemm_accumulate", 0.0, flops, || {
+        grouped_gemm_accumulate(&sums, &gate_up, &rows, &counts);
+    });
+    print_rate("gemm_accumulate of each expert", 0.0, flops, || {
+        for (expert, len) in counts.iter().enumerate() {
+            let own = |x: &Tensor| x.narrow(0, expert as i64 * len, *len);
+            gemm_accumulate(&sums.get(expert as i64), &own(&gate_up).tr(), &own(&rows));
+        }
     });
     let square = random(&[hidden, hidden], bf16);
     let flops = 2.0 * (tokens * hidden * hidden) as f64;
