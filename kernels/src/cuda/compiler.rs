@@ -231,8 +231,51 @@ fn preload_builtins() {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::cuda::launch::MAX_SHARED;
+
+    /// Registers of a multiprocessor, on every GPU since compute capability 3.
+    const REGISTERS: usize = 64 << 10;
+    /// Threads of a multiprocessor that must fit its registers. Fewer could not hide the time that
+    /// memory takes.
+    const RESIDENT_THREADS: usize = 1024;
+
+    /// Returns the path of NVRTC.
+    pub(in crate::cuda) fn nvrtc() -> PathBuf {
+        let path = std::env::var_os("MOERUN_NVRTC");
+        path.expect("MOERUN_NVRTC is not set: run ./scripts/setup --nvrtc")
+            .into()
+    }
+
+    /// Returns the names of all kernels.
+    pub(in crate::cuda) fn kernel_names() -> Vec<String> {
+        let source = source();
+        let after_keyword = source.split("KERNEL void ").skip(1);
+        after_keyword
+            .map(|text| text.split('(').next().unwrap_or_default().to_owned())
+            .collect()
+    }
+
+    /// Returns the numbers before a unit in the compiler's reports, such as `registers`.
+    fn reported(log: &str, unit: &str) -> Vec<usize> {
+        let number = |text: &str| text.rsplit(' ').next()?.parse().ok();
+        let before_unit = log.split(&format!(" {unit}")).collect::<Vec<_>>();
+        let (_, before_unit) = before_unit.split_last().expect("at least one part");
+        before_unit.iter().filter_map(|text| number(text)).collect()
+    }
+
+    /// Fails if a kernel takes so many registers or so much shared memory that a multiprocessor
+    /// cannot hold enough of its threads.
+    fn assert_occupancy(log: &str) {
+        let registers = reported(log, "registers");
+        assert_eq!(registers.len(), kernel_names().len(), "{log}");
+        let most = registers.iter().max().unwrap();
+        assert!(most * RESIDENT_THREADS <= REGISTERS, "{log}");
+        let shared = reported(log, "bytes smem");
+        assert!(!shared.is_empty(), "{log}");
+        assert!(shared.iter().all(|&bytes| bytes < MAX_SHARED / 8), "{log}");
+    }
 
     /// Fails if a kernel keeps variables in memory instead of registers.
     fn assert_no_spills(log: &str) {
@@ -240,7 +283,7 @@ mod tests {
             .lines()
             .filter(|line| line.contains("bytes stack frame"))
             .collect();
-        let kernels = source().matches("KERNEL void").count();
+        let kernels = kernel_names().len();
         assert!(reports.len() >= kernels, "{} reports: {log}", reports.len());
         for report in reports {
             let nothing = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads";
@@ -253,15 +296,14 @@ mod tests {
 
     #[test]
     fn kernels_compile_for_recent_gpus() {
-        let path = std::env::var_os("MOERUN_NVRTC")
-            .expect("MOERUN_NVRTC is not set: run ./scripts/setup --nvrtc");
         // SAFETY: NVIDIA's compiler, which stays loaded.
-        let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap();
+        let library = unsafe { Library::open(Some(nvrtc()), RTLD_NOW | RTLD_GLOBAL) }.unwrap();
         let compiler = Compiler::of(Box::leak(Box::new(library))).unwrap();
         assert!(compiler.version().unwrap().contains('.'));
         for architecture in ["sm_80", "sm_90", "sm_100"] {
             for (kind, vectors) in [
                 (Kind::Float, true),
+                (Kind::Float, false),
                 (Kind::BFloat16, true),
                 (Kind::BFloat16, false),
             ] {
@@ -270,6 +312,7 @@ mod tests {
                     .unwrap();
                 assert_eq!(&code[..4], b"\x7fELF");
                 assert_no_spills(&log);
+                assert_occupancy(&log);
             }
         }
         let variant = Variant {

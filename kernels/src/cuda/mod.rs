@@ -2,9 +2,9 @@
 //!
 //! The kernels are in `source/`. NVRTC compiles them at first use (`compiler.rs`), which a cache on
 //! disk remembers (`code_cache.rs`), and CUDA's driver queues them on libtorch's streams
-//! (`driver.rs`). If either library is missing,
-//! libtorch's operations run instead. Tests run the kernels on the host (`emulator.rs`). Not yet
-//! run on hardware.
+//! (`driver.rs`). If either library is missing, libtorch's operations run instead. Tests run the
+//! kernels on the host (`emulator.rs`), and queue them with a stand-in for the driver
+//! (`stand_in_driver.cpp`). Not yet run on hardware.
 
 mod adamw;
 mod add_rows;
