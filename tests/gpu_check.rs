@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most seconds of all parts together. Before them torch is asked for a GPU.
+/// Most seconds of all parts together. Before them it asks torch for a GPU.
 const LIMIT_S: f64 = 15.0 * 60.0 - 60.0;
 
 /// Python's torch: it finds the GPUs of the driver, and its libraries are the tests'.

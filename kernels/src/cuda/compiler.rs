@@ -265,8 +265,8 @@ pub(super) mod tests {
         before_unit.iter().filter_map(|text| number(text)).collect()
     }
 
-    /// Fails if a kernel takes so many registers or so much shared memory that a multiprocessor
-    /// cannot hold enough of its threads.
+    /// Fails if the registers or the shared memory of a multiprocessor are too few for
+    /// [`RESIDENT_THREADS`] of a kernel.
     fn assert_occupancy(log: &str) {
         let registers = reported(log, "registers");
         assert_eq!(registers.len(), kernel_names().len(), "{log}");

@@ -112,7 +112,7 @@ mod tests {
     use crate::cuda::launch::{Argument, BlockShape, MAX_SHARED, arguments};
     use tch::{Device, Kind, kind::FLOAT_CPU};
 
-    /// Launches one block.
+    /// Launches one block of a kernel for fp32 with packs.
     fn launch(name: &'static str, block: BlockShape, shared: usize, arguments: &[Argument]) {
         let launch = KernelLaunch {
             name,

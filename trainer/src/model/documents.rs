@@ -42,20 +42,20 @@ impl Documents {
             let document_ids = self.document_ids();
             let queries = document_ids.unsqueeze(2);
             let keys = document_ids.unsqueeze(1);
-            let attends = queries.eq_tensor(&keys).tril(0).unsqueeze(1);
-            match attends.device() {
-                Device::Cpu | Device::Cuda(_) => added_to_scores(&attends, kind),
-                _ => attends,
+            let is_visible = queries.eq_tensor(&keys).tril(0).unsqueeze(1);
+            match is_visible.device() {
+                Device::Cpu | Device::Cuda(_) => added_to_scores(&is_visible, kind),
+                _ => is_visible,
             }
         };
         mask.get_or_insert_with(make).shallow_clone()
     }
 }
 
-/// Returns 0 where `attends` is true, and [`MASKED_SCORE`] elsewhere.
-fn added_to_scores(attends: &Tensor, kind: Kind) -> Tensor {
-    let scores = Tensor::zeros(attends.size(), (kind, attends.device()));
-    scores.masked_fill(&attends.logical_not(), MASKED_SCORE)
+/// Returns 0 where `is_visible` is true, and [`MASKED_SCORE`] elsewhere.
+fn added_to_scores(is_visible: &Tensor, kind: Kind) -> Tensor {
+    let scores = Tensor::zeros(is_visible.size(), (kind, is_visible.device()));
+    scores.masked_fill(&is_visible.logical_not(), MASKED_SCORE)
 }
 
 #[cfg(test)]
