@@ -318,6 +318,11 @@ fn numbers_that_do_not_divide() {
     );
     refused(
         &experiment,
+        &mut experiment.train(1, &["data.eod_token=0", "data.sequence_length=4194304"]),
+        &["takes a mask of 35184372088832 values", "ring attention"],
+    );
+    refused(
+        &experiment,
         &mut experiment.train(2, &["train.stebs=1"]),
         &["no key stebs", "did you mean steps?"],
     );

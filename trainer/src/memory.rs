@@ -17,7 +17,8 @@ use crate::{
     process_groups::zero_rank_and_size,
 };
 use parallel::{
-    BucketPlan, Mesh, matrix_shape, own_rows, pipeline::simulate::simulate, plan_buckets,
+    BucketPlan, Mesh, context::ContextKind, matrix_shape, own_rows, pipeline::simulate::simulate,
+    plan_buckets,
 };
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -106,6 +107,20 @@ struct RankSizes<'a> {
     element: u64,
 }
 
+impl Config {
+    /// Returns the elements of the mask that keeps the documents of a microbatch apart, in the
+    /// model's dtype. All layers share it, and ring attention has none.
+    pub(crate) fn document_mask_elements(&self) -> u128 {
+        let parallel = &self.parallel;
+        let is_ring = parallel.context > 1 && parallel.context_attention == ContextKind::Ring;
+        if self.data.eod_token.is_none() || is_ring {
+            return 0;
+        }
+        let length = self.data.sequence_length as u128;
+        self.train.micro_batch as u128 * length * length
+    }
+}
+
 impl RankSizes<'_> {
     /// Returns all parameters of `part`, in the model's order.
     fn parameters(&self, part: &ModelPart) -> Vec<ParameterShape> {
@@ -172,7 +187,7 @@ impl RankSizes<'_> {
         let states = self.tokens * hidden * self.element;
         let limit = logits_chunk_bytes(self.config.run.device == "cpu") as u64;
         let logits = limit.min(self.tokens * rows * FP32_BYTES);
-        let mut saved = 0;
+        let mut saved = self.config.document_mask_elements() as u64 * self.element;
         let mut largest = 0;
         for stage in &part.stages {
             for layer in stage.layers.clone() {
@@ -554,6 +569,27 @@ mod tests {
             let of_part = config.memory_of(part.clone(), ranks).unwrap();
             let counted: usize = of_part.iter().map(|equal| equal.ranks.len()).sum();
             prop_assert_eq!(counted, part.len());
+        }
+    }
+
+    #[test]
+    fn the_layers_of_a_microbatch_share_one_mask_of_documents() {
+        let activations = |documents: bool, context: usize, kind: &str, layers: usize| {
+            let parallel = json!({"context": context, "context_attention": kind});
+            let mut config = config(parallel, json!({"layers": layers}));
+            config.data.eod_token = documents.then_some(0);
+            // Without documents attention would save fewer keys on the host.
+            config.run.device = "cuda".into();
+            config.memory(context).unwrap()[0].memory.activations
+        };
+        let mask = |context, kind, layers| {
+            activations(true, context, kind, layers) - activations(false, context, kind, layers)
+        };
+        let fp32_mask = 32 * 32 * 4;
+        for layers in [1, 6] {
+            assert_eq!(mask(1, "ring", layers), fp32_mask);
+            assert_eq!(mask(2, "ulysses", layers), fp32_mask);
+            assert_eq!(mask(2, "ring", layers), 0);
         }
     }
 

@@ -78,6 +78,7 @@ mod tests {
         cuda::tests::{close, test_gpu, with_cases},
     };
     use proptest::prelude::*;
+    use tch::{Device, Tensor};
 
     proptest! {
         #![proptest_config(with_cases(40))]
@@ -97,6 +98,49 @@ mod tests {
             if let Some(stored) = &update.stored {
                 prop_assert!(stored.equal(&update.master.to_kind(Kind::BFloat16)));
             }
+        }
+    }
+
+    #[test]
+    fn each_weight_is_rounded_to_the_nearest_and_ties_to_even() {
+        let (gpu, device) = test_gpu();
+        // Each bf16 number, and numbers around the middle between it and the next one.
+        let lower_halves = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        let numbers: Vec<f32> = (0..1u32 << 16)
+            .flat_map(|upper| lower_halves.map(|lower| f32::from_bits(upper << 16 | lower)))
+            .collect();
+        let numbers = Tensor::from_slice(&numbers);
+        let count = numbers.numel() as i64;
+        // A step that changes no weight.
+        let scalars = Scalars {
+            inverse_scale: 1.0,
+            decay_factor: 1.0,
+            beta1: 0.9,
+            beta2: 0.9,
+            step_size: 0.0,
+            inverse_root_correction: 1.0,
+            eps: 1.0,
+        };
+        // Packs, and single elements.
+        for shift in [0, 1] {
+            let zeros = |kind| {
+                let all = Tensor::zeros([count + 1], (kind, device));
+                all.narrow(0, shift, count)
+            };
+            let update = AdamWUpdate {
+                master: zeros(Kind::Float),
+                gradient: zeros(Kind::Float),
+                exp_avg: zeros(Kind::Float),
+                exp_avg_sq: zeros(Kind::Float),
+                stored: Some(zeros(Kind::BFloat16)),
+            };
+            update.master.shallow_clone().copy_(&numbers);
+            adamw(gpu, &update, scalars);
+            let stored = update.stored.unwrap().to_device(Device::Cpu);
+            let nan = numbers.isnan();
+            assert_eq!(stored.isnan(), nan);
+            let bits = |x: &Tensor| x.view_dtype(Kind::Int16).masked_fill(&nan, 0);
+            assert_eq!(bits(&stored), bits(&numbers.to_kind(Kind::BFloat16)));
         }
     }
 }

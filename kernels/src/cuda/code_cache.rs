@@ -12,8 +12,8 @@ use std::{
 /// Length of a digest in bytes.
 const DIGEST: usize = blake3::OUT_LEN;
 
-/// A folder of machine code.
-pub(super) struct CodeCache(Option<PathBuf>);
+/// A folder of machine code, or none.
+pub(super) struct CodeCache(pub(super) Option<PathBuf>);
 
 impl CodeCache {
     /// Returns the user's cache: `kernels` in `MOERUN_CACHE`, or in `moerun` in the cache folder of

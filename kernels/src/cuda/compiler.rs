@@ -239,8 +239,42 @@ fn preload_builtins() {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::cuda::launch::MAX_SHARED;
+
+    /// Registers of a multiprocessor, on every GPU since compute capability 3.
+    const REGISTERS: usize = 64 << 10;
+    /// Threads of a multiprocessor that must fit its registers. Fewer could not hide the time that
+    /// memory takes.
+    const RESIDENT_THREADS: usize = 1024;
+
+    /// Returns the path of NVRTC.
+    pub(in crate::cuda) fn nvrtc() -> PathBuf {
+        let path = std::env::var_os("MOERUN_NVRTC");
+        path.expect("MOERUN_NVRTC is not set: run ./scripts/setup --nvrtc")
+            .into()
+    }
+
+    /// Returns the numbers before a unit in the compiler's reports, such as `registers`.
+    fn reported(log: &str, unit: &str) -> Vec<usize> {
+        let number = |text: &str| text.rsplit(' ').next()?.parse().ok();
+        let before_unit = log.split(&format!(" {unit}")).collect::<Vec<_>>();
+        let (_, before_unit) = before_unit.split_last().expect("at least one part");
+        before_unit.iter().filter_map(|text| number(text)).collect()
+    }
+
+    /// Fails if the registers or the shared memory of a multiprocessor are too few for
+    /// [`RESIDENT_THREADS`] of a kernel.
+    fn assert_occupancy(log: &str) {
+        let registers = reported(log, "registers");
+        assert_eq!(registers.len(), kernel_names().len(), "{log}");
+        let most = registers.iter().max().unwrap();
+        assert!(most * RESIDENT_THREADS <= REGISTERS, "{log}");
+        let shared = reported(log, "bytes smem");
+        assert!(!shared.is_empty(), "{log}");
+        assert!(shared.iter().all(|&bytes| bytes < MAX_SHARED / 8), "{log}");
+    }
 
     /// Fails if a kernel keeps variables in memory instead of registers.
     fn assert_no_spills(log: &str) {
@@ -261,10 +295,8 @@ mod tests {
 
     #[test]
     fn kernels_compile_for_recent_gpus() {
-        let path = std::env::var_os("MOERUN_NVRTC")
-            .expect("MOERUN_NVRTC is not set: run ./scripts/setup --nvrtc");
         // SAFETY: NVIDIA's compiler, which stays loaded.
-        let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap();
+        let library = unsafe { Library::open(Some(nvrtc()), RTLD_NOW | RTLD_GLOBAL) }.unwrap();
         let compiler = Compiler::of(Box::leak(Box::new(library))).unwrap();
         assert!(compiler.version().unwrap().contains('.'));
         for architecture in ["sm_80", "sm_90", "sm_100"] {
@@ -272,6 +304,7 @@ mod tests {
                 let Compiled { code, log } = compiler.compile(variant, architecture).unwrap();
                 assert_eq!(&code[..4], b"\x7fELF");
                 assert_no_spills(&log);
+                assert_occupancy(&log);
                 for name in kernel_names() {
                     let entry = format!("entry function '{name}'");
                     assert!(log.contains(&entry), "{name}: {log}");

@@ -141,7 +141,7 @@ pub(super) fn compile_ahead() -> Result<(), String> {
     let gpus = 0..tch::Cuda::device_count().max(0) as usize;
     let architectures: BTreeSet<String> = gpus.map(architecture).collect::<Result<_, _>>()?;
     for architecture in &architectures {
-        compile_variants(&compiler, architecture)?;
+        compile_variants(&compiler, architecture, &CodeCache::of_user())?;
     }
     Ok(())
 }
@@ -169,13 +169,17 @@ struct VariantCode {
 }
 
 /// Returns the machine code of every variant, compiled in parallel unless the cache on disk has it.
-fn compile_variants(compiler: &Compiler, architecture: &str) -> Result<Vec<VariantCode>, String> {
+fn compile_variants(
+    compiler: &Compiler,
+    architecture: &str,
+    cache: &CodeCache,
+) -> Result<Vec<VariantCode>, String> {
     let version = compiler.version()?;
     let code = |variant: Variant| {
         let options = options(variant, architecture).join(" ");
         let source = source();
         let inputs = [source.as_str(), options.as_str(), version.as_str()];
-        let code = CodeCache::of_user().get_or_compile(&inputs, || {
+        let code = cache.get_or_compile(&inputs, || {
             let compiled = compiler.compile(variant, architecture)?;
             Ok(compiled.code)
         });
@@ -195,10 +199,19 @@ fn compile_variants(compiler: &Compiler, architecture: &str) -> Result<Vec<Varia
 
 impl Device {
     fn open(index: usize) -> Result<Device, String> {
-        let library = library()?;
+        let cache = CodeCache::of_user();
+        Device::of_library(library()?, index, architecture(index)?, &cache)
+    }
+
+    /// Opens GPU `index` by the driver and the compiler of a library and its dependencies.
+    fn of_library(
+        library: &'static Library,
+        index: usize,
+        architecture: String,
+        cache: &CodeCache,
+    ) -> Result<Device, String> {
         let driver = Driver::of(library)?;
         let compiler = Compiler::of(library)?;
-        let architecture = architecture(index)?;
         let mut device = 0;
         let mut context = std::ptr::null_mut();
         let mut multiprocessors = 0;
@@ -213,7 +226,7 @@ impl Device {
                 device,
             ))?;
         }
-        let variants = compile_variants(&compiler, &architecture)?;
+        let variants = compile_variants(&compiler, &architecture, cache)?;
         let mut device = Device {
             driver,
             context,
@@ -276,12 +289,9 @@ impl Device {
         }
     }
 
-    fn queue(&self, launch: &KernelLaunch, like: &Tensor) -> Result<(), String> {
+    fn queue(&self, launch: &KernelLaunch, stream: CUstream) -> Result<(), String> {
         self.enter()?;
         let function = self.function(launch.variant, launch.name)?;
-        let stream = Stream::current(like)
-            .and_then(|stream| stream.handle())
-            .map_err(|error| error.to_string())?;
         let mut words = launch.words();
         let mut arguments = pointers(&mut words);
         let size = launch.dimensions();
@@ -297,7 +307,7 @@ impl Device {
                 size.rows,
                 1,
                 size.shared,
-                stream.cast(),
+                stream,
                 arguments.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
@@ -311,10 +321,14 @@ impl Device {
 
 impl Gpu for Device {
     fn run(&self, launch: &KernelLaunch, like: &Tensor) {
-        if launch.blocks > 0 {
-            self.queue(launch, like)
-                .unwrap_or_else(|error| panic!("kernel {}: {error}", launch.name));
+        if launch.blocks == 0 {
+            return;
         }
+        let stream = Stream::current(like).and_then(|stream| stream.handle());
+        stream
+            .map_err(|error| error.to_string())
+            .and_then(|stream| self.queue(launch, stream.cast()))
+            .unwrap_or_else(|error| panic!("kernel {}: {error}", launch.name));
     }
 
     fn multiprocessors(&self) -> usize {
@@ -342,6 +356,151 @@ fn launch_error(code: Code, text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::{
+        compiler::tests::nvrtc,
+        launch::{BlockShape, arguments},
+    };
+    use libloading::os::unix::{RTLD_LOCAL, RTLD_NOW};
+    use std::{path::Path, process::Command};
+    use tch::{Kind, kind::FLOAT_CPU};
+
+    const FP32: Variant = Variant {
+        kind: Kind::Float,
+        vectors: true,
+    };
+
+    /// The last launch of the calling thread, as the stand-in has seen it.
+    #[repr(C)]
+    #[derive(Debug, PartialEq, Eq)]
+    struct Seen {
+        blocks: c_uint,
+        threads_per_row: c_uint,
+        rows: c_uint,
+        shared: c_uint,
+        stream: *mut c_void,
+    }
+
+    /// Returns the stand-in for the driver, linked with NVRTC as libtorch's library is.
+    fn library() -> &'static Library {
+        static LIBRARY: OnceLock<Library> = OnceLock::new();
+        LIBRARY.get_or_init(|| {
+            let folder = tempfile::tempdir().unwrap();
+            let [source, library] =
+                ["driver.cpp", "libdriver.so"].map(|name| folder.path().join(name));
+            std::fs::write(&source, include_str!("stand_in_driver.cpp")).unwrap();
+            let nvrtc = nvrtc();
+            let nvrtc_folder = Path::new(&nvrtc).parent().unwrap();
+            let mut command = Command::new(std::env::var("CXX").unwrap_or("c++".into()));
+            command
+                .args(["-std=c++17", "-shared", "-fPIC", "-Wl,--no-as-needed", "-o"])
+                .args([&library, &source])
+                .arg(&nvrtc)
+                .arg(format!("-Wl,-rpath,{}", nvrtc_folder.display()));
+            assert!(command.status().unwrap().success());
+            // SAFETY: the libraries were compiled for this process, and stay loaded.
+            unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_LOCAL) }.unwrap()
+        })
+    }
+
+    /// Returns both GPUs of the stand-in, which share a cache of machine code.
+    fn devices() -> &'static [Device; 2] {
+        static DEVICES: OnceLock<[Device; 2]> = OnceLock::new();
+        DEVICES.get_or_init(|| {
+            let folder = tempfile::tempdir().unwrap().keep();
+            [0, 1].map(|index| {
+                let cache = CodeCache(Some(folder.clone()));
+                Device::of_library(library(), index, "sm_90".into(), &cache).unwrap()
+            })
+        })
+    }
+
+    fn seen() -> Seen {
+        // SAFETY: the signature is that of stand_in_driver.cpp.
+        unsafe {
+            let last = library().get::<unsafe extern "C" fn() -> Seen>(b"stand_in_last_launch\0");
+            last.unwrap()()
+        }
+    }
+
+    /// Queues `swiglu` in blocks of 32 threads for each of `rows` rows.
+    fn queue(device: &Device, rows: usize) -> Result<(), String> {
+        let x = Tensor::zeros([64], FLOAT_CPU);
+        let launch = KernelLaunch {
+            name: "swiglu",
+            variant: FP32,
+            blocks: 3,
+            block: BlockShape {
+                threads_per_row: 32,
+                rows,
+            },
+            shared: 40,
+            arguments: &arguments![&x, &x, 1, 32],
+        };
+        device.queue(&launch, std::ptr::without_provenance_mut(7))
+    }
+
+    #[test]
+    fn each_kernel_of_each_dtype_is_found() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let variant = Variant {
+                kind,
+                vectors: true,
+            };
+            for name in kernel_names() {
+                devices()[0].function(variant, &name).unwrap();
+            }
+        }
+        let missing = devices()[0].function(FP32, "no_such_kernel").unwrap_err();
+        assert!(missing.contains("not found (500)"), "{missing}");
+    }
+
+    #[test]
+    fn each_thread_launches_in_the_context_of_the_gpu() {
+        let [first, second] = devices();
+        // Without a context the driver refuses, and with that of another GPU, too.
+        for device in [first, second, first] {
+            std::thread::scope(|scope| {
+                let here = scope.spawn(|| queue(device, 1));
+                here.join().unwrap().unwrap();
+            });
+            queue(device, 1).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_launch_reaches_the_driver_as_it_is() {
+        queue(&devices()[0], 2).unwrap();
+        let expected = Seen {
+            blocks: 3,
+            threads_per_row: 32,
+            rows: 2,
+            shared: 40,
+            stream: std::ptr::without_provenance_mut(7),
+        };
+        assert_eq!(seen(), expected);
+        let nothing = KernelLaunch {
+            name: "swiglu",
+            variant: FP32,
+            blocks: 0,
+            block: BlockShape {
+                threads_per_row: 32,
+                rows: 1,
+            },
+            shared: 0,
+            arguments: &[],
+        };
+        // A tensor on the host has no stream, so that a launch would panic.
+        devices()[0].run(&nothing, &Tensor::zeros([1], FLOAT_CPU));
+    }
+
+    #[test]
+    fn what_the_driver_refuses_is_an_error() {
+        let error = queue(&devices()[0], 64).unwrap_err();
+        assert_eq!(error, "CUDA's driver: invalid argument (1)");
+        let missing = Device::of_library(library(), 2, "sm_90".into(), &CodeCache(None));
+        let error = missing.map(|_| ()).unwrap_err();
+        assert_eq!(error, "CUDA's driver: invalid device ordinal (101)");
+    }
 
     #[test]
     fn a_failure_that_may_be_another_kernels_is_said_to_be_so() {

@@ -1,10 +1,11 @@
 // Runs the kernels of source/ on the host, for tests. The threads of a block are fibers that switch
 // at barriers and shuffles. Their order is random at each switch and some warps run ahead, so that
-// a missing barrier shows. Launches and accesses that a GPU refuses are failures. Speed can only be
-// measured on a GPU.
+// a missing barrier shows. Launches and accesses that a GPU refuses are failures, and so is what
+// the undefined-behavior sanitizer finds. Speed can only be measured on a GPU.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <random>
 #include <ucontext.h>
@@ -49,6 +50,41 @@ static void yield_thread(State state) {
 static void fail(const char* why) {
     failed = why;
     yield_thread(State::done);
+}
+
+// The compiler calls these functions where -fsanitize has found something. Here they replace its
+// runtime library, which would end the process. Each gets a description that begins with the place,
+// and none returns.
+struct SourceLocation {
+    const char* file;
+    std::uint32_t line, column;
+};
+[[noreturn]] static void fail_at(const char* what, const SourceLocation* where) {
+    static char text[256];
+    std::snprintf(text, sizeof text, "%s at %s:%u", what, where->file, where->line);
+    for (;;) {
+        fail(text);
+    }
+}
+extern "C" {
+[[noreturn]] void __ubsan_handle_type_mismatch_v1_abort(
+    const SourceLocation* where, std::uintptr_t) {
+    fail_at("misaligned address", where);
+}
+[[noreturn]] void __ubsan_handle_out_of_bounds_abort(const SourceLocation* where, std::uintptr_t) {
+    fail_at("index beyond an array", where);
+}
+#define ARITHMETIC_HANDLER(name, what)                                                             \
+    [[noreturn]] void __ubsan_handle_##name##_abort(                                               \
+        const SourceLocation* where, std::uintptr_t, std::uintptr_t) {                             \
+        fail_at(what, where);                                                                      \
+    }
+ARITHMETIC_HANDLER(shift_out_of_bounds, "shift beyond the width of a number")
+ARITHMETIC_HANDLER(divrem_overflow, "division by zero or overflow")
+ARITHMETIC_HANDLER(add_overflow, "overflow of a signed integer")
+ARITHMETIC_HANDLER(sub_overflow, "overflow of a signed integer")
+ARITHMETIC_HANDLER(mul_overflow, "overflow of a signed integer")
+ARITHMETIC_HANDLER(negate_overflow, "overflow of a signed integer")
 }
 
 static void __syncthreads() { yield_thread(State::at_block); }
@@ -111,10 +147,6 @@ static float __uint_as_float(unsigned bits) {
 #define STATIC_SHARED(type, name, count)                                                           \
     static type name[count];                                                                       \
     declare_shared(name, sizeof(name))
-#define ASSERT_ALIGNED(address, bytes)                                                             \
-    if (reinterpret_cast<std::uintptr_t>(address) % (bytes)) {                                     \
-        fail("misaligned pack");                                                                   \
-    }
 // The same source that the GPU compiler gets.
 #include "program.cu"
 

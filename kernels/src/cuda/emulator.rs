@@ -27,20 +27,33 @@ type Emulate = unsafe extern "C" fn(
     *mut *mut c_void,
 ) -> *const c_char;
 
+/// Faults of kernels that a GPU does not report, found by the sanitizer.
+const SANITIZED: &str = "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,\
+                         signed-integer-overflow";
+
 /// Compiles the kernels of a variant for the host.
 fn compile(variant: Variant) -> Library {
     let folder = tempfile::tempdir().unwrap();
-    let [program, emulator, library] =
-        ["program.cu", "emulator.cpp", "emulator.so"].map(|name| folder.path().join(name));
+    let [program, emulator, object, library] =
+        ["program.cu", "emulator.cpp", "emulator.o", "emulator.so"]
+            .map(|name| folder.path().join(name));
     std::fs::write(&program, source()).unwrap();
     std::fs::write(&emulator, include_str!("emulator.cpp")).unwrap();
-    let mut command = Command::new(std::env::var("CXX").unwrap_or("c++".into()));
-    command
-        .args(["-std=c++20", "-O1", "-shared", "-fPIC", "-o"])
-        .arg(&library)
-        .arg(&emulator);
-    let status = command.args(definitions(variant)).status().unwrap();
-    assert!(status.success(), "the C++ compiler refuses the kernels");
+    let compiler = || Command::new(std::env::var("CXX").unwrap_or("c++".into()));
+    let mut compile = compiler();
+    compile
+        .args(["-std=c++20", "-O1", "-c", "-fPIC", SANITIZED])
+        .args(["-fno-sanitize-recover=all", "-o"])
+        .arg(&object)
+        .arg(&emulator)
+        .args(definitions(variant));
+    // A link with the sanitizer's option would add its runtime library.
+    let mut link = compiler();
+    link.args(["-shared", "-o"]).arg(&library).arg(&object);
+    for mut command in [compile, link] {
+        let status = command.status().unwrap();
+        assert!(status.success(), "the C++ compiler refuses the kernels");
+    }
     // SAFETY: the library was compiled for this process.
     unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_LOCAL) }.unwrap()
 }
@@ -96,32 +109,44 @@ impl Gpu for Host {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::launch::{BlockShape, MAX_SHARED, arguments};
-    use tch::kind::FLOAT_CPU;
+    use crate::cuda::launch::{Argument, BlockShape, MAX_SHARED, arguments};
+    use tch::{Device, Kind, kind::FLOAT_CPU};
 
-    /// Launches one block of `swiglu`, which has no shuffles, or of `rms_norm`, which has.
-    fn launch(name: &'static str, block: BlockShape, shared: usize, shift: i64) {
-        let x = Tensor::zeros([64 + shift], FLOAT_CPU).narrow(0, shift, 64);
-        let out = Tensor::zeros([64], FLOAT_CPU);
-        let of_swiglu = arguments![&x, &out, 1, 32];
-        let scale = Tensor::zeros([1], FLOAT_CPU);
-        let of_norm = arguments![&x, &x, &out, &scale, 1, 64, 1e-5f32];
+    /// Launches one block of a kernel for fp32 with packs.
+    fn launch(name: &'static str, block: BlockShape, shared: usize, arguments: &[Argument]) {
         let launch = KernelLaunch {
             name,
             variant: Variant {
-                kind: tch::Kind::Float,
+                kind: Kind::Float,
                 vectors: true,
             },
             blocks: 1,
             block,
             shared,
-            arguments: if name == "swiglu" {
-                &of_swiglu
-            } else {
-                &of_norm
-            },
+            arguments,
         };
-        Host.run(&launch, &x);
+        Host.run(&launch, &zeros(0));
+    }
+
+    fn zeros(count: i64) -> Tensor {
+        Tensor::zeros([count], FLOAT_CPU)
+    }
+
+    /// Launches `swiglu`, which has no shuffles, on one row.
+    fn launch_swiglu(block: BlockShape, shared: usize) {
+        let [hidden, out] = [64, 64].map(zeros);
+        launch("swiglu", block, shared, &arguments![&hidden, &out, 1, 32]);
+    }
+
+    /// Launches `rms_norm`, which has shuffles, on one row.
+    fn launch_norm(block: BlockShape, shared: usize) {
+        let [x, out, scale] = [64, 64, 1].map(zeros);
+        launch(
+            "rms_norm",
+            block,
+            shared,
+            &arguments![&x, &x, &out, &scale, 1, 64, 1e-5f32],
+        );
     }
 
     fn block(threads_per_row: usize, rows: usize) -> BlockShape {
@@ -133,31 +158,65 @@ mod tests {
 
     #[test]
     fn the_largest_launch_runs() {
-        launch("swiglu", block(32, 32), MAX_SHARED, 0);
-        launch("rms_norm", block(32, 32), MAX_SHARED - 128, 0);
+        launch_swiglu(block(32, 32), MAX_SHARED);
+        launch_norm(block(32, 32), MAX_SHARED - 128);
     }
 
     #[test]
     #[should_panic(expected = "1024 threads")]
     fn too_many_threads_are_refused() {
-        launch("swiglu", block(64, 32), 0, 0);
+        launch_swiglu(block(64, 32), 0);
     }
 
     #[test]
     #[should_panic(expected = "48 KB")]
     fn static_shared_memory_counts() {
-        launch("rms_norm", block(32, 1), MAX_SHARED - 124, 0);
+        launch_norm(block(32, 1), MAX_SHARED - 124);
     }
 
     #[test]
     #[should_panic(expected = "fewer than 32 threads")]
     fn part_of_a_warp_cannot_shuffle() {
-        launch("rms_norm", block(16, 1), 0, 0);
+        launch_norm(block(16, 1), 0);
     }
 
     #[test]
-    #[should_panic(expected = "misaligned")]
+    #[should_panic(expected = "misaligned address at common.cuh")]
     fn a_pack_that_is_not_aligned_is_refused() {
-        launch("swiglu", block(32, 1), 0, 1);
+        let [hidden, out] = [65, 64].map(zeros);
+        let hidden = hidden.narrow(0, 1, 64);
+        launch("swiglu", block(32, 1), 0, &arguments![&hidden, &out, 1, 32]);
+    }
+
+    #[test]
+    #[should_panic(expected = "overflow of a signed integer at combine.cu")]
+    fn an_index_beyond_64_bits_is_refused() {
+        let [rows, out] = [64, 128].map(zeros);
+        let row_ids = Tensor::zeros([1], (Kind::Int, Device::Cpu));
+        let none = None::<&Tensor>;
+        // The first of two tokens has no rows, the rows of the second one begin at -2^63 and would
+        // end at -2^64.
+        let arguments = arguments![&rows, &row_ids, none, &out, 1, 2, 1 << 63, 64];
+        launch("combine", block(16, 2), 0, &arguments);
+    }
+
+    #[test]
+    #[should_panic(expected = "shift beyond the width of a number at router.cu")]
+    fn a_shift_beyond_32_bits_is_refused() {
+        // A thread marks its experts in 32 bits, and this is the 33rd of the first one.
+        let experts = crate::cuda::MAX_EXPERTS + 1;
+        let logits = zeros(experts as i64);
+        let chosen = Tensor::zeros([1], (Kind::Int64, Device::Cpu));
+        let none = None::<&Tensor>;
+        let arguments = arguments![&logits, none, &chosen, 1, experts, 1, 0];
+        launch("select_experts", block(32, 1), 4 * experts, &arguments);
+    }
+
+    #[test]
+    #[should_panic(expected = "division by zero or overflow at rotary.cu")]
+    fn a_division_by_zero_is_refused() {
+        let [x, table, out] = [64, 32, 64].map(zeros);
+        let arguments = arguments![&x, &table, &table, &out, 1, 32, 0, 1];
+        launch("apply_rotary", block(32, 1), 0, &arguments);
     }
 }

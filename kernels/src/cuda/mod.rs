@@ -3,7 +3,8 @@
 //! The kernels are in `source/`. NVRTC compiles them (`compiler.rs`), which a cache on disk
 //! remembers (`code_cache.rs`), and CUDA's driver loads all of them at first use and queues them on
 //! libtorch's streams (`driver.rs`). If either library is missing, libtorch's operations run
-//! instead. Tests run the kernels on the host (`emulator.rs`). Not yet run on hardware.
+//! instead. Tests run the kernels on the host (`emulator.rs`), and queue them with a stand-in for
+//! the driver (`stand_in_driver.cpp`). Not yet run on hardware.
 
 mod adamw;
 mod add_rows;

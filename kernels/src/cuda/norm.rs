@@ -9,8 +9,12 @@ use tch::{Kind, Tensor};
 
 /// A warp processes rows of up to this many packs; a block processes longer rows.
 const MAX_PACKS_PER_WARP: usize = 128;
-/// Bytes of shared memory that the backward kernel declares itself, for sums over a row.
-const STATIC_SHARED: usize = 32 * size_of::<f32>();
+/// Warps of a block that the backward kernel sums over at most.
+const MAX_WARPS: usize = 16;
+const _: () = assert!(THREADS <= 32 * MAX_WARPS);
+/// Bytes of shared memory that the backward kernel declares itself, for the sums of the warps over
+/// two rows.
+const STATIC_SHARED: usize = 2 * MAX_WARPS * size_of::<f32>();
 /// Limit of the backward kernel: the column sums of a block must fit the shared memory that every
 /// GPU provides, next to what the kernel declares itself.
 pub(crate) const MAX_NORM_WIDTH: usize = (MAX_SHARED - STATIC_SHARED) / size_of::<f32>();

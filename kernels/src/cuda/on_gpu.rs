@@ -3,8 +3,9 @@
 
 use super::tests::test_gpu;
 use crate::{
-    RowGroups, combine, cross_entropy, grouped_gemm, grouped_gemm_overwrite, quantize_rows,
-    rms_norm, rms_norm_backward, swiglu, tensors::tests::TestTensor,
+    RowGroups, combine, cross_entropy, gemm_accumulate, grouped_gemm, grouped_gemm_accumulate,
+    grouped_gemm_overwrite, quantize_rows, rms_norm, rms_norm_backward, swiglu,
+    tensors::tests::TestTensor,
 };
 use std::time::Instant;
 use tch::{Device, Kind, Tensor};
@@ -185,10 +186,23 @@ fn rates_at_the_sizes_of_a_step() {
         drop(combine(&rows, &ids, None))
     });
     let matrices = random(&[experts, hidden, 2 * ffn], bf16);
-    let groups = RowGroups::new(vec![routed / experts; experts as usize]);
+    let group_rows = routed / experts;
+    let groups = RowGroups::new(vec![group_rows; experts as usize]);
     let flops = 2.0 * (routed * hidden * 2 * ffn) as f64;
     print_rate("grouped_gemm", 0.0, flops, || {
         drop(grouped_gemm(&rows, &[matrices.shallow_clone()], &groups));
+    });
+    // Two ways to the gradients of experts: `_grouped_mm`, whose bf16 result is added, and one
+    // cuBLAS call for each expert, which adds in fp32.
+    let sums = random(&[experts, 2 * ffn, hidden], Kind::Float);
+    print_rate("grouped_gemm_accumulate", 0.0, flops, || {
+        grouped_gemm_accumulate(&sums, &gate_up, &rows, &groups);
+    });
+    print_rate("gemm_accumulate of each expert", 0.0, flops, || {
+        for expert in 0..experts {
+            let own = |x: &Tensor| x.narrow(0, expert * group_rows, group_rows);
+            gemm_accumulate(&sums.get(expert), &own(&gate_up).tr(), &own(&rows));
+        }
     });
     let square = random(&[hidden, hidden], bf16);
     let flops = 2.0 * (tokens * hidden * hidden) as f64;

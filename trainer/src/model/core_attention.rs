@@ -112,7 +112,7 @@ impl CoreAttention {
             return causal(query, key, value, self.scale);
         }
         let times = query.size()[1] / key.size()[1];
-        let mask = documents.map(Documents::mask);
+        let mask = documents.map(|documents| documents.mask(query.kind()));
         let is_causal = mask.is_none();
         let shares_key_heads = times > 1 && shares_key_heads(query.device(), is_causal);
         let times = if shares_key_heads { 1 } else { times };

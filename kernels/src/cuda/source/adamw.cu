@@ -13,20 +13,18 @@ KERNEL void adamw(
     for (Long i = thread * FOUR; i < count; i += threads * FOUR) {
         Pack<float, FOUR> x = load<FOUR>(master + i), g = load<FOUR>(gradient + i);
         Pack<float, FOUR> m = load<FOUR>(averages + i), v = load<FOUR>(squares + i);
-        Pack<Number, FOUR> rounded;
         for (int e = 0; e < FOUR; ++e) {
             float slope = g.x[e] * inverse_scale;
             m.x[e] += (slope - m.x[e]) * (1.0f - beta1);
             v.x[e] = v.x[e] * beta2 + slope * slope * (1.0f - beta2);
             x.x[e] = x.x[e] * decay_factor
                 - step_size * m.x[e] / (sqrtf(v.x[e]) * inverse_root_correction + eps);
-            rounded.x[e] = narrow<Number>(x.x[e]);
         }
         store<FOUR>(master + i, x);
         store<FOUR>(averages + i, m);
         store<FOUR>(squares + i, v);
         if (stored) {
-            store<FOUR>(stored + i, rounded);
+            store_rounded(stored + i, x);
         }
     }
 }

@@ -10,14 +10,17 @@ KERNEL void combine(
     Long tokens, Long top_k, Long width) {
     for (Long token = first_row(); token < tokens; token += grid_row_stride()) {
         for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
-            float sums[VECTOR] = {};
+            Floats sums = {};
             Long end = (token + 1) * top_k;
             for (Long first = token * top_k; first < end; first += LOADED_ROWS) {
                 Long ids[LOADED_ROWS];
+                float factors[LOADED_ROWS];
                 Numbers loaded[LOADED_ROWS];
                 #pragma unroll
                 for (int slot = 0; slot < LOADED_ROWS; ++slot) {
-                    ids[slot] = first + slot < end ? row_ids[first + slot] : -1;
+                    bool exists = first + slot < end;
+                    ids[slot] = exists ? row_ids[first + slot] : -1;
+                    factors[slot] = exists && weights ? weights[first + slot] : 1.0f;
                     if (ids[slot] >= count) {
                         __trap();
                     }
@@ -31,18 +34,13 @@ KERNEL void combine(
                 #pragma unroll
                 for (int slot = 0; slot < LOADED_ROWS; ++slot) {
                     if (ids[slot] >= 0) {
-                        float weight = weights ? weights[first + slot] : 1.0f;
                         for (int e = 0; e < VECTOR; ++e) {
-                            sums[e] += weight * wide(loaded[slot].x[e]);
+                            sums.x[e] += factors[slot] * wide(loaded[slot].x[e]);
                         }
                     }
                 }
             }
-            Numbers sum;
-            for (int e = 0; e < VECTOR; ++e) {
-                sum.x[e] = narrow<Number>(sums[e]);
-            }
-            store(out + token * width + i, sum);
+            store_rounded(out + token * width + i, sums);
         }
     }
 }
@@ -59,18 +57,19 @@ KERNEL void combine_backward(
     if (row_id >= count) {
         __trap();
     }
-    float along = 0;
+    float along = 0, weight = weights[routed_token];
     if (row_id >= 0) {
         const Number* grad_row = grad + routed_token / top_k * width;
         const Number* row = rows + row_id * width;
         for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
             Numbers grads = load(grad_row + i), pack = load(row + i);
+            Floats weighted;
             for (int e = 0; e < VECTOR; ++e) {
                 float gradient = wide(grads.x[e]);
                 along += gradient * wide(pack.x[e]);
-                grads.x[e] = narrow<Number>(weights[routed_token] * gradient);
+                weighted.x[e] = weight * gradient;
             }
-            store(grad_rows + row_id * width + i, grads);
+            store_rounded(grad_rows + row_id * width + i, weighted);
         }
     }
     along = row_sum(along, nullptr);

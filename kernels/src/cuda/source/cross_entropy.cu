@@ -57,10 +57,11 @@ __device__ void exponentials(
     const Number* logits, Number* out, Long width, float inverse, float highest, float scale) {
     for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
         Numbers pack = load(logits + i);
+        Floats scaled;
         for (int e = 0; e < VECTOR; ++e) {
-            pack.x[e] = narrow<Number>(expf(wide(pack.x[e]) * inverse - highest) * scale);
+            scaled.x[e] = expf(wide(pack.x[e]) * inverse - highest) * scale;
         }
-        store(out + i, pack);
+        store_rounded(out + i, scaled);
     }
 }
 
@@ -85,13 +86,15 @@ KERNEL void softmax_gradient(
         __trap();
     }
     Number* own = probs + row * width;
+    float factor = scale[row], own_minus = minus[row];
     for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
         Numbers pack = load(own + i);
+        Floats gradient;
         for (int e = 0; e < VECTOR; ++e) {
-            float x = wide(pack.x[e]) * scale[row];
-            pack.x[e] = narrow<Number>(i + e == label ? x - minus[row] : x);
+            float x = wide(pack.x[e]) * factor;
+            gradient.x[e] = i + e == label ? x - own_minus : x;
         }
-        store(own + i, pack);
+        store_rounded(own + i, gradient);
     }
 }
 
@@ -112,7 +115,7 @@ KERNEL void cross_entropy(
         }
         if (wanted) {
             for (Long i = threadIdx.x; i < width; i += blockDim.x) {
-                own[i] = narrow<Number>(0.0f);
+                store_rounded(own + i, Pack<float, 1>{0.0f});
             }
         }
         return;
@@ -130,6 +133,7 @@ KERNEL void cross_entropy(
     exponentials(own, own, width, inverse, all.highest, scale);
     __syncthreads();
     if (threadIdx.x == 0) {
-        own[label] = narrow<Number>(expf(label_logit - all.highest) * scale - factor);
+        float gradient = expf(label_logit - all.highest) * scale - factor;
+        store_rounded(own + label, Pack<float, 1>{gradient});
     }
 }

@@ -23,11 +23,16 @@ KERNEL void rms_norm(
     }
     for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
         Numbers pack = load(x + i), weights = load(weight + i);
+        Floats normed;
         for (int e = 0; e < VECTOR; ++e) {
-            float rounded = wide(narrow<Number>(wide(pack.x[e]) * factor));
-            pack.x[e] = narrow<Number>(rounded * wide(weights.x[e]));
+            normed.x[e] = wide(pack.x[e]) * factor;
         }
-        store(out + i, pack);
+        // The normed row is rounded before the product with the weight, too.
+        round_to(pack, normed);
+        for (int e = 0; e < VECTOR; ++e) {
+            normed.x[e] = wide(pack.x[e]) * wide(weights.x[e]);
+        }
+        store_rounded(out + i, normed);
     }
 }
 
@@ -39,6 +44,8 @@ KERNEL void rms_norm_backward(
     float* partial, Long rows, Long width) {
     STATIC_SHARED(float, shared, 32);
     DYNAMIC_SHARED(float, sums);
+    // One half of `shared` serves even rows, the other one odd ones.
+    int half = 0;
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
     int threads = blockDim.x * blockDim.y;
     int packs = width / VECTOR;
@@ -56,17 +63,18 @@ KERNEL void rms_norm_backward(
                 along += wide(grads.x[e]) * wide(weights.x[e]) * wide(pack.x[e]);
             }
         }
-        along = row_sum(along, shared) * factor / width;
+        along = row_sum(along, shared + half) * factor / width;
+        half ^= 16;
         for (Long i = threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR) {
             Numbers grads = load(grad + row * width + i), pack = load(x + row * width + i);
             Numbers weights = load(weight + i);
+            Floats slopes;
             for (int e = 0; e < VECTOR; ++e) {
                 float gradient = wide(grads.x[e]), normed = wide(pack.x[e]) * factor;
                 own[e * packs + i / VECTOR] += gradient * normed;
-                grads.x[e] =
-                    narrow<Number>((gradient * wide(weights.x[e]) - normed * along) * factor);
+                slopes.x[e] = (gradient * wide(weights.x[e]) - normed * along) * factor;
             }
-            store(out + row * width + i, grads);
+            store_rounded(out + row * width + i, slopes);
         }
     }
     __syncthreads();

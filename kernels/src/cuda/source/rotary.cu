@@ -13,13 +13,14 @@ KERNEL void apply_rotary(
         for (Long i = threadIdx.x * VECTOR; i < half; i += blockDim.x * VECTOR) {
             Numbers one = load(input_row + i), other = load(input_row + half + i);
             Numbers c = load(cos + position * half + i), s = load(sin + position * half + i);
+            Floats first, second;
             for (int e = 0; e < VECTOR; ++e) {
                 float a = wide(one.x[e]), b = wide(other.x[e]);
-                one.x[e] = narrow<Number>(a * wide(c.x[e]) - b * wide(s.x[e]));
-                other.x[e] = narrow<Number>(b * wide(c.x[e]) + a * wide(s.x[e]));
+                first.x[e] = a * wide(c.x[e]) - b * wide(s.x[e]);
+                second.x[e] = b * wide(c.x[e]) + a * wide(s.x[e]);
             }
-            store(output_row + i, one);
-            store(output_row + half + i, other);
+            store_rounded(output_row + i, first);
+            store_rounded(output_row + half + i, second);
         }
     }
 }

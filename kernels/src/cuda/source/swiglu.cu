@@ -5,11 +5,12 @@ KERNEL void swiglu(const Number* hidden, Number* out, Long rows, Long ffn) {
         const Number* hidden_row = hidden + row * 2 * ffn;
         for (Long i = threadIdx.x * VECTOR; i < ffn; i += blockDim.x * VECTOR) {
             Numbers gate = load(hidden_row + i), up = load(hidden_row + ffn + i);
+            Floats result;
             for (int e = 0; e < VECTOR; ++e) {
                 float x = wide(gate.x[e]);
-                gate.x[e] = narrow<Number>(x / (1.0f + expf(-x)) * wide(up.x[e]));
+                result.x[e] = x / (1.0f + expf(-x)) * wide(up.x[e]);
             }
-            store(out + row * ffn + i, gate);
+            store_rounded(out + row * ffn + i, result);
         }
     }
 }
@@ -22,20 +23,20 @@ KERNEL void swiglu_backward(
         Number* output_row = out + row * 2 * ffn;
         for (Long i = threadIdx.x * VECTOR; i < ffn; i += blockDim.x * VECTOR) {
             Numbers gate = load(hidden_row + i), up = load(hidden_row + ffn + i);
-            Numbers grads = load(grad + row * ffn + i), again;
+            Numbers grads = load(grad + row * ffn + i);
+            Floats again, gate_slopes, up_slopes;
             for (int e = 0; e < VECTOR; ++e) {
                 float gradient = wide(grads.x[e]), x = wide(gate.x[e]), other = wide(up.x[e]);
                 float denominator = 1.0f + expf(-x);
                 // The same bits as in the forward pass.
                 float silu = x / denominator, sigmoid = 1.0f / denominator;
-                again.x[e] = narrow<Number>(silu * other);
-                up.x[e] = narrow<Number>(gradient * silu);
-                gate.x[e] =
-                    narrow<Number>(gradient * other * sigmoid * (1.0f + x * (1.0f - sigmoid)));
+                again.x[e] = silu * other;
+                up_slopes.x[e] = gradient * silu;
+                gate_slopes.x[e] = gradient * other * sigmoid * (1.0f + x * (1.0f - sigmoid));
             }
-            store(output_row + i, gate);
-            store(output_row + ffn + i, up);
-            store(result + row * ffn + i, again);
+            store_rounded(output_row + i, gate_slopes);
+            store_rounded(output_row + ffn + i, up_slopes);
+            store_rounded(result + row * ffn + i, again);
         }
     }
 }

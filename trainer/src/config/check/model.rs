@@ -57,6 +57,14 @@ impl Config {
                  {widest} values each are {elements} values; at most {MAX_ACTIVATION} are possible"
             ));
         }
+        let mask = self.document_mask_elements();
+        if mask > MAX_ACTIVATION {
+            problems.add(format!(
+                "data.eod_token: keeping documents apart in {micro_batch} x {length} tokens takes \
+                 a mask of {mask} values; at most {MAX_ACTIVATION} are possible (shorten \
+                 data.sequence_length, or split sequences by parallel.context with ring attention)"
+            ));
+        }
     }
 
     fn check_heads(&self, problems: &mut Problems) {
