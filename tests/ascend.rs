@@ -447,6 +447,8 @@ fn counts_of_a_microbatch(ranks: usize, changes: &[&str]) -> MicrobatchCounts {
             format!("train.global_batch={sequences}"),
             format!("model.layers={layers}"),
             format!("run.dir=run-{name}"),
+            // Clipping copies a scale to the device in the steps that need it.
+            "train.grad_clip=0".to_string(),
         ] {
             command.args(["--set", &change]);
         }
