@@ -125,8 +125,8 @@ impl Builder<'_> {
                 FeedForward::Dense(DenseFeedForward::new(&mut self.0, &specs))
             }
             Some(moe) => {
-                let (layer, experts) = moe_block::build(&mut self.0, &format!("{name}.moe"), moe);
-                FeedForward::Moe(Box::new(layer), experts)
+                let block = moe_block::build(&mut self.0, &format!("{name}.moe"), moe);
+                FeedForward::Moe(Box::new(block))
             }
         };
         let recompute = &self.0.ctx.recompute;

@@ -2,11 +2,11 @@
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
 use super::{
-    attention::Attention, documents::Documents, experts::LocalExperts,
-    feed_forward::DenseFeedForward, norm::rms_norm, rope::Rope,
+    attention::Attention, documents::Documents, feed_forward::DenseFeedForward,
+    moe_block::MoeBlock, norm::rms_norm, rope::Rope,
 };
 use crate::{Error, model::parameters::Unit};
-use moe::{MoeLayer, MoeOutput, MoeStats, RoutingReplay, balance::RouterStats};
+use moe::{MoeOutput, MoeStats, RoutingReplay, balance::RouterStats};
 use parallel::{Activation, Weight, recompute::recomputed, sharding::before_backward};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub(crate) struct Layer {
 
 pub(crate) enum FeedForward {
     Dense(DenseFeedForward),
-    Moe(Box<MoeLayer>, LocalExperts),
+    Moe(Box<MoeBlock>),
 }
 
 /// Output `[T, D]` of a layer, and the statistics of an MoE layer.
@@ -101,12 +101,12 @@ impl Layer {
                 let branch = network.forward(&normed)?;
                 Ok((self.add_branch(&x, branch), None))
             }
-            FeedForward::Moe(moe, _) => {
+            FeedForward::Moe(moe) => {
                 let MoeOutput {
                     hidden_td,
                     stats,
                     moe_stats,
-                } = moe.forward(&normed, batch as usize, replay)?;
+                } = moe.layer.forward(&normed, batch as usize, replay)?;
                 let out = self.add_branch(&x, hidden_td);
                 Ok((out, Some((stats, moe_stats))))
             }

@@ -347,7 +347,7 @@ impl Model {
         self.stages.iter().flat_map(|stage| {
             let layers = stage.layers.iter();
             let moe_layers = layers.filter_map(|(layer, _)| match &layer.feed_forward {
-                FeedForward::Moe(moe, experts) => Some((moe.as_ref(), experts)),
+                FeedForward::Moe(block) => Some((&block.layer, &block.experts)),
                 FeedForward::Dense(_) => None,
             });
             let numbered = stage.moe_layers.clone().zip(moe_layers);

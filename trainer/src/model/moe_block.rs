@@ -99,12 +99,14 @@ pub(crate) fn replay_bytes(moe: &MoeConfig, at: &BlockShape) -> u64 {
     routed_rows(moe, at) * (INDEX_BYTES + 4 * FP32_BYTES)
 }
 
+/// An MoE layer and this rank's experts in it.
+pub(crate) struct MoeBlock {
+    pub(crate) layer: MoeLayer,
+    pub(crate) experts: LocalExperts,
+}
+
 /// Builds an MoE layer with this rank's experts.
-pub(crate) fn build(
-    builder: &mut WeightBuilder,
-    name: &str,
-    config: &MoeConfig,
-) -> (MoeLayer, LocalExperts) {
+pub(crate) fn build(builder: &mut WeightBuilder, name: &str, config: &MoeConfig) -> MoeBlock {
     let specs = MoeSpecs::new(builder.config, config, name);
     let router = builder.add(&specs.router);
     let experts = LocalExperts {
@@ -150,7 +152,7 @@ pub(crate) fn build(
             shared,
         },
     };
-    (layer, experts)
+    MoeBlock { layer, experts }
 }
 
 fn router_rule(config: &MoeConfig) -> Router {
