@@ -8,8 +8,8 @@ use torch_ext::{Error, Event, Stream};
 
 /// Numbers of rows of consecutive groups, on the host, on a device, or on both.
 ///
-/// The other side copies them when it first needs them, and keeps the copy. Clones share it, so that
-/// backward finds the copies of forward.
+/// The other side copies them when it first needs them, and keeps the copy. Clones share it, so
+/// that backward finds the copies of forward.
 #[derive(Clone)]
 pub struct RowGroups(Arc<Inner>);
 
@@ -43,8 +43,8 @@ impl RowGroups {
         }))
     }
 
-    /// Creates groups of `num_rows` rows in all, whose ends `[groups]` int32 are on a device. Queues
-    /// a copy to the host, which waits for nothing.
+    /// Creates groups of `num_rows` rows in all, whose ends `[groups]` int32 are on a device.
+    /// Queues a copy to the host, which waits for nothing.
     ///
     /// # Errors
     /// If the device refuses the copy.

@@ -136,7 +136,7 @@ fn exit_on_broken_pipe() {
 fn train(args: cli::TrainArgs) -> anyhow::Result<ExitCode> {
     // Before any thread starts.
     device_variables::set_defaults(&args.config);
-    // Ranks continue below.
+    // In a rank that was forked here, `serve` returns and the program continues as that rank.
     if environment::forks_ranks() && fork_server::serve()? == Served::Ended {
         return Ok(ExitCode::SUCCESS);
     }

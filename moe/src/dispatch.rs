@@ -592,7 +592,7 @@ mod tests {
         tokens_per_expert: Vec<i64>,
         computed_experts: Vec<usize>,
         num_local: usize,
-        /// By chunk.
+        /// Rows of each expert, for each chunk.
         counts: Vec<Vec<i64>>,
         rows_rd: Vec<Tensor>,
         hidden_td: Vec<Tensor>,
@@ -654,7 +654,8 @@ mod tests {
             let tokens = experts.len() / TOP_K;
             let experts = &experts[..tokens * TOP_K];
             let topology = ExpertTopology::on_one_node(1, 1);
-            let dispatcher = Dispatcher::new(Arc::new(Local::new(0, "experts")), 5, topology, None, None, chunks);
+            let alone = Arc::new(Local::new(0, "experts"));
+            let dispatcher = Dispatcher::new(alone, 5, topology, None, None, chunks);
             dispatcher.set_physical_slots(slots);
             let on_host = dispatcher.plan(experts, TOP_K).unwrap();
             let experts_tk = Tensor::from_slice(experts).view([-1, TOP_K as i64]);

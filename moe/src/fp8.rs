@@ -16,8 +16,8 @@ use torch_ext::Error;
 /// 3.3.2), and the emulation's sums are fp32.
 const FAST_ACCUMULATION: bool = false;
 
-/// True if libtorch 2.11.0 has the kernel for NVIDIA GPUs of this major compute capability. On newer
-/// ones it accepts the operands, and its kernel stops the program.
+/// True if libtorch 2.11.0 has the kernel for NVIDIA GPUs of this major compute capability. On
+/// newer ones it accepts the operands, and its kernel stops the program.
 pub fn has_fp8_kernel(major: i32) -> bool {
     major == 9
 }

@@ -147,8 +147,8 @@ pub fn accelerator(kind: &str, local_rank: usize) -> Result<Box<dyn Accelerator>
     }
 }
 
-/// Loads the library of a kind of device, and compiles kernels for the GPUs of this machine into the
-/// cache on disk. Uses no device, so a process that has no rank yet can do it.
+/// Loads the library of a kind of device, and compiles kernels for the GPUs of this machine into
+/// the cache on disk. Uses no device, so a process that has no rank yet can do it.
 ///
 /// # Errors
 /// If the library cannot be loaded, as [`accelerator`] will report, or the kernels cannot be

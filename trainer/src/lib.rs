@@ -84,8 +84,8 @@ pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::{EqualRanks, RankMemory};
 pub use model::parameters::{Parameter, Parameters, Replicas};
 pub use model::{
-    AuxLosses, BuildContext, ForwardOutput, Losses, Model, ModelPart, PipelineSplit, Share,
-    StagePart, split_layers,
+    AuxLosses, BuildContext, ForwardOutput, Losses, Model, ModelPart, ParameterCount,
+    PipelineSplit, Share, StagePart, split_layers,
 };
 pub use optim::Optimizer;
 pub use process_groups::ProcessGroups;

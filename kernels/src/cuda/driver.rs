@@ -113,7 +113,8 @@ unsafe impl Sync for Device {}
 /// Returns GPU `index` with all kernels compiled and loaded.
 ///
 /// The first failure is logged; later calls return the same error. CUDA may load a kernel only once
-/// everything that is queued has ended, which may wait for another rank: so nothing is loaded later.
+/// everything that is queued has ended, which may wait for another rank. So nothing is loaded
+/// later.
 pub(super) fn ready(index: usize) -> Result<&'static Device, String> {
     type Ready = HashMap<usize, Result<&'static Device, String>>;
     static READY: OnceLock<Mutex<Ready>> = OnceLock::new();

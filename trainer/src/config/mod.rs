@@ -20,7 +20,6 @@ mod snapshot;
 mod warnings;
 mod words;
 
-pub use crate::model::ParameterCount;
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};

@@ -8,9 +8,9 @@ use parallel::Mesh;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ShardPosition {
     pub(crate) tensor: Share,
-    /// Sets of experts.
+    /// Share of the experts, in whole ones.
     pub(crate) expert: Share,
-    /// Slices of each expert.
+    /// Share of each of these experts.
     pub(crate) expert_tensor: Share,
     /// Rows of embedding and output layer.
     pub(crate) vocabulary: Share,

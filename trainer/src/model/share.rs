@@ -7,7 +7,7 @@ use std::ops::Range;
 pub struct Share {
     /// Index of this rank.
     pub rank: usize,
-    /// Number of ranks.
+    /// Number of ranks that divide it.
     pub ranks: usize,
 }
 

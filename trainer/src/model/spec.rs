@@ -79,7 +79,7 @@ pub(crate) enum Role {
     Vocabulary,
     /// Vectors that scale normalized activations.
     Norm,
-    /// Matrices of routers.
+    /// Matrices that map tokens to scores of experts.
     Router,
     /// Matrices of attention, dense feed-forward layers and shared experts.
     Matrix,

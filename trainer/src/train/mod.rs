@@ -40,10 +40,10 @@ pub use saved_config::newest_config;
 
 use crate::{
     Error,
-    config::{Config, Dtype, KeyChange, MinTokens, ParameterCount, PipelinePlan},
+    config::{Config, Dtype, KeyChange, MinTokens, PipelinePlan},
     data::Dataset,
     lines::{Limits, ResumePoint},
-    model::Model,
+    model::{Model, ParameterCount},
     optim::Optimizer,
     train::{
         expert_placement::ExpertPlacement,

@@ -32,9 +32,9 @@ struct LayerStats {
 #[derive(Default)]
 pub(crate) struct LossTerms {
     pub(crate) cross_entropy: Vec<Tensor>,
-    /// Not weighted.
+    /// Load-balancing losses without their weight.
     pub(crate) load_balance: Vec<Tensor>,
-    /// Not weighted.
+    /// Router z-losses without their weight.
     pub(crate) z: Vec<Tensor>,
 }
 

@@ -29,7 +29,7 @@ pub(super) const ORPHAN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// The time between two looks at ranks and keepers.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-/// The same while ranks start, since a run waits for them.
+/// The time between two looks while ranks start, for which a run waits.
 const STARTING_POLL_INTERVAL: Duration = Duration::from_millis(2);
 
 /// A keeper that this process has started.
