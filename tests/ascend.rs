@@ -457,7 +457,7 @@ fn counts_of_a_microbatch(ranks: usize, changes: &[&str]) -> MicrobatchCounts {
         assert!(output.status.success(), "{changes:?}: {}", text(&output));
         HostCounts::read(&folder)
     };
-    // What does not depend on the microbatches drops out.
+    // The difference leaves only what grows with the microbatches.
     let per_microbatch = 1.0 / (2 * STEPS * ranks) as f64;
     // The rehearsal before the first step has two microbatches.
     let microbatch = |layers| run(layers, 4).difference(run(layers, 2), per_microbatch);

@@ -104,7 +104,7 @@ impl AttentionSpecs {
         let head_dim = config.head_dim() as u64;
         let heads = config.heads as u64;
         let kv_heads = config.kv_heads() as u64;
-        let hidden = Dim::new("model.hidden", config.hidden as u64);
+        let hidden = Dim::hidden(config);
         let queries = Dim::new("model.heads x head_dim", heads.saturating_mul(head_dim));
         let keys = Dim::new(
             "model.kv_heads x head_dim",

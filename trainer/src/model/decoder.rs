@@ -31,7 +31,7 @@ pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> Param
         part,
         dims: vec![
             Dim::new("model.vocab_size", config.vocab_size as u64),
-            hidden(config),
+            Dim::hidden(config),
         ],
         stack: Stack::Single,
         split: Split::Vocabulary,
@@ -42,18 +42,14 @@ pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> Param
 
 /// Returns the description of a norm over the residual stream.
 pub(crate) fn stream_norm_spec(config: &ModelConfig, block: &str, part: &'static str) -> ParamSpec {
-    norm_spec(block, part, hidden(config), Split::Whole)
-}
-
-fn hidden(config: &ModelConfig) -> Dim {
-    Dim::new("model.hidden", config.hidden as u64)
+    norm_spec(block, part, Dim::hidden(config), Split::Whole)
 }
 
 /// Returns the description of the network of a dense layer with this global name.
 pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
     let ffn = Dim::new("model.ffn", config.ffn.unwrap_or(0) as u64);
     let block = format!("{layer}.mlp");
-    SwigluSpecs::new(&block, hidden(config), ffn, Networks::Dense)
+    SwigluSpecs::new(&block, Dim::hidden(config), ffn, Networks::Dense)
 }
 
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.

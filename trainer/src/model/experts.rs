@@ -31,15 +31,20 @@ impl LocalExperts {
         dispatcher: &Dispatcher,
         physical_slots: &[i64],
     ) {
-        let mut expert_of_slot = vec![0; physical_slots.len()];
-        for (expert, &physical_slot) in physical_slots.iter().enumerate() {
-            expert_of_slot[physical_slot as usize] = expert;
-        }
-        let own = &expert_of_slot[self.slots()];
+        let own = &experts_by_slot(physical_slots)[self.slots()];
         let gate_up = self.specs.gate_up.slices(&self.position, own);
         let down = self.specs.down.slices(&self.position, own);
         parameters.get(self.gate_up).rename(gate_up);
         parameters.get(self.down).rename(down);
         dispatcher.set_physical_slots(physical_slots.to_vec());
     }
+}
+
+/// Returns the expert in each physical slot, where expert e has the slot `physical_slots[e]`.
+pub(crate) fn experts_by_slot(physical_slots: &[i64]) -> Vec<usize> {
+    let mut experts = vec![0; physical_slots.len()];
+    for (expert, &slot) in physical_slots.iter().enumerate() {
+        experts[slot as usize] = expert;
+    }
+    experts
 }

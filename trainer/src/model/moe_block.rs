@@ -25,7 +25,7 @@ pub(crate) struct MoeSpecs {
 
 /// Returns the descriptions of the routed experts in the block with this global name.
 pub(crate) fn expert_specs(config: &ModelConfig, moe: &MoeConfig, block: &str) -> SwigluSpecs {
-    let hidden = Dim::new("model.hidden", config.hidden as u64);
+    let hidden = Dim::hidden(config);
     let ffn = Dim::new("model.moe.ffn", moe.ffn as u64);
     SwigluSpecs::new(block, hidden, ffn, Networks::Experts(moe.experts as u64))
 }
@@ -33,7 +33,7 @@ pub(crate) fn expert_specs(config: &ModelConfig, moe: &MoeConfig, block: &str) -
 impl MoeSpecs {
     /// Describes the parameters of the block with this global name.
     pub(crate) fn new(config: &ModelConfig, moe: &MoeConfig, block: &str) -> MoeSpecs {
-        let hidden = Dim::new("model.hidden", config.hidden as u64);
+        let hidden = Dim::hidden(config);
         let shared = (moe.shared_experts > 0).then(|| {
             let width = (moe.shared_experts as u64).saturating_mul(moe.ffn as u64);
             let ffn = Dim::new("model.moe.shared_experts x ffn", width);

@@ -9,6 +9,7 @@ use super::{
     position::ShardPosition,
     share::Share,
 };
+use crate::config::ModelConfig;
 use checkpoint::TensorSlice;
 use std::ops::Range;
 
@@ -27,6 +28,11 @@ impl Dim {
             size,
             key: Some(key),
         }
+    }
+
+    /// Returns the width of the residual stream.
+    pub(crate) fn hidden(config: &ModelConfig) -> Dim {
+        Dim::new("model.hidden", config.hidden as u64)
     }
 
     /// Returns a dimension whose size follows from that of another.

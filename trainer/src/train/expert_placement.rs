@@ -11,6 +11,7 @@ use crate::{
     config::{Config, ModelConfig, MoeConfig, PlacementConfig},
     model::{
         LocalExperts, Model,
+        experts::experts_by_slot,
         feed_forward::SwigluSpecs,
         moe_block::expert_specs,
         parameters::{Replicas, slices_of_rows},
@@ -294,13 +295,10 @@ impl ExpertRows {
         physical_slots: &[i64],
         names: &BTreeSet<String>,
     ) -> Vec<Vec<TensorSlice>> {
-        let mut expert_of_slot = vec![0; physical_slots.len()];
-        for (expert, &physical_slot) in physical_slots.iter().enumerate() {
-            expert_of_slot[physical_slot as usize] = expert;
-        }
+        let experts = experts_by_slot(physical_slots);
         let SwigluSpecs { gate_up, down } = expert_specs(&self.model, &self.moe, name);
         let held = |rank: &RankPart| {
-            let own = &expert_of_slot[gate_up.own_experts(&rank.position)];
+            let own = &experts[gate_up.own_experts(&rank.position)];
             let parameters = [&gate_up, &down].map(|spec| spec.slices(&rank.position, own));
             let slices = parameters.into_iter().flat_map(|slices| {
                 let rows = slices.iter().map(|slice| slice.shape[0]).sum();

@@ -33,7 +33,7 @@ impl<L: Library> AbortableComm<L> {
     /// Runs calls of the library. Those of other threads wait meanwhile.
     ///
     /// # Errors
-    /// Those of the calls, or that the group was aborted.
+    /// If a call fails, or the group was aborted.
     pub(super) fn call<T>(
         &self,
         calls: impl FnOnce(&L::Comm) -> Result<T, String>,
