@@ -20,26 +20,13 @@
 //! use moe::balance::BatchTotals;
 //! use parallel::{Accelerator, Cpu};
 //! use tch::Tensor;
-//! use trainer::config::{Dtype, ModelConfig, MoeConfig, QkNorm};
+//! use trainer::config::{Dtype, ModelConfig, MoeConfig};
 //! use trainer::{BuildContext, Model, ModelPart, ProcessGroups};
 //!
 //! let config = ModelConfig {
-//!     vocab_size: 64,
-//!     hidden: 32,
-//!     layers: 2,
-//!     heads: 4,
 //!     kv_heads: Some(2),
-//!     head_dim: None,
-//!     ffn: None,
-//!     dense_layers: 0,
-//!     moe_every: 1,
 //!     moe: Some(MoeConfig::new(8, 2, 16)),
-//!     rope_theta: 10_000.0,
-//!     norm_eps: 1e-5,
-//!     qk_norm: QkNorm::None,
-//!     tie_embeddings: false,
-//!     init_std: 0.02,
-//!     mup: None,
+//!     ..ModelConfig::new(64, 32, 2, 4)
 //! };
 //! let groups = ProcessGroups::single_rank();
 //! let ctx = BuildContext::single_rank(16, Dtype::Fp32, &Cpu, &groups);
@@ -72,6 +59,7 @@ pub mod lines;
 mod memory;
 mod model;
 mod optim;
+mod problems;
 mod process_groups;
 mod scalars;
 mod train;

@@ -52,22 +52,10 @@ impl Golden {
 
 fn config(moe: MoeConfig, kv_heads: usize) -> ModelConfig {
     ModelConfig {
-        vocab_size: 96,
-        hidden: 32,
-        layers: 2,
-        heads: 4,
         kv_heads: Some(kv_heads),
-        head_dim: None,
-        ffn: None,
-        dense_layers: 0,
-        moe_every: 1,
         moe: Some(moe),
         rope_theta: 1e6,
-        norm_eps: 1e-5,
-        qk_norm: QkNorm::None,
-        tie_embeddings: false,
-        init_std: 0.02,
-        mup: None,
+        ..ModelConfig::new(96, 32, 2, 4)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::{
     Error,
-    config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, QkNorm, RouterConfig},
+    config::{Dtype, ModelConfig, MoeConfig, OptimizerConfig, RouterConfig},
     model::{
         BuildContext, IGNORED, Model, ModelPart,
         decoder::{layer_specs, vocabulary_spec},
@@ -206,22 +206,10 @@ impl ReferenceShape {
             ..MoeConfig::new(self.experts, self.top_k, self.ffn)
         };
         ModelConfig {
-            vocab_size: self.vocab,
-            hidden: self.hidden,
-            layers: self.layers,
-            heads: self.heads,
             kv_heads: Some(self.kv_heads),
-            head_dim: None,
-            ffn: None,
-            dense_layers: 0,
-            moe_every: 1,
             moe: Some(moe),
             rope_theta: 1e6,
-            norm_eps: 1e-5,
-            qk_norm: QkNorm::None,
-            tie_embeddings: false,
-            init_std: 0.02,
-            mup: None,
+            ..ModelConfig::new(self.vocab, self.hidden, self.layers, self.heads)
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The section `parallel`: how ranks divide the work.
 
+use super::layer_set::LayerSet;
 use super::limits::{MAX_CHUNKS, MAX_LAYERS, MAX_RANKS};
-use super::words::{Auto, AxisSize, NoneOrAll};
+use super::words::{Auto, AxisSize};
 use config_derive::ResumeKeys;
 use parallel::{
     context::ContextKind,
@@ -120,45 +121,36 @@ impl Default for ParallelConfig {
 }
 
 /// Activation recomputation: what backward computes again instead of keeping it in memory.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct RecomputeConfig {
-    /// Layers of which only the input is kept: `none`, `all`, or a list of layer numbers.
+    /// Layers of which only the input is kept: `none`, `all`, a list of layer numbers, or a period
+    /// such as `{every: 2, from: 1}`.
     #[on_resume(free)]
-    pub layers: RecomputedLayers,
+    pub layers: LayerSet,
     /// Parts that the other layers recompute. The activation function is always recomputed.
     #[on_resume(free)]
     pub parts: Vec<RecomputedPart>,
 }
 
+impl Default for RecomputeConfig {
+    fn default() -> RecomputeConfig {
+        RecomputeConfig {
+            layers: LayerSet::NONE,
+            parts: Vec::new(),
+        }
+    }
+}
+
 impl RecomputeConfig {
     /// Returns true if only the input of this layer is kept.
     pub fn recomputes_layer(&self, layer: usize) -> bool {
-        match &self.layers {
-            RecomputedLayers::Word(word) => *word == NoneOrAll::All,
-            RecomputedLayers::Layers(layers) => layers.contains(&layer),
-        }
+        self.layers.contains(layer)
     }
 
     /// Returns true if the output of this part is kept for backward.
     pub fn keeps(&self, part: RecomputedPart) -> bool {
         !self.parts.contains(&part)
-    }
-}
-
-/// A set of layers.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(untagged, expecting = "none, all, or a list of layers")]
-pub enum RecomputedLayers {
-    /// All or none.
-    Word(NoneOrAll),
-    /// The numbers of the layers, from 0.
-    Layers(#[schemars(inner(range(max = MAX_LAYERS)))] Vec<usize>),
-}
-
-impl Default for RecomputedLayers {
-    fn default() -> RecomputedLayers {
-        RecomputedLayers::Word(NoneOrAll::None)
     }
 }
 

@@ -5,6 +5,7 @@
 mod batch;
 mod check;
 mod dispatch;
+mod layer_set;
 mod layout;
 pub(crate) mod limits;
 mod mesh;
@@ -23,9 +24,9 @@ mod words;
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
+pub use layer_set::{AllBut, LayerPeriod, LayerSet};
 pub use layout::{
-    ParallelConfig, RecomputeConfig, RecomputedLayers, RecomputedPart, ScheduleChoice,
-    VocabularyLayout,
+    ParallelConfig, RecomputeConfig, RecomputedPart, ScheduleChoice, VocabularyLayout,
 };
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};

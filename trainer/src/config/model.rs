@@ -87,6 +87,28 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// Returns a model of these sizes without MoE layers, with the defaults of all other keys.
+    pub fn new(vocab_size: usize, hidden: usize, layers: usize, heads: usize) -> ModelConfig {
+        ModelConfig {
+            vocab_size,
+            hidden,
+            layers,
+            heads,
+            kv_heads: None,
+            head_dim: None,
+            ffn: None,
+            dense_layers: 0,
+            moe_every: default_moe_every(),
+            moe: None,
+            rope_theta: default_rope_theta(),
+            norm_eps: default_norm_eps(),
+            qk_norm: QkNorm::default(),
+            tie_embeddings: false,
+            init_std: default_init_std(),
+            mup: None,
+        }
+    }
+
     /// Returns the number of key and value heads.
     pub fn kv_heads(&self) -> usize {
         self.kv_heads.unwrap_or(self.heads)

@@ -23,7 +23,7 @@ pub enum Auto {
 }
 
 /// The word `none` or `all`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum NoneOrAll {
     /// None of the layers.

@@ -1,7 +1,9 @@
 //! Checks of the parallel layout against the model, the batch and the nodes.
 
-use super::problems::{Problems, Quantity};
-use crate::config::{BatchSize, BatchStage, Config, MoeConfig, RecomputedLayers};
+use crate::{
+    config::{BatchSize, BatchStage, Config, MoeConfig},
+    problems::{Problems, Quantity},
+};
 use parallel::{GroupKind, MemberRanges, Mesh, MeshShape, NodeSplit, context::ContextKind};
 
 impl Config {
@@ -179,9 +181,7 @@ impl Config {
 
     fn check_recompute(&self, problems: &mut Problems) {
         let layers = self.model.layers;
-        if let RecomputedLayers::Layers(recomputed) = &self.parallel.recompute.layers
-            && let Some(layer) = recomputed.iter().find(|&&layer| layer >= layers)
-        {
+        if let Some(layer) = self.parallel.recompute.layers.unknown_layer(layers) {
             problems.add(format!(
                 "parallel.recompute.layers names layer {layer}; the model has 0 to {}",
                 layers.saturating_sub(1)

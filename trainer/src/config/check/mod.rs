@@ -3,14 +3,13 @@
 mod device;
 mod layout;
 mod model;
-mod problems;
 mod schedule;
 mod training;
 
 pub(crate) use layout::hierarchical_groups;
 
 use super::Config;
-use problems::Problems;
+use crate::problems::Problems;
 
 impl Config {
     /// Returns every reason why this experiment cannot run on `ranks` ranks, one sentence each.

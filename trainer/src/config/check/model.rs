@@ -1,9 +1,11 @@
 //! Checks of the section `model`.
 
-use super::problems::{Problems, Quantity};
-use crate::config::{
-    Config, LeastLoadedConfig, MoeConfig, RouterConfig,
-    limits::{MAX_ACTIVATION, MAX_PARAMETERS},
+use crate::{
+    config::{
+        Config, LeastLoadedConfig, MoeConfig, RouterConfig,
+        limits::{MAX_ACTIVATION, MAX_PARAMETERS},
+    },
+    problems::{Problems, Quantity},
 };
 
 impl Config {

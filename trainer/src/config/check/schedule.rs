@@ -1,7 +1,9 @@
 //! Checks of the learning-rate schedule.
 
-use super::problems::Problems;
-use crate::config::{Config, Length, ScheduleConfig};
+use crate::{
+    config::{Config, Length, ScheduleConfig},
+    problems::Problems,
+};
 
 impl Config {
     pub(super) fn check_schedule(&self, problems: &mut Problems) {

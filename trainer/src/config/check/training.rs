@@ -1,7 +1,9 @@
 //! Checks of data, training, snapshots and restarts.
 
-use super::problems::Problems;
-use crate::config::{Config, Dtype};
+use crate::{
+    config::{Config, Dtype},
+    problems::Problems,
+};
 use parallel::Backend;
 
 /// Smallest `optimizer.eps` that keeps updates finite with bf16 gradients.

@@ -1,13 +1,13 @@
 //! A list of problems, and the checks that several keys share.
 
 /// A number from the configuration and the key, or expression of keys, that it belongs to.
-pub(super) struct Quantity<'a> {
+pub(crate) struct Quantity<'a> {
     name: &'a str,
     value: usize,
 }
 
 impl<'a> Quantity<'a> {
-    pub(super) fn new(name: &'a str, value: usize) -> Quantity<'a> {
+    pub(crate) fn new(name: &'a str, value: usize) -> Quantity<'a> {
         Quantity { name, value }
     }
 }
@@ -17,23 +17,23 @@ const SEARCHED: usize = 1 << 20;
 
 /// Reasons why an experiment cannot run.
 #[derive(Default)]
-pub(super) struct Problems(Vec<String>);
+pub(crate) struct Problems(Vec<String>);
 
 impl Problems {
-    pub(super) fn add(&mut self, problem: impl Into<String>) {
+    pub(crate) fn add(&mut self, problem: impl Into<String>) {
         self.0.push(problem.into());
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    pub(super) fn into_list(self) -> Vec<String> {
+    pub(crate) fn into_list(self) -> Vec<String> {
         self.0
     }
 
     /// Refuses a whole that the part does not divide, for the reason `why`.
-    pub(super) fn divides(&mut self, whole: Quantity, part: Quantity, why: &str) {
+    pub(crate) fn divides(&mut self, whole: Quantity, part: Quantity, why: &str) {
         if part.value == 0 || whole.value.is_multiple_of(part.value) {
             return;
         }
