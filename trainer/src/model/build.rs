@@ -10,7 +10,10 @@ use super::{
     moe_block,
     parameters::Unit,
     part::{ModelPart, StagePart},
+    position::ShardPosition,
     rope::Rope,
+    rules::ParameterRules,
+    spec::Dim,
     weights::WeightBuilder,
 };
 use crate::config::{ModelConfig, RecomputedPart};
@@ -23,7 +26,16 @@ impl Model {
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
         kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
-        let mut builder = Builder(WeightBuilder::new(config, &part, ctx));
+        let rules = ParameterRules {
+            init_std: config.init_std,
+            width: config.mup.as_ref().map_or(1.0, |mup| mup.width),
+            layers: config.layers,
+        };
+        let position = ShardPosition::in_groups(ctx.groups).with_part(config.tie_embeddings, &part);
+        let mut builder = Builder {
+            weights: WeightBuilder::new(rules, position, ctx),
+            config,
+        };
         let shares_vocabulary = part.vocabulary.is_some();
         let has_embedding = shares_vocabulary || part.has_first();
         let embedding = has_embedding.then(|| builder.vocabulary_weight("embedding"));
@@ -46,7 +58,7 @@ impl Model {
             parameters,
             position,
             ..
-        } = builder.0;
+        } = builder.weights;
         let context = &ctx.groups.context;
         let positions = positions(
             ctx.context_attention,
@@ -74,37 +86,41 @@ impl Model {
 }
 
 /// Builds the parts of a model, in the order of use.
-struct Builder<'a>(WeightBuilder<'a>);
+struct Builder<'a> {
+    weights: WeightBuilder<'a>,
+    config: &'a ModelConfig,
+}
 
 impl Builder<'_> {
     fn vocabulary_weight(&mut self, name: &'static str) -> VocabularyWeight {
-        let first = self.0.parameters.len();
-        let weight = self.0.add(&vocabulary_spec(self.0.config, name));
+        let first = self.weights.parameters.len();
+        let weight = self.weights.add(&vocabulary_spec(self.config, name));
         VocabularyWeight {
             weight,
-            unit: self.0.unit_from(first),
+            unit: self.weights.unit_from(first),
         }
     }
 
     fn norm(&mut self, block: &str, part: &'static str) -> Weight {
-        self.0.add(&stream_norm_spec(self.0.config, block, part))
+        self.weights
+            .add(&stream_norm_spec(self.config, block, part))
     }
 
     fn final_norm(&mut self) -> (Weight, Arc<Unit>) {
-        let first = self.0.parameters.len();
+        let first = self.weights.parameters.len();
         let weight = self.norm("", "norm");
-        (weight, self.0.unit_from(first))
+        (weight, self.weights.unit_from(first))
     }
 
     fn stage(&mut self, part: &StagePart) -> Stage {
-        let config = self.0.config;
+        let config = self.config;
         let has_moe = |index: &usize| config.moe_config(*index).is_some();
         let moe_layers_before = |layer: usize| (0..layer).filter(has_moe).count();
         let mut layers = Vec::new();
         for index in part.layers.clone() {
-            let first = self.0.parameters.len();
+            let first = self.weights.parameters.len();
             let layer = self.layer(index);
-            layers.push((Arc::new(layer), self.0.unit_from(first)));
+            layers.push((Arc::new(layer), self.weights.unit_from(first)));
         }
         Stage {
             layers,
@@ -114,22 +130,24 @@ impl Builder<'_> {
     }
 
     fn layer(&mut self, index: usize) -> Layer {
-        let config = self.0.config;
+        let config = self.config;
         let name = layer_name(index);
         let attention_norm = self.norm(&name, "attention_norm");
-        let attention = Attention::new(&mut self.0, &format!("{name}.attention"));
+        let attention = Attention::new(&mut self.weights, config, &format!("{name}.attention"));
         let feed_forward_norm = self.norm(&name, "feed_forward_norm");
         let feed_forward = match config.moe_config(index) {
             None => {
                 let specs = dense_specs(config, &name);
-                FeedForward::Dense(DenseFeedForward::new(&mut self.0, &specs))
+                FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
             }
             Some(moe) => {
-                let block = moe_block::build(&mut self.0, &format!("{name}.moe"), moe);
+                let name = format!("{name}.moe");
+                let hidden = Dim::hidden(config.hidden);
+                let block = moe_block::build(&mut self.weights, &name, moe, hidden);
                 FeedForward::Moe(Box::new(block))
             }
         };
-        let recompute = &self.0.ctx.recompute;
+        let recompute = &self.weights.ctx.recompute;
         Layer {
             attention_norm,
             attention,
