@@ -7,7 +7,7 @@ use super::{
     spec::{Dim, ParamSpec, Role, Split, Stack},
     weights::WeightBuilder,
 };
-use crate::config::{ModelConfig, MoeConfig, RecomputedPart};
+use crate::config::{MoeConfig, layout::RecomputedPart};
 use moe::{MoeLayer, MoeWeights, Router, SavePolicy, dispatch::Dispatcher};
 use parking_lot::Mutex;
 use tch::Kind;
@@ -24,16 +24,17 @@ pub(crate) struct MoeSpecs {
 }
 
 /// Returns the descriptions of the routed experts in the block with this global name.
-pub(crate) fn expert_specs(config: &ModelConfig, moe: &MoeConfig, block: &str) -> SwigluSpecs {
-    let hidden = Dim::hidden(config);
+pub(crate) fn expert_specs(hidden: usize, moe: &MoeConfig, block: &str) -> SwigluSpecs {
+    let hidden = Dim::hidden(hidden);
     let ffn = Dim::new("model.moe.ffn", moe.ffn as u64);
     SwigluSpecs::new(block, hidden, ffn, Networks::Experts(moe.experts as u64))
 }
 
 impl MoeSpecs {
     /// Describes the parameters of the block with this global name.
-    pub(crate) fn new(config: &ModelConfig, moe: &MoeConfig, block: &str) -> MoeSpecs {
-        let hidden = Dim::hidden(config);
+    pub(crate) fn new(hidden: usize, moe: &MoeConfig, block: &str) -> MoeSpecs {
+        let experts = expert_specs(hidden, moe, block);
+        let hidden = Dim::hidden(hidden);
         let shared = (moe.shared_experts > 0).then(|| {
             let width = (moe.shared_experts as u64).saturating_mul(moe.ffn as u64);
             let ffn = Dim::new("model.moe.shared_experts x ffn", width);
@@ -49,7 +50,7 @@ impl MoeSpecs {
                 role: Role::Router,
                 writes_residual: false,
             },
-            experts: expert_specs(config, moe, block),
+            experts,
             shared,
         }
     }
@@ -69,8 +70,8 @@ fn routed_rows(moe: &MoeConfig, at: &BlockShape) -> u64 {
 }
 
 /// Returns the bytes of activations of one MoE layer on a rank, for an even load.
-pub(crate) fn activations(config: &ModelConfig, moe: &MoeConfig, at: &BlockShape) -> Activations {
-    let hidden = config.hidden as u64;
+pub(crate) fn activations(hidden: usize, moe: &MoeConfig, at: &BlockShape) -> Activations {
+    let hidden = hidden as u64;
     let rows = routed_rows(moe, at);
     let columns = (moe.ffn / at.mesh.expert_tensor) as u64;
     let routed = feed_forward::activations(rows, hidden, columns, at);
@@ -106,8 +107,13 @@ pub(crate) struct MoeBlock {
 }
 
 /// Builds an MoE layer with this rank's experts.
-pub(crate) fn build(builder: &mut WeightBuilder, name: &str, config: &MoeConfig) -> MoeBlock {
-    let specs = MoeSpecs::new(builder.config, config, name);
+pub(crate) fn build(
+    builder: &mut WeightBuilder,
+    name: &str,
+    hidden: usize,
+    config: &MoeConfig,
+) -> MoeBlock {
+    let specs = MoeSpecs::new(hidden, config, name);
     let router = builder.add(&specs.router);
     let experts = LocalExperts {
         name: name.to_string(),

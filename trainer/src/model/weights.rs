@@ -3,12 +3,10 @@
 use super::{
     build_context::BuildContext,
     parameters::{Parameters, Unit},
-    part::ModelPart,
     position::ShardPosition,
     rules::ParameterRules,
     spec::{ParamSpec, Split},
 };
-use crate::config::ModelConfig;
 use parallel::Weight;
 use std::sync::Arc;
 
@@ -16,16 +14,15 @@ use std::sync::Arc;
 pub(crate) struct WeightBuilder<'a> {
     pub(crate) parameters: Parameters,
     pub(crate) ctx: &'a BuildContext<'a>,
-    pub(crate) config: &'a ModelConfig,
     pub(crate) position: ShardPosition,
     rules: ParameterRules,
 }
 
 impl<'a> WeightBuilder<'a> {
-    /// Returns a builder without parameters for a rank that holds `part` of the model.
+    /// Returns a builder without parameters for the rank at `position`.
     pub(crate) fn new(
-        config: &'a ModelConfig,
-        part: &ModelPart,
+        rules: ParameterRules,
+        position: ShardPosition,
         ctx: &'a BuildContext<'a>,
     ) -> WeightBuilder<'a> {
         WeightBuilder {
@@ -37,9 +34,8 @@ impl<'a> WeightBuilder<'a> {
                 ctx.offload,
             ),
             ctx,
-            config,
-            position: ShardPosition::in_groups(ctx.groups).with_part(config, part),
-            rules: ParameterRules::new(config),
+            position,
+            rules,
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{
         position::ShardPosition,
     },
     optim::Optimizer,
-    process_groups::zero_rank_and_size,
+    replica_ranks::zero_rank_and_size,
 };
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
@@ -296,7 +296,7 @@ impl ExpertRows {
         names: &BTreeSet<String>,
     ) -> Vec<Vec<TensorSlice>> {
         let experts = experts_by_slot(physical_slots);
-        let SwigluSpecs { gate_up, down } = expert_specs(&self.model, &self.moe, name);
+        let SwigluSpecs { gate_up, down } = expert_specs(self.model.hidden, &self.moe, name);
         let held = |rank: &RankPart| {
             let own = &experts[gate_up.own_experts(&rank.position)];
             let parameters = [&gate_up, &down].map(|spec| spec.slices(&rank.position, own));
