@@ -55,12 +55,14 @@ pub mod config;
 pub mod data;
 mod error;
 mod inference;
+mod join_groups;
 pub mod lines;
 mod memory;
 mod model;
 mod optim;
 mod problems;
 mod process_groups;
+mod replica_ranks;
 mod scalars;
 mod train;
 

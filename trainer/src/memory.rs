@@ -14,7 +14,7 @@ use crate::{
         position::ShardPosition,
         spec::ParamSpec,
     },
-    process_groups::zero_rank_and_size,
+    replica_ranks::zero_rank_and_size,
 };
 use parallel::{
     BucketPlan, Mesh, context::ContextKind, matrix_shape, own_rows, pipeline::simulate::simulate,

@@ -1,8 +1,7 @@
 //! The section `model`: the architecture.
 
-pub use crate::model::moe_block::{MoeConfig, RouterConfig};
-
 use super::limits::{MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
+use crate::model::{attention::grouped::QkNorm, moe_block::MoeConfig};
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -109,17 +108,6 @@ impl ModelConfig {
         }
     }
 
-    /// Returns the number of key and value heads.
-    pub fn kv_heads(&self) -> usize {
-        self.kv_heads.unwrap_or(self.heads)
-    }
-
-    /// Returns the width of a head.
-    pub fn head_dim(&self) -> usize {
-        let heads = self.heads.max(1);
-        self.head_dim.unwrap_or(self.hidden / heads)
-    }
-
     /// Returns the MoE section if this layer is an MoE layer.
     pub fn moe_config(&self, layer: usize) -> Option<&MoeConfig> {
         let after_dense = layer.checked_sub(self.dense_layers)?;
@@ -138,19 +126,6 @@ impl ModelConfig {
             .filter(|&layer| self.moe_config(layer).is_some())
             .count()
     }
-}
-
-/// RMSNorm of queries and keys.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum QkNorm {
-    /// No norm.
-    #[default]
-    None,
-    /// One norm over all heads together (OLMoE).
-    Full,
-    /// One norm per head (Qwen3).
-    Head,
 }
 
 /// Maximal update parametrization as in PowerMoE and Granite (arXiv 2408.13359, table 1).

@@ -2,7 +2,6 @@
 
 use super::{
     Model, Stage, VocabularyWeight,
-    attention::Attention,
     build_context::BuildContext,
     decoder::{dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
     feed_forward::DenseFeedForward,
@@ -12,8 +11,6 @@ use super::{
     part::{ModelPart, StagePart},
     position::ShardPosition,
     rope::Rope,
-    rules::ParameterRules,
-    spec::Dim,
     weights::WeightBuilder,
 };
 use crate::config::{ModelConfig, RecomputedPart};
@@ -26,14 +23,9 @@ impl Model {
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
         kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
-        let rules = ParameterRules {
-            init_std: config.init_std,
-            width: config.mup.as_ref().map_or(1.0, |mup| mup.width),
-            layers: config.layers,
-        };
         let position = ShardPosition::in_groups(ctx.groups).with_part(config.tie_embeddings, &part);
         let mut builder = Builder {
-            weights: WeightBuilder::new(rules, position, ctx),
+            weights: WeightBuilder::new(config.parameter_rules(), position, ctx),
             config,
         };
         let shares_vocabulary = part.vocabulary.is_some();
@@ -54,11 +46,7 @@ impl Model {
             _ => builder.vocabulary_weight("head"),
         });
 
-        let WeightBuilder {
-            parameters,
-            position,
-            ..
-        } = builder.weights;
+        let parameters = builder.weights.parameters;
         let context = &ctx.groups.context;
         let positions = positions(
             ctx.context_attention,
@@ -66,7 +54,12 @@ impl Model {
             context.rank(),
             context.size(),
         );
-        let rope = Rope::new(ctx.device, &positions, config.head_dim(), config.rope_theta);
+        let rope = Rope::new(
+            ctx.device,
+            &positions,
+            config.attention(0).rotary_width(),
+            config.rope_theta,
+        );
         let splits_sequences = context.size() > 1;
         let positions =
             splits_sequences.then(|| ctx.device.upload(&Tensor::from_slice(&positions)));
@@ -133,7 +126,9 @@ impl Builder<'_> {
         let config = self.config;
         let name = layer_name(index);
         let attention_norm = self.norm(&name, "attention_norm");
-        let attention = Attention::new(&mut self.weights, config, &format!("{name}.attention"));
+        let attention = config
+            .attention(index)
+            .build(&mut self.weights, &format!("{name}.attention"));
         let feed_forward_norm = self.norm(&name, "feed_forward_norm");
         let feed_forward = match config.moe_config(index) {
             None => {
@@ -142,8 +137,7 @@ impl Builder<'_> {
             }
             Some(moe) => {
                 let name = format!("{name}.moe");
-                let hidden = Dim::hidden(config.hidden);
-                let block = moe_block::build(&mut self.weights, &name, moe, hidden);
+                let block = moe_block::build(&mut self.weights, &name, config.hidden, moe);
                 FeedForward::Moe(Box::new(block))
             }
         };

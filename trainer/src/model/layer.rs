@@ -2,8 +2,8 @@
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
 use super::{
-    attention::Attention, documents::Documents, feed_forward::DenseFeedForward,
-    moe_block::MoeBlock, norm::rms_norm, rope::Rope,
+    attention::Attention, batch::BatchContext, feed_forward::DenseFeedForward, moe_block::MoeBlock,
+    norm::rms_norm,
 };
 use crate::{Error, model::parameters::Unit};
 use moe::{MoeOutput, MoeStats, RoutingReplay, balance::RouterStats};
@@ -14,7 +14,7 @@ use tch::Tensor;
 
 pub(crate) struct Layer {
     pub(crate) attention_norm: Weight,
-    pub(crate) attention: Attention,
+    pub(crate) attention: Box<dyn Attention>,
     pub(crate) feed_forward_norm: Weight,
     pub(crate) feed_forward: FeedForward,
     pub(crate) norm_eps: f64,
@@ -35,30 +35,27 @@ pub(crate) enum FeedForward {
 type LayerOutput = (Tensor, Option<(RouterStats, MoeStats)>);
 
 impl Layer {
-    /// Maps `x` `[T, D]`, tokens of `batch` sequences.
+    /// Maps `x` `[T, D]`, tokens of the microbatch `batch`.
     ///
     /// # Collective
     /// All ranks that work on the layer.
     pub(crate) fn forward(
         self: &Arc<Layer>,
         x: &Tensor,
-        batch: i64,
-        rope: &Arc<Rope>,
-        documents: Option<&Arc<Documents>>,
+        batch: &BatchContext,
     ) -> Result<LayerOutput, Error> {
         if self.save_activations {
             let replay = RoutingReplay::default();
-            return Ok(self.compute(x, batch, rope, documents, &replay)?);
+            return Ok(self.compute(x, batch, &replay)?);
         }
         // Statistics without a gradient leave the recomputed function through this variable.
         let aux_output = Arc::new(Mutex::new(None));
         let aux_sink = aux_output.clone();
         let layer = self.clone();
-        let rope = rope.clone();
-        let documents = documents.cloned();
+        let batch = batch.clone();
         let replay = RoutingReplay::default();
         let mut outputs = recomputed(&[x], move |x| {
-            let (out, stats) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
+            let (out, stats) = layer.compute(&x[0], &batch, &replay)?;
             let Some((router_stats, moe_stats)) = stats else {
                 return Ok(vec![out]);
             };
@@ -87,13 +84,11 @@ impl Layer {
     fn compute(
         &self,
         x: &Tensor,
-        batch: i64,
-        rope: &Rope,
-        documents: Option<&Arc<Documents>>,
+        batch: &BatchContext,
         replay: &RoutingReplay,
     ) -> Result<LayerOutput, torch_ext::Error> {
         let normed = self.normed(x, &self.attention_norm)?;
-        let branch = self.attention.forward(&normed, batch, rope, documents)?;
+        let branch = self.attention.forward(&normed, batch)?;
         let x = self.add_branch(x, branch);
         let normed = self.normed(&x, &self.feed_forward_norm)?;
         match &self.feed_forward {
@@ -106,7 +101,9 @@ impl Layer {
                     hidden_td,
                     stats,
                     moe_stats,
-                } = moe.layer.forward(&normed, batch as usize, replay)?;
+                } = moe
+                    .layer
+                    .forward(&normed, batch.sequences as usize, replay)?;
                 let out = self.add_branch(&x, hidden_td);
                 Ok((out, Some((stats, moe_stats))))
             }

@@ -9,8 +9,9 @@ use super::{
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ParameterRules {
     pub(crate) init_std: f64,
-    /// Width ratio of maximal update parametrization.
+    /// Width ratio of maximal update parametrization; 1 without it.
     pub(crate) width: f64,
+    /// Layers of the whole model.
     pub(crate) layers: usize,
 }
 

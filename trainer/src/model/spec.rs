@@ -30,8 +30,8 @@ impl Dim {
     }
 
     /// Returns the width of the residual stream.
-    pub(crate) fn hidden(size: usize) -> Dim {
-        Dim::new("model.hidden", size as u64)
+    pub(crate) fn hidden(width: usize) -> Dim {
+        Dim::new("model.hidden", width as u64)
     }
 
     /// Returns a dimension whose size follows from that of another.

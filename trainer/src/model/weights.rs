@@ -19,7 +19,7 @@ pub(crate) struct WeightBuilder<'a> {
 }
 
 impl<'a> WeightBuilder<'a> {
-    /// Returns a builder without parameters for a rank at `position`.
+    /// Returns a builder without parameters for the rank at `position`.
     pub(crate) fn new(
         rules: ParameterRules,
         position: ShardPosition,

@@ -15,10 +15,9 @@ use crate::{
         feed_forward::SwigluSpecs,
         parameters::{Replicas, slices_of_rows},
         position::ShardPosition,
-        spec::Dim,
     },
     optim::Optimizer,
-    process_groups::zero_rank_and_size,
+    replica_ranks::zero_rank_and_size,
 };
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
@@ -246,7 +245,7 @@ fn check_held(held: &[HeldSlice], planned: &[TensorSlice]) -> Result<(), Error> 
 /// The rows of each layer's experts that each rank of a stage holds. They follow from the mesh, the
 /// configuration and the placement.
 pub(crate) struct ExpertRows {
-    hidden: Dim,
+    hidden: usize,
     moe: MoeConfig,
     /// The ranks of the stage, in order.
     ranks: Vec<RankPart>,
@@ -276,7 +275,7 @@ impl ExpertRows {
         };
         let ranks = mesh.group(GroupKind::Stage).into_iter().map(part);
         Ok(ExpertRows {
-            hidden: Dim::hidden(config.model.hidden),
+            hidden: config.model.hidden,
             moe: moe.clone(),
             ranks: ranks.collect::<Result<_, Error>>()?,
         })
@@ -537,7 +536,7 @@ mod tests {
             shard: (rank / 4 % 2, 2),
         };
         let rows = ExpertRows {
-            hidden: Dim::hidden(5),
+            hidden: 5,
             moe: MoeConfig::new(4, 1, 6),
             ranks: (0..16).map(rank).collect(),
         };

@@ -188,7 +188,7 @@ mod tests {
     use crate::{
         config::ParallelConfig,
         model::parameters::{Replicas, slice, slices_of_rows},
-        process_groups::replica_ranks,
+        replica_ranks::replica_ranks,
     };
     use parallel::{Mesh, MeshShape, own_rows};
     use proptest::prelude::*;

@@ -5,13 +5,13 @@ use crate::{
         Config,
         limits::{MAX_ACTIVATION, MAX_PARAMETERS},
     },
-    problems::{Problems, Quantity},
+    problems::Problems,
 };
 
 impl Config {
     pub(super) fn check_model(&self, problems: &mut Problems) {
         let model = &self.model;
-        self.check_heads(problems);
+        model.attention(0).problems(problems);
         if model.has_dense_layers() && model.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
         }
@@ -37,10 +37,9 @@ impl Config {
                 model.hidden, model.layers
             ));
         }
-        let attention = model.heads.max(model.kv_heads()) * model.head_dim();
         let dense = [
             model.hidden,
-            attention,
+            model.attention(0).widest(),
             model.ffn.unwrap_or(0),
             model.vocab_size,
         ];
@@ -63,29 +62,6 @@ impl Config {
                 "data.eod_token: keeping documents apart in {micro_batch} x {length} tokens takes \
                  a mask of {mask} values; at most {MAX_ACTIVATION} are possible (shorten \
                  data.sequence_length, or split sequences by parallel.context with ring attention)"
-            ));
-        }
-    }
-
-    fn check_heads(&self, problems: &mut Problems) {
-        let model = &self.model;
-        let heads = || Quantity::new("model.heads", model.heads);
-        if model.head_dim.is_none() {
-            problems.divides(
-                Quantity::new("model.hidden", model.hidden),
-                heads(),
-                "or give model.head_dim",
-            );
-        }
-        problems.divides(
-            heads(),
-            Quantity::new("model.kv_heads", model.kv_heads()),
-            "each key head must serve the same number of query heads",
-        );
-        if model.heads > 0 && !model.head_dim().is_multiple_of(2) {
-            problems.add(format!(
-                "the head width {} is odd; rotary embedding turns pairs",
-                model.head_dim()
             ));
         }
     }

@@ -1,0 +1,15 @@
+//! Facts of a microbatch that all layers use.
+
+use super::{documents::Documents, rope::Rope};
+use std::sync::Arc;
+
+/// Facts of a microbatch that all layers use.
+#[derive(Clone)]
+pub(crate) struct BatchContext {
+    /// Number of sequences.
+    pub(crate) sequences: i64,
+    /// Rotations of this rank's positions.
+    pub(crate) rope: Arc<Rope>,
+    /// Set if tokens attend only within their document.
+    pub(crate) documents: Option<Arc<Documents>>,
+}
