@@ -1,17 +1,28 @@
 #!/usr/bin/env python3
 """Writes golden files: outputs, losses and gradients of tiny Hugging Face transformers models.
 
-usage: scripts/golden/models.py [OUTPUT]        (default: trainer/tests/golden)
+usage: scripts/golden/models.py [--output DIR] [NAME ...]   (default: trainer/tests/golden, all)
+
+To add a model, add an entry to MODELS: the class and configuration of transformers, or any
+torch module whose output has `loss` and `logits`, and moerun's section `model` for the same
+function. If a parameter has a new name, map it in NAMES, or in the entry if families differ.
+trainer/tests/golden.rs tests every file in the folder. A file is below 150 KB: choose small sizes.
 
 One safetensors file per model, with moerun's parameter names, so that the tests need no Python:
   weight/NAME, grad/NAME   every parameter and its gradient of the total loss
   after/NAME               the parameter after 3 steps of clip_grad_norm_(1.0) and AdamW, same batch
-  input_ids, logits, loss, aux_loss, total_loss, grad_norm
-  labels                   only in NAME-masked: -100 at some positions, and in all of sequence 1
-trainer/tests/golden.rs repeats the shapes. Made with torch 2.11.0 and transformers 5.23.0.
+  bias/NAME                balancing biases without gradients, unless they are zero
+  input_ids, logits, loss, total_loss, grad_norm
+  aux_loss                 only of models with a load-balancing loss
+  labels                   only of masked entries: -100 at some positions, and in all of sequence 1
+The metadata has moerun's section `model` as JSON, and the tolerance of gradients.
+Made with torch 2.11.0 and transformers 5.23.0.
 """
 
-import sys
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +36,26 @@ from transformers import (
     OlmoeForCausalLM,
 )
 
+
+@dataclass
+class Golden:
+    """A model twice: in torch, and as moerun's section `model`."""
+
+    model_class: type
+    config: object
+    model: dict
+    # Names within a layer that only this family gives this meaning; they take precedence.
+    names: dict = field(default_factory=dict)
+    # True to train with labels of -100.
+    masked: bool = False
+    # Largest difference of a gradient, relative to its largest value.
+    tolerance: float = 1e-4
+    # Range of vectors. Norms start as ones, which would hide a missing weight.
+    vectors: tuple = (0.5, 1.5)
+    # Changes the drawn parameters of the module, in place.
+    adjust: Callable = lambda module: None
+
+
 SHAPE = dict(
     vocab_size=96,
     hidden_size=32,
@@ -36,8 +67,25 @@ SHAPE = dict(
     tie_word_embeddings=False,
     use_cache=False,
 )
+OURS = dict(vocab_size=96, hidden=32, layers=2, heads=4)
+
+
+def moe(experts, top_k, ffn, **more):
+    """Returns a section `model.moe` with the load-balancing loss of transformers at 0.01."""
+    return dict(
+        experts=experts,
+        top_k=top_k,
+        ffn=ffn,
+        # The loss of transformers is top_k times ours, taken once over all layers.
+        load_balance=0.01 * top_k,
+        load_balance_over="microbatch",
+        load_balance_pool_layers=True,
+        **more,
+    )
+
+
 MODELS = {
-    "mixtral": (
+    "mixtral": Golden(
         MixtralForCausalLM,
         MixtralConfig(
             **SHAPE,
@@ -47,8 +95,9 @@ MODELS = {
             num_experts_per_tok=2,
             rms_norm_eps=1e-5,
         ),
+        {**OURS, "kv_heads": 2, "rope_theta": 1e6, "moe": moe(4, 2, 48)},
     ),
-    "olmoe": (
+    "olmoe": Golden(
         OlmoeForCausalLM,
         OlmoeConfig(
             **SHAPE,
@@ -61,8 +110,9 @@ MODELS = {
             pad_token_id=0,
             eos_token_id=0,
         ),
+        {**OURS, "qk_norm": "full", "moe": moe(8, 3, 24, router={"normalize": False})},
     ),
-    "granite": (
+    "granite": Golden(
         GraniteMoeForCausalLM,
         GraniteMoeConfig(
             **{**SHAPE, "tie_word_embeddings": True},
@@ -76,11 +126,24 @@ MODELS = {
             attention_multiplier=1 / 8,
             logits_scaling=2.0,
         ),
+        {
+            **OURS,
+            "kv_heads": 2,
+            "tie_embeddings": True,
+            "mup": {"width": 2.0, "embedding": 12.0, "residual": 0.22},
+            "moe": moe(6, 2, 24),
+        },
     ),
 }
-# Models that are also trained with labels of -100.
-MASKED = ["mixtral"]
-# Names in transformers -> names in moerun, within a layer. Stacked experts are split.
+MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)
+
+# Names in transformers -> names in moerun, outside the layers.
+TOP = {
+    "model.embed_tokens.weight": "embedding",
+    "model.norm.weight": "norm",
+    "lm_head.weight": "head",
+}
+# Names in transformers -> names in moerun, within a layer.
 NAMES = {
     "input_layernorm.weight": "attention_norm",
     "post_attention_layernorm.weight": "feed_forward_norm",
@@ -91,60 +154,83 @@ NAMES = {
     "self_attn.q_norm.weight": "attention.query_norm",
     "self_attn.k_norm.weight": "attention.key_norm",
     "mlp.gate.weight": "moe.gate",
+    "mlp.gate.e_score_correction_bias": "moe.bias",
     "block_sparse_moe.router.weight": "moe.gate",
 }
+# Parameters with a matrix for each expert. They are split.
 STACKED = {
     "mlp.experts.gate_up_proj": "gate_up",
     "mlp.experts.down_proj": "down",
     "block_sparse_moe.experts.gate_up_proj": "gate_up",
     "block_sparse_moe.experts.down_proj": "down",
 }
-TOP = {
-    "model.embed_tokens.weight": "embedding",
-    "model.norm.weight": "norm",
-    "lm_head.weight": "head",
+# SwiGLU networks of three matrices. The rows of gate and up are joined.
+NETWORKS = {
+    "mlp": "mlp",
+    "mlp.shared_experts": "moe.shared",
 }
 
 
-def ours(name, tensor):
-    """Returns moerun's (name, tensor) pairs for a parameter of transformers."""
-    if name in TOP:
-        return [(TOP[name], tensor)]
-    _, _, layer, rest = name.split(".", 3)
-    if rest in STACKED:
-        return [
-            (f"layers.{layer}.moe.experts.{e}.{STACKED[rest]}", part)
-            for e, part in enumerate(tensor)
-        ]
-    return [(f"layers.{layer}.{NAMES[rest]}", tensor)]
+def ours(tensors, names):
+    """Returns tensors by moerun's names, from tensors by those of transformers."""
+    names = {**NAMES, **names}
+    out = {}
+    for name, tensor in tensors.items():
+        if name in TOP:
+            out[TOP[name]] = tensor
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        layer = f"layers.{layer}"
+        network, _, part = rest.removesuffix("_proj.weight").rpartition(".")
+        if rest in names:
+            out[f"{layer}.{names[rest]}"] = tensor
+        elif rest in STACKED:
+            for expert, matrix in enumerate(tensor):
+                out[f"{layer}.moe.experts.{expert}.{STACKED[rest]}"] = matrix
+        elif part == "gate":
+            up = tensors[name.replace(".gate_proj.", ".up_proj.")]
+            out[f"{layer}.{NETWORKS[network]}.gate_up"] = torch.cat([tensor, up])
+        elif part == "down":
+            out[f"{layer}.{NETWORKS[network]}.down"] = tensor
+        elif part != "up":
+            raise KeyError(f"{name} has no name in moerun")
+    return out
 
 
-def golden(model_class, config, masked):
+def run(golden):
+    """Trains a model and returns the tensors of its file."""
     torch.manual_seed(0)
+    config = golden.config
     config._attn_implementation = "eager"
-    model = model_class(config).float()
-    # Norms start as ones, which would hide a missing weight.
-    for parameter in model.parameters():
+    model = golden.model_class(config).float()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
         if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            torch.nn.init.uniform_(parameter, *golden.vectors)
         else:
             torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        golden.adjust(model)
     ids = torch.randint(0, config.vocab_size, (3, 16))
     out = {"input_ids": ids}
     labels = ids
-    if masked:
+    if golden.masked:
         labels = ids.masked_fill(torch.rand(ids.shape) < 0.4, -100)
         labels[1] = -100
         out["labels"] = labels
-    put = lambda kind, name, tensor: out.update(
-        {f"{kind}/{n}": t.detach().clone().contiguous() for n, t in ours(name, tensor)}
-    )
-    for name, parameter in model.named_parameters():
-        put("weight", name, parameter)
+
+    def put(kind, tensors):
+        for name, tensor in ours(tensors, golden.names).items():
+            out[f"{kind}/{name}"] = tensor.detach().clone().contiguous()
+
+    put("weight", trained)
+    state = [*model.named_parameters(), *model.named_buffers()]
+    biases = {n: b for n, b in state if n.endswith("bias") and n not in trained}
+    put("bias", {name: bias for name, bias in biases.items() if bias.any()})
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
         ],
         lr=1e-2,
         betas=(0.9, 0.95),
@@ -155,34 +241,38 @@ def golden(model_class, config, masked):
         result = model(input_ids=ids, labels=labels)
         result.loss.backward()
         if step == 0:
-            for name, parameter in model.named_parameters():
-                put("grad", name, parameter.grad)
+            put("grad", {name: parameter.grad for name, parameter in trained.items()})
             out["logits"] = result.logits.detach().clone()
-            out["aux_loss"] = result.aux_loss.detach().reshape(1)
             out["total_loss"] = result.loss.detach().reshape(1)
-            out["loss"] = (
-                (result.loss - config.router_aux_loss_coef * result.aux_loss).detach().reshape(1)
-            )
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            out["loss"] = out["total_loss"].clone()
+            aux_loss = getattr(result, "aux_loss", None)
+            if aux_loss is not None:
+                out["aux_loss"] = aux_loss.detach().reshape(1)
+                weighted = config.router_aux_loss_coef * aux_loss
+                out["loss"] = (result.loss - weighted).detach().reshape(1)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         if step == 0:
             out["grad_norm"] = norm.reshape(1)
         optimizer.step()
-    for name, parameter in model.named_parameters():
-        put("after", name, parameter)
+    put("after", trained)
     return out
 
 
-target = Path(
-    sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "trainer/tests/golden"
-)
-target.mkdir(parents=True, exist_ok=True)
-cases = [(name, *MODELS[name], False) for name in MODELS]
-cases += [(f"{name}-masked", *MODELS[name], True) for name in MASKED]
-for name, model_class, config, masked in cases:
-    tensors = golden(model_class, config, masked)
-    save_file(tensors, target / f"{name}.safetensors")
-    print(
-        f"{name}: {len(tensors)} tensors, loss {tensors['loss'].item():.6f}, "
-        f"aux {tensors['aux_loss'].item():.6f}, "
-        f"grad norm {tensors['grad_norm'].item():.6f}"
-    )
+def main():
+    parser = argparse.ArgumentParser(description="Writes golden files.")
+    folder = Path(__file__).parents[2] / "trainer/tests/golden"
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the files")
+    parser.add_argument("names", nargs="*", default=sorted(MODELS), metavar="NAME")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names:
+        golden = MODELS[name]
+        tensors = run(golden)
+        metadata = {"model": json.dumps(golden.model), "tolerance": str(golden.tolerance)}
+        save_file(tensors, arguments.output / f"{name}.safetensors", metadata)
+        shown = [n for n in ("loss", "aux_loss", "grad_norm") if n in tensors]
+        values = ", ".join(f"{n} {tensors[n].item():.6f}" for n in shown)
+        print(f"{name}: {len(tensors)} tensors, {values}")
+
+
+main()
