@@ -48,6 +48,22 @@ fn write_mask(folder: &Path) {
     writer.finish().unwrap();
 }
 
+/// Random properties of rotary embedding, for heads of width 4.
+fn ropes() -> impl Strategy<Value = Value> {
+    let llama3 = json!({"factor": 4.0, "low": 1.0, "high": 4.0, "original_length": 16});
+    prop::sample::select(vec![
+        json!({}),
+        json!({"fraction": 0.5, "scaling": {"linear": {"factor": 2.0}}}),
+        json!({"layers": [0, 2], "scaling": {"llama3": llama3}}),
+        json!({"scaling": {"dynamic": {"factor": 4.0, "original_length": 8}}}),
+        json!({"scaling": {"ntk_alpha": {"alpha": 100.0}}}),
+        json!({"scaling": {"yarn": {"factor": 4.0, "original_length": 8}}}),
+        json!({"scaling": {"longrope": {
+            "short": [1.0, 2.0], "long": [2.0, 4.0], "factor": 3.0, "original_length": 8,
+        }}}),
+    ])
+}
+
 /// Random models and data: everything that determines the results of one rank.
 fn models() -> impl Strategy<Value = Value> {
     let statistics = prop::sample::select(vec!["sequence", "microbatch", "batch"]);
@@ -66,9 +82,10 @@ fn models() -> impl Strategy<Value = Value> {
         micro_batches,
         0usize..2,
         (documents, masks),
+        ropes(),
     )
         .prop_map(
-            |(over, sigmoid_scores, tied, qk_norm, micro_batch, dense_layers, data)| {
+            |(over, sigmoid_scores, tied, qk_norm, micro_batch, dense_layers, data, rope)| {
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -83,6 +100,7 @@ fn models() -> impl Strategy<Value = Value> {
                         "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
                         "kv_heads": heads.1, "head_dim": 4, "ffn": 48, "dense_layers": dense_layers,
                         "moe": moe, "init_std": 0.1, "qk_norm": qk_norm, "tie_embeddings": tied,
+                        "rope": rope,
                     },
                     "micro_batch": micro_batch,
                     "eod_token": documents,

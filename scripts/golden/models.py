@@ -28,12 +28,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 
@@ -68,6 +72,26 @@ SHAPE = dict(
     use_cache=False,
 )
 OURS = dict(vocab_size=96, hidden=32, layers=2, heads=4)
+# Sizes for new models. Heads are together wider than the model.
+SMALL = dict(
+    vocab_size=48,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    output_router_logits=True,
+    router_aux_loss_coef=0.01,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    use_cache=False,
+    # torch's embedding gives a padding token no gradient.
+    pad_token_id=None,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+SMALL_OURS = dict(vocab_size=48, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=8)
 
 
 def moe(experts, top_k, ffn, **more):
@@ -84,6 +108,19 @@ def moe(experts, top_k, ffn, **more):
     )
 
 
+def mixtral(rope_parameters, rope):
+    """Returns a small Mixtral with these properties of rotary embedding."""
+    config = MixtralConfig(
+        **SMALL,
+        intermediate_size=12,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_theta": 1e4, **rope_parameters},
+    )
+    return Golden(MixtralForCausalLM, config, {**SMALL_OURS, "moe": moe(4, 2, 12), "rope": rope})
+
+
+LONGROPE = {"short": [1.0, 1.5, 2.0, 2.5], "long": [1.5, 3.0, 6.0, 12.0]}
 MODELS = {
     "mixtral": Golden(
         MixtralForCausalLM,
@@ -133,6 +170,71 @@ MODELS = {
             "mup": {"width": 2.0, "embedding": 12.0, "residual": 0.22},
             "moe": moe(6, 2, 24),
         },
+    ),
+    # Part of a head rotates, and a part of odd halves.
+    "glm4-moe": Golden(
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig(
+            **{**SMALL, "head_dim": 12},
+            attention_bias=False,
+            use_qk_norm=True,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            moe_intermediate_size=8,
+            intermediate_size=20,
+            first_k_dense_replace=1,
+            routed_scaling_factor=2.5,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.5,
+            },
+        ),
+        {
+            **SMALL_OURS,
+            "head_dim": 12,
+            "ffn": 20,
+            "dense_layers": 1,
+            "qk_norm": "head",
+            "rope_theta": 1e6,
+            "rope": {"fraction": 0.5},
+            "moe": {
+                "experts": 6,
+                "top_k": 2,
+                "ffn": 8,
+                "shared_experts": 1,
+                "load_balance": 0.0,
+                "router": {"score": "sigmoid", "scale": 2.5},
+            },
+        },
+    ),
+    # As gpt-oss, whose transition between frequencies is not rounded.
+    "yarn": mixtral(
+        {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+            "truncate": False,
+        },
+        {"scaling": {"yarn": {"factor": 8.0, "original_length": 8, "truncate": False}}},
+    ),
+    # The sequences are longer than those of pretraining.
+    "longrope": mixtral(
+        {
+            "rope_type": "longrope",
+            "short_factor": LONGROPE["short"],
+            "long_factor": LONGROPE["long"],
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+        },
+        {"scaling": {"longrope": {**LONGROPE, "factor": 8.0, "original_length": 8}}},
+    ),
+    # One of the layers has no positions.
+    "smollm3": Golden(
+        SmolLM3ForCausalLM,
+        SmolLM3Config(**SMALL, intermediate_size=24, no_rope_layers=[1, 0]),
+        {**SMALL_OURS, "ffn": 24, "rope_theta": 2e6, "rope": {"layers": [0]}},
     ),
 }
 MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)
@@ -269,7 +371,9 @@ def main():
         golden = MODELS[name]
         tensors = run(golden)
         metadata = {"model": json.dumps(golden.model), "tolerance": str(golden.tolerance)}
-        save_file(tensors, arguments.output / f"{name}.safetensors", metadata)
+        path = arguments.output / f"{name}.safetensors"
+        save_file(tensors, path, metadata)
+        path.chmod(0o644)
         shown = [n for n in ("loss", "aux_loss", "grad_norm") if n in tensors]
         values = ", ".join(f"{n} {tensors[n].item():.6f}" for n in shown)
         print(f"{name}: {len(tensors)} tensors, {values}")

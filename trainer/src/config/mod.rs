@@ -5,7 +5,7 @@
 mod batch;
 mod check;
 mod dispatch;
-mod layer_set;
+pub(crate) mod layer_set;
 mod layout;
 pub(crate) mod limits;
 mod mesh;
@@ -21,6 +21,7 @@ mod snapshot;
 mod warnings;
 mod words;
 
+pub use crate::model::{rope::RopeConfig, rope_scaling::RopeScaling};
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};

@@ -2,6 +2,7 @@
 
 use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
 use super::limits::{MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
+use crate::model::rope::RopeConfig;
 use config_derive::ResumeKeys;
 use moe::{Score, balance::BalanceScope};
 use schemars::JsonSchema;
@@ -62,6 +63,10 @@ pub struct ModelConfig {
     #[schemars(range(min = 1.0, max = 1e15))]
     #[serde(default = "default_rope_theta")]
     pub rope_theta: f64,
+    /// Other properties of rotary position embedding.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub rope: RopeConfig,
     /// Term added to the mean square in RMSNorm.
     #[on_resume(refused)]
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
@@ -101,6 +106,7 @@ impl ModelConfig {
             moe_every: default_moe_every(),
             moe: None,
             rope_theta: default_rope_theta(),
+            rope: RopeConfig::default(),
             norm_eps: default_norm_eps(),
             qk_norm: QkNorm::default(),
             tie_embeddings: false,

@@ -244,7 +244,7 @@ impl Attention {
         &self,
         x: &Activation,
         batch: i64,
-        rope: &Rope,
+        rope: Option<&Rope>,
         documents: Option<&Arc<Documents>>,
     ) -> Result<Tensor, Error> {
         let weights = [&self.query, &self.key, &self.value];
@@ -267,8 +267,11 @@ impl Attention {
             query = rms_norm(&query, query_norm, self.norm_eps)?;
             key = rms_norm(&key, key_norm, self.norm_eps)?;
         }
-        let query = rope.apply(&query)?;
-        let key = rope.apply(&self.used_heads(&key))?;
+        let mut key = self.used_heads(&key);
+        if let Some(rope) = rope {
+            query = rope.apply(&query)?;
+            key = rope.apply(&key)?;
+        }
         let value = self.used_heads(&self.split_heads(&value, batch, self.kv_heads));
         let mixed = self.attend(&query, &key, &value, documents)?;
         let merged = mixed

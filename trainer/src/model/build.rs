@@ -23,7 +23,21 @@ impl Model {
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
         kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
-        let mut builder = Builder(WeightBuilder::new(config, &part, ctx));
+        let context = &ctx.groups.context;
+        let positions = positions(
+            ctx.context_attention,
+            ctx.sequence_length,
+            context.rank(),
+            context.size(),
+        );
+        let width = config.rope.width(config.head_dim());
+        let frequencies = config
+            .rope
+            .frequencies(config.rope_theta, width, ctx.sequence_length);
+        let mut builder = Builder {
+            weights: WeightBuilder::new(config, &part, ctx),
+            rope: Arc::new(Rope::new(ctx.device, &positions, &frequencies)),
+        };
         let shares_vocabulary = part.vocabulary.is_some();
         let has_embedding = shares_vocabulary || part.has_first();
         let embedding = has_embedding.then(|| builder.vocabulary_weight("embedding"));
@@ -46,15 +60,7 @@ impl Model {
             parameters,
             position,
             ..
-        } = builder.0;
-        let context = &ctx.groups.context;
-        let positions = positions(
-            ctx.context_attention,
-            ctx.sequence_length,
-            context.rank(),
-            context.size(),
-        );
-        let rope = Rope::new(ctx.device, &positions, config.head_dim(), config.rope_theta);
+        } = builder.weights;
         let splits_sequences = context.size() > 1;
         let positions =
             splits_sequences.then(|| ctx.device.upload(&Tensor::from_slice(&positions)));
@@ -65,7 +71,6 @@ impl Model {
             embedding,
             stages,
             head,
-            rope: Arc::new(rope),
             tensor: ctx.groups.tensor.clone(),
             rows: position.vocabulary.part(config.vocab_size),
             positions,
@@ -74,37 +79,43 @@ impl Model {
 }
 
 /// Builds the parts of a model, in the order of use.
-struct Builder<'a>(WeightBuilder<'a>);
+struct Builder<'a> {
+    weights: WeightBuilder<'a>,
+    rope: Arc<Rope>,
+}
 
 impl Builder<'_> {
     fn vocabulary_weight(&mut self, name: &'static str) -> VocabularyWeight {
-        let first = self.0.parameters.len();
-        let weight = self.0.add(&vocabulary_spec(self.0.config, name));
+        let first = self.weights.parameters.len();
+        let weight = self
+            .weights
+            .add(&vocabulary_spec(self.weights.config, name));
         VocabularyWeight {
             weight,
-            unit: self.0.unit_from(first),
+            unit: self.weights.unit_from(first),
         }
     }
 
     fn norm(&mut self, block: &str, part: &'static str) -> Weight {
-        self.0.add(&stream_norm_spec(self.0.config, block, part))
+        self.weights
+            .add(&stream_norm_spec(self.weights.config, block, part))
     }
 
     fn final_norm(&mut self) -> (Weight, Arc<Unit>) {
-        let first = self.0.parameters.len();
+        let first = self.weights.parameters.len();
         let weight = self.norm("", "norm");
-        (weight, self.0.unit_from(first))
+        (weight, self.weights.unit_from(first))
     }
 
     fn stage(&mut self, part: &StagePart) -> Stage {
-        let config = self.0.config;
+        let config = self.weights.config;
         let has_moe = |index: &usize| config.moe_config(*index).is_some();
         let moe_layers_before = |layer: usize| (0..layer).filter(has_moe).count();
         let mut layers = Vec::new();
         for index in part.layers.clone() {
-            let first = self.0.parameters.len();
+            let first = self.weights.parameters.len();
             let layer = self.layer(index);
-            layers.push((Arc::new(layer), self.0.unit_from(first)));
+            layers.push((Arc::new(layer), self.weights.unit_from(first)));
         }
         Stage {
             layers,
@@ -114,27 +125,32 @@ impl Builder<'_> {
     }
 
     fn layer(&mut self, index: usize) -> Layer {
-        let config = self.0.config;
+        let config = self.weights.config;
         let name = layer_name(index);
         let attention_norm = self.norm(&name, "attention_norm");
-        let attention = Attention::new(&mut self.0, &format!("{name}.attention"));
+        let attention = Attention::new(&mut self.weights, &format!("{name}.attention"));
         let feed_forward_norm = self.norm(&name, "feed_forward_norm");
         let feed_forward = match config.moe_config(index) {
             None => {
                 let specs = dense_specs(config, &name);
-                FeedForward::Dense(DenseFeedForward::new(&mut self.0, &specs))
+                FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
             }
             Some(moe) => {
-                let block = moe_block::build(&mut self.0, &format!("{name}.moe"), moe);
+                let block = moe_block::build(&mut self.weights, &format!("{name}.moe"), moe);
                 FeedForward::Moe(Box::new(block))
             }
         };
-        let recompute = &self.0.ctx.recompute;
+        let recompute = &self.weights.ctx.recompute;
         Layer {
             attention_norm,
             attention,
             feed_forward_norm,
             feed_forward,
+            rope: config
+                .rope
+                .layers
+                .contains(index)
+                .then(|| self.rope.clone()),
             norm_eps: config.norm_eps,
             residual: config.mup.as_ref().map_or(1.0, |mup| mup.residual),
             save_norms: recompute.keeps(RecomputedPart::Norm),

@@ -17,6 +17,8 @@ pub(crate) struct Layer {
     pub(crate) attention: Attention,
     pub(crate) feed_forward_norm: Weight,
     pub(crate) feed_forward: FeedForward,
+    /// `None` if queries and keys do not rotate.
+    pub(crate) rope: Option<Arc<Rope>>,
     pub(crate) norm_eps: f64,
     /// Factor on each branch before it joins the residual stream.
     pub(crate) residual: f64,
@@ -43,22 +45,20 @@ impl Layer {
         self: &Arc<Layer>,
         x: &Tensor,
         batch: i64,
-        rope: &Arc<Rope>,
         documents: Option<&Arc<Documents>>,
     ) -> Result<LayerOutput, Error> {
         if self.save_activations {
             let replay = RoutingReplay::default();
-            return Ok(self.compute(x, batch, rope, documents, &replay)?);
+            return Ok(self.compute(x, batch, documents, &replay)?);
         }
         // Statistics without a gradient leave the recomputed function through this variable.
         let aux_output = Arc::new(Mutex::new(None));
         let aux_sink = aux_output.clone();
         let layer = self.clone();
-        let rope = rope.clone();
         let documents = documents.cloned();
         let replay = RoutingReplay::default();
         let mut outputs = recomputed(&[x], move |x| {
-            let (out, stats) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
+            let (out, stats) = layer.compute(&x[0], batch, documents.as_ref(), &replay)?;
             let Some((router_stats, moe_stats)) = stats else {
                 return Ok(vec![out]);
             };
@@ -88,11 +88,11 @@ impl Layer {
         &self,
         x: &Tensor,
         batch: i64,
-        rope: &Rope,
         documents: Option<&Arc<Documents>>,
         replay: &RoutingReplay,
     ) -> Result<LayerOutput, torch_ext::Error> {
         let normed = self.normed(x, &self.attention_norm)?;
+        let rope = self.rope.as_deref();
         let branch = self.attention.forward(&normed, batch, rope, documents)?;
         let x = self.add_branch(x, branch);
         let normed = self.normed(&x, &self.feed_forward_norm)?;

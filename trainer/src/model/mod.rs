@@ -22,7 +22,8 @@ mod options;
 pub(crate) mod parameters;
 mod part;
 pub(crate) mod position;
-mod rope;
+pub(crate) mod rope;
+pub(crate) mod rope_scaling;
 mod rules;
 mod share;
 pub(crate) mod spec;
@@ -43,7 +44,6 @@ use moe::{
 };
 use norm::rms_norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
-use rope::Rope;
 use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
@@ -66,7 +66,6 @@ pub struct Model {
     stages: Vec<Stage>,
     /// Set if the rank has the last stage or a share of the vocabulary.
     head: Option<VocabularyWeight>,
-    rope: Arc<Rope>,
     tensor: TensorParallel,
     /// Rows of embedding and output layer on this rank.
     rows: Range<usize>,
@@ -190,7 +189,7 @@ impl Model {
             let previous = index.checked_sub(1).and_then(unit);
             let next = unit(index + 1);
             let (out, aux_output) = with_gathered_weights(&x, own, previous, next, |x| {
-                layer.forward(x, batch, &self.rope, documents)
+                layer.forward(x, batch, documents)
             })?;
             x = out;
             if let Some((router_stats, layer_stats)) = aux_output {

@@ -84,11 +84,11 @@ impl Config {
             Quantity::new("model.kv_heads", model.kv_heads()),
             "each key head must serve the same number of query heads",
         );
-        if model.heads > 0 && !model.head_dim().is_multiple_of(2) {
-            problems.add(format!(
-                "the head width {} is odd; rotary embedding turns pairs",
-                model.head_dim()
-            ));
+        if model.heads > 0 {
+            let head_dim = model.head_dim();
+            model
+                .rope
+                .check(model.rope_theta, head_dim, model.layers, problems);
         }
     }
 }
