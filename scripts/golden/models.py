@@ -32,6 +32,8 @@ from transformers import (
     Glm4MoeForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -236,6 +238,27 @@ MODELS = {
         SmolLM3Config(**SMALL, intermediate_size=24, no_rope_layers=[1, 0]),
         {**SMALL_OURS, "ffn": 24, "rope_theta": 2e6, "rope": {"layers": [0]}},
     ),
+    "hunyuan": Golden(
+        HunYuanMoEV1ForCausalLM,
+        HunYuanMoEV1Config(
+            **SMALL,
+            intermediate_size=12,
+            num_experts=4,
+            moe_topk=2,
+            rope_parameters={
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "alpha": 100.0,
+                "factor": 1.0,
+            },
+        ),
+        {
+            **SMALL_OURS,
+            "qk_norm": "head_after_rope",
+            "rope": {"scaling": {"ntk_alpha": {"alpha": 100.0}}},
+            "moe": {"experts": 4, "top_k": 2, "ffn": 12, "shared_experts": 1, "load_balance": 0.0},
+        },
+    ),
 }
 MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)
 
@@ -255,7 +278,10 @@ NAMES = {
     "self_attn.o_proj.weight": "attention.output",
     "self_attn.q_norm.weight": "attention.query_norm",
     "self_attn.k_norm.weight": "attention.key_norm",
+    "self_attn.query_layernorm.weight": "attention.query_norm",
+    "self_attn.key_layernorm.weight": "attention.key_norm",
     "mlp.gate.weight": "moe.gate",
+    "mlp.gate.wg.weight": "moe.gate",
     "mlp.gate.e_score_correction_bias": "moe.bias",
     "block_sparse_moe.router.weight": "moe.gate",
 }
@@ -270,6 +296,7 @@ STACKED = {
 NETWORKS = {
     "mlp": "mlp",
     "mlp.shared_experts": "moe.shared",
+    "mlp.shared_mlp": "moe.shared",
 }
 
 

@@ -157,6 +157,8 @@ pub enum QkNorm {
     Full,
     /// One norm per head (Qwen3).
     Head,
+    /// One norm per head, after rotary embedding (Hunyuan).
+    HeadAfterRope,
 }
 
 /// MoE layers.

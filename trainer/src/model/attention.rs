@@ -132,7 +132,7 @@ impl AttentionSpecs {
                 norm_spec(block, "query_norm", queries, of_heads(0, heads)),
                 norm_spec(block, "key_norm", keys, of_heads(0, kv_heads)),
             ]),
-            QkNorm::Head => {
+            QkNorm::Head | QkNorm::HeadAfterRope => {
                 let width = Dim::new("model.head_dim", head_dim);
                 Some(
                     ["query_norm", "key_norm"]
@@ -271,6 +271,10 @@ impl Attention {
         if let Some(rope) = rope {
             query = rope.apply(&query)?;
             key = rope.apply(&key)?;
+        }
+        if let (QkNorm::HeadAfterRope, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
+            query = rms_norm(&query, query_norm, self.norm_eps)?;
+            key = rms_norm(&key, key_norm, self.norm_eps)?;
         }
         let value = self.used_heads(&self.split_heads(&value, batch, self.kv_heads));
         let mixed = self.attend(&query, &key, &value, documents)?;

@@ -193,6 +193,7 @@ mod tests {
             config(|model| model["tie_embeddings"] = json!(true)),
             config(|model| model["qk_norm"] = json!("full")),
             config(|model| model["qk_norm"] = json!("head")),
+            config(|model| model["qk_norm"] = json!("head_after_rope")),
             config(|model| model["moe"]["shared_experts"] = json!(2)),
             config(|model| {
                 model["moe"] = Value::Null;
