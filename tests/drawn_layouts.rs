@@ -64,6 +64,12 @@ fn ropes() -> impl Strategy<Value = Value> {
     ])
 }
 
+/// Random factors in the forward pass, or none.
+fn multipliers() -> impl Strategy<Value = Value> {
+    let factors = json!({"embedding": 3.0, "residual": 0.4, "attention": 0.3, "logits": 0.7});
+    prop::sample::select(vec![json!({}), factors])
+}
+
 /// Random models and data: everything that determines the results of one rank.
 fn models() -> impl Strategy<Value = Value> {
     let statistics = prop::sample::select(vec!["sequence", "microbatch", "batch"]);
@@ -82,10 +88,19 @@ fn models() -> impl Strategy<Value = Value> {
         micro_batches,
         0usize..2,
         (documents, masks),
-        ropes(),
+        (ropes(), multipliers()),
     )
         .prop_map(
-            |(over, sigmoid_scores, tied, qk_norm, micro_batch, dense_layers, data, rope)| {
+            |(
+                over,
+                sigmoid_scores,
+                tied,
+                qk_norm,
+                micro_batch,
+                dense_layers,
+                data,
+                (rope, multipliers),
+            )| {
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -100,7 +115,7 @@ fn models() -> impl Strategy<Value = Value> {
                         "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
                         "kv_heads": heads.1, "head_dim": 4, "ffn": 48, "dense_layers": dense_layers,
                         "moe": moe, "init_std": 0.1, "qk_norm": qk_norm, "tie_embeddings": tied,
-                        "rope": rope,
+                        "rope": rope, "multipliers": multipliers,
                     },
                     "micro_batch": micro_batch,
                     "eod_token": documents,

@@ -119,6 +119,10 @@ fn model_changes() -> Vec<Change> {
         change("model.mup.width", json!(2)),
         change("model.mup.embedding", json!(2)),
         change("model.mup.residual", json!(0.5)),
+        change("model.multipliers.embedding", json!(2)),
+        change("model.multipliers.residual", json!(0.5)),
+        change("model.multipliers.attention", json!(0.3)),
+        change("model.multipliers.logits", json!(0.5)),
     ]
 }
 

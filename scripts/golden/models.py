@@ -259,6 +259,32 @@ MODELS = {
             "moe": {"experts": 4, "top_k": 2, "ffn": 12, "shared_experts": 1, "load_balance": 0.0},
         },
     ),
+    # Multipliers without the rest of maximal update parametrization.
+    "granite-multipliers": Golden(
+        GraniteMoeForCausalLM,
+        GraniteMoeConfig(
+            **{**SMALL, "tie_word_embeddings": True, "head_dim": 4},
+            intermediate_size=12,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.3,
+            logits_scaling=6.0,
+        ),
+        {
+            **SMALL_OURS,
+            "head_dim": 4,
+            "tie_embeddings": True,
+            "multipliers": {
+                "embedding": 12.0,
+                "residual": 0.22,
+                "attention": 0.3,
+                "logits": 1 / 6,
+            },
+            "moe": moe(6, 2, 12),
+        },
+    ),
 }
 MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)
 

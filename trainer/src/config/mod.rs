@@ -10,6 +10,7 @@ mod layout;
 pub(crate) mod limits;
 mod mesh;
 mod model;
+mod multipliers;
 mod optimizer;
 mod pipeline_plan;
 mod protection;
@@ -31,6 +32,7 @@ pub use layout::{
 };
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
+pub use multipliers::MultipliersConfig;
 pub use optimizer::OptimizerConfig;
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, resolve_schema, schema};

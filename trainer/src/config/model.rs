@@ -2,6 +2,7 @@
 
 use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
 use super::limits::{MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
+use super::multipliers::MultipliersConfig;
 use crate::model::rope::RopeConfig;
 use config_derive::ResumeKeys;
 use moe::{Score, balance::BalanceScope};
@@ -89,6 +90,10 @@ pub struct ModelConfig {
     #[on_resume(section)]
     #[serde(default)]
     pub mup: Option<MupConfig>,
+    /// Constant factors in the forward pass.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub multipliers: MultipliersConfig,
 }
 
 impl ModelConfig {
@@ -112,6 +117,7 @@ impl ModelConfig {
             tie_embeddings: false,
             init_std: default_init_std(),
             mup: None,
+            multipliers: MultipliersConfig::default(),
         }
     }
 
@@ -124,6 +130,36 @@ impl ModelConfig {
     pub fn head_dim(&self) -> usize {
         let heads = self.heads.max(1);
         self.head_dim.unwrap_or(self.hidden / heads)
+    }
+
+    /// Returns the factor on the embedding's output.
+    pub fn embedding_factor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.embedding);
+        mup * self.multipliers.embedding
+    }
+
+    /// Returns the factor on the output of each block.
+    pub fn residual_factor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.residual);
+        mup * self.multipliers.residual
+    }
+
+    /// Returns the factor on the products of queries and keys of this width.
+    pub fn softmax_scale(&self, width: usize) -> f64 {
+        let width = width as f64;
+        // Maximal update parametrization divides by the width itself, not by its root.
+        let default = if self.mup.is_some() {
+            1.0 / width
+        } else {
+            1.0 / width.sqrt()
+        };
+        self.multipliers.attention.unwrap_or(default)
+    }
+
+    /// Returns the number by which output logits are divided.
+    pub fn logits_divisor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.width);
+        mup / self.multipliers.logits
     }
 
     /// Returns the MoE section if this layer is an MoE layer.

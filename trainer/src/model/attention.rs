@@ -323,17 +323,10 @@ impl Attention {
 }
 
 fn core_attention(config: &ModelConfig, ctx: &BuildContext, ranges: &HeadRanges) -> CoreAttention {
-    let head_dim = config.head_dim() as f64;
-    // Maximal update parametrization divides by the width itself, not by its root.
-    let scale = if config.mup.is_some() {
-        1.0 / head_dim
-    } else {
-        1.0 / head_dim.sqrt()
-    };
     let first = ranges.needed.start;
     let kv_head = |head: i64| head / ranges.queries_per_kv - first;
     CoreAttention {
-        scale,
+        scale: config.softmax_scale(config.head_dim()),
         kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
         context: ctx.groups.context.clone(),
         kind: ctx.context_attention,

@@ -152,7 +152,7 @@ impl Builder<'_> {
                 .contains(index)
                 .then(|| self.rope.clone()),
             norm_eps: config.norm_eps,
-            residual: config.mup.as_ref().map_or(1.0, |mup| mup.residual),
+            residual: config.residual_factor(),
             save_norms: recompute.keeps(RecomputedPart::Norm),
             save_activations: !recompute.recomputes_layer(index),
         }

@@ -176,7 +176,7 @@ impl Model {
         documents: Option<&Arc<Documents>>,
     ) -> Result<ForwardOutput, Error> {
         let stage = &self.stages[chunk];
-        let multiplier = self.config.mup.as_ref().map_or(1.0, |mup| mup.embedding);
+        let multiplier = self.config.embedding_factor();
         let mut x = if self.part.stages[chunk].first && multiplier != 1.0 {
             x_td * multiplier
         } else {
@@ -274,7 +274,7 @@ impl Model {
         LossScale {
             // Without a counted token every loss is 0, and 0 times this must not be NaN.
             factor: 1.0 / totals.counted_tokens.max(1.0),
-            logits_divisor: self.logits_divisor(),
+            logits_divisor: self.config.logits_divisor(),
         }
     }
 
@@ -313,7 +313,7 @@ impl Model {
     pub fn logits(&self, hidden_td: &Tensor) -> Tensor {
         let head = self.head.as_ref().expect("the last stage is here");
         let matrix = head.weight.value();
-        kernels::gemm(hidden_td, &matrix.tr()).to_kind(Kind::Float) / self.logits_divisor()
+        kernels::gemm(hidden_td, &matrix.tr()).to_kind(Kind::Float) / self.config.logits_divisor()
     }
 
     /// Gives each MoE layer without a loss-free balancing bias one of zeros, if `is_saved` returns
@@ -431,10 +431,6 @@ impl Model {
         for (_, moe, _) in self.local_moe_layers() {
             moe.gemm.mark_stale();
         }
-    }
-
-    fn logits_divisor(&self) -> f64 {
-        self.config.mup.as_ref().map_or(1.0, |mup| mup.width)
     }
 }
 
