@@ -64,6 +64,15 @@ fn ropes() -> impl Strategy<Value = Value> {
     ])
 }
 
+/// Random norms.
+fn norms() -> impl Strategy<Value = Value> {
+    let placements = prop::sample::select(vec!["pre", "post", "sandwich"]);
+    let norms = (placements, any::<bool>());
+    norms.prop_map(|(placement, zero_centered)| {
+        json!({"placement": placement, "zero_centered": zero_centered})
+    })
+}
+
 /// Random factors in the forward pass, or none.
 fn multipliers() -> impl Strategy<Value = Value> {
     let factors = json!({"embedding": 3.0, "residual": 0.4, "attention": 0.3, "logits": 0.7});
@@ -88,7 +97,7 @@ fn models() -> impl Strategy<Value = Value> {
         micro_batches,
         0usize..2,
         (documents, masks),
-        (ropes(), multipliers()),
+        (ropes(), norms(), multipliers()),
     )
         .prop_map(
             |(
@@ -99,7 +108,7 @@ fn models() -> impl Strategy<Value = Value> {
                 micro_batch,
                 dense_layers,
                 data,
-                (rope, multipliers),
+                (rope, norm, multipliers),
             )| {
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
@@ -115,7 +124,7 @@ fn models() -> impl Strategy<Value = Value> {
                         "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
                         "kv_heads": heads.1, "head_dim": 4, "ffn": 48, "dense_layers": dense_layers,
                         "moe": moe, "init_std": 0.1, "qk_norm": qk_norm, "tie_embeddings": tied,
-                        "rope": rope, "multipliers": multipliers,
+                        "rope": rope, "norm": norm, "multipliers": multipliers,
                     },
                     "micro_batch": micro_batch,
                     "eod_token": documents,

@@ -113,6 +113,8 @@ fn model_changes() -> Vec<Change> {
         change("model.rope.scaling", json!({"linear": {"factor": 2.0}})),
         change("model.rope.layers", json!([0, 2])),
         change("model.norm_eps", json!(1e-6)),
+        change("model.norm.placement", json!("sandwich")),
+        change("model.norm.zero_centered", json!(true)),
         change("model.qk_norm", json!("head")),
         change("model.tie_embeddings", json!(true)),
         change("model.init_std", json!(0.03)),

@@ -28,6 +28,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     GraniteMoeConfig,
@@ -123,6 +127,13 @@ def mixtral(rope_parameters, rope):
 
 
 LONGROPE = {"short": [1.0, 1.5, 2.0, 2.5], "long": [1.5, 3.0, 6.0, 12.0]}
+# Families in which a norm after attention has the name that others use for the one before the
+# feed-forward block.
+OUTPUT_NORMS = {
+    "post_attention_layernorm.weight": "attention_post_norm",
+    "pre_feedforward_layernorm.weight": "feed_forward_norm",
+    "post_feedforward_layernorm.weight": "feed_forward_post_norm",
+}
 MODELS = {
     "mixtral": Golden(
         MixtralForCausalLM,
@@ -284,6 +295,47 @@ MODELS = {
             },
             "moe": moe(6, 2, 12),
         },
+    ),
+    # Norms after the blocks, as in OLMo 2.
+    "flex-olmo": Golden(
+        FlexOlmoForCausalLM,
+        FlexOlmoConfig(
+            **SMALL,
+            intermediate_size=12,
+            num_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        ),
+        {
+            **SMALL_OURS,
+            "qk_norm": "full",
+            "rope_theta": 5e5,
+            "norm": {"placement": "post"},
+            "moe": moe(4, 2, 12, router={"normalize": False}),
+        },
+        names=OUTPUT_NORMS,
+    ),
+    # Norms before and after the blocks, and weights stored minus one, which also start near zero.
+    "gemma3": Golden(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **{**SMALL, "tie_word_embeddings": True},
+            intermediate_size=24,
+            hidden_activation="silu",
+            query_pre_attn_scalar=5,
+            layer_types=["full_attention"] * 2,
+            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        ),
+        {
+            **SMALL_OURS,
+            "ffn": 24,
+            "qk_norm": "head",
+            "norm": {"placement": "sandwich", "zero_centered": True},
+            "multipliers": {"embedding": 4.0, "attention": 5**-0.5},
+            "tie_embeddings": True,
+        },
+        names=OUTPUT_NORMS,
+        vectors=(-0.2, 0.3),
     ),
 }
 MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)

@@ -22,7 +22,11 @@ mod snapshot;
 mod warnings;
 mod words;
 
-pub use crate::model::{rope::RopeConfig, rope_scaling::RopeScaling};
+pub use crate::model::{
+    norm::{NormConfig, NormPlacement},
+    rope::RopeConfig,
+    rope_scaling::RopeScaling,
+};
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};

@@ -3,7 +3,7 @@
 use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
 use super::limits::{MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
 use super::multipliers::MultipliersConfig;
-use crate::model::rope::RopeConfig;
+use crate::model::{norm::NormConfig, rope::RopeConfig};
 use config_derive::ResumeKeys;
 use moe::{Score, balance::BalanceScope};
 use schemars::JsonSchema;
@@ -73,6 +73,10 @@ pub struct ModelConfig {
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_norm_eps")]
     pub norm_eps: f64,
+    /// Other properties of RMSNorm.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub norm: NormConfig,
     /// RMSNorm of queries and keys.
     #[on_resume(refused)]
     #[serde(default)]
@@ -113,6 +117,7 @@ impl ModelConfig {
             rope_theta: default_rope_theta(),
             rope: RopeConfig::default(),
             norm_eps: default_norm_eps(),
+            norm: NormConfig::default(),
             qk_norm: QkNorm::default(),
             tie_embeddings: false,
             init_std: default_init_std(),

@@ -7,7 +7,7 @@ use super::{
     build_context::BuildContext,
     core_attention::CoreAttention,
     documents::Documents,
-    norm::{norm_spec, rms_norm, split_rms_norm},
+    norm::{Norm, norm_spec},
     rope::Rope,
     spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
     weights::WeightBuilder,
@@ -25,14 +25,14 @@ pub(crate) struct Attention {
     key: Weight,
     value: Weight,
     output: Weight,
-    norms: Option<(Weight, Weight)>,
+    /// Norms of queries and of keys.
+    norms: Option<(Norm, Norm)>,
     heads: i64,
     /// Key and value heads that this rank computes.
     kv_heads: i64,
     /// Key and value heads that its queries use, among the computed ones.
     used_kv_heads: Range<i64>,
     head_dim: i64,
-    norm_eps: f64,
     qk_norm: QkNorm,
     /// True if ranks split key heads as they split query heads.
     splits_kv_heads: bool,
@@ -204,7 +204,7 @@ impl Attention {
         let key = builder.add(&specs.key);
         let value = builder.add(&specs.value);
         let norms = specs.norms.map(|norms| {
-            let [query_norm, key_norm] = norms.map(|norm| builder.add(&norm));
+            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm));
             (query_norm, key_norm)
         });
         let output = builder.add(&specs.output);
@@ -227,7 +227,6 @@ impl Attention {
             kv_heads: ranges.computed.end - first_computed,
             used_kv_heads: ranges.needed.start - first_computed..ranges.needed.end - first_computed,
             head_dim,
-            norm_eps: config.norm_eps,
             qk_norm: config.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
@@ -254,18 +253,18 @@ impl Attention {
         let mut query = projected.remove(0);
         if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
             let group = self.tensor.group();
-            query = split_rms_norm(&query, query_norm, self.norm_eps, group)?;
+            query = query_norm.apply_split(&query, group)?;
             key = if self.splits_kv_heads {
-                split_rms_norm(&key, key_norm, self.norm_eps, group)?
+                key_norm.apply_split(&key, group)?
             } else {
-                rms_norm(&key, key_norm, self.norm_eps)?
+                key_norm.apply(&key)?
             };
         }
         let mut query = self.split_heads(&query, batch, self.heads);
         let mut key = self.split_heads(&key, batch, self.kv_heads);
         if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
-            query = rms_norm(&query, query_norm, self.norm_eps)?;
-            key = rms_norm(&key, key_norm, self.norm_eps)?;
+            query = query_norm.apply(&query)?;
+            key = key_norm.apply(&key)?;
         }
         let mut key = self.used_heads(&key);
         if let Some(rope) = rope {
@@ -273,8 +272,8 @@ impl Attention {
             key = rope.apply(&key)?;
         }
         if let (QkNorm::HeadAfterRope, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
-            query = rms_norm(&query, query_norm, self.norm_eps)?;
-            key = rms_norm(&key, key_norm, self.norm_eps)?;
+            query = query_norm.apply(&query)?;
+            key = key_norm.apply(&key)?;
         }
         let value = self.used_heads(&self.split_heads(&value, batch, self.kv_heads));
         let mixed = self.attend(&query, &key, &value, documents)?;

@@ -4,17 +4,18 @@ use super::{
     Model, Stage, VocabularyWeight,
     attention::Attention,
     build_context::BuildContext,
-    decoder::{dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
+    decoder::{block_norm_specs, dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
     feed_forward::DenseFeedForward,
     layer::{FeedForward, Layer},
     moe_block,
+    norm::{BlockNorms, Norm, NormNames},
     parameters::Unit,
     part::{ModelPart, StagePart},
     rope::Rope,
     weights::WeightBuilder,
 };
 use crate::config::{ModelConfig, RecomputedPart};
-use parallel::{Weight, context::positions};
+use parallel::context::positions;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -96,15 +97,25 @@ impl Builder<'_> {
         }
     }
 
-    fn norm(&mut self, block: &str, part: &'static str) -> Weight {
-        self.weights
-            .add(&stream_norm_spec(self.weights.config, block, part))
+    fn final_norm(&mut self) -> (Norm, Arc<Unit>) {
+        let first = self.weights.parameters.len();
+        let spec = stream_norm_spec(self.weights.config, "", "norm");
+        let norm = self.weights.add_norm(&spec);
+        (norm, self.weights.unit_from(first))
     }
 
-    fn final_norm(&mut self) -> (Weight, Arc<Unit>) {
-        let first = self.weights.parameters.len();
-        let weight = self.norm("", "norm");
-        (weight, self.weights.unit_from(first))
+    /// Builds a block of the layer with this global name, and the norms around it.
+    fn with_norms<T>(
+        &mut self,
+        layer: &str,
+        names: NormNames,
+        build: impl FnOnce(&mut Self) -> T,
+    ) -> (T, BlockNorms<Norm>) {
+        let BlockNorms { input, output } = block_norm_specs(self.weights.config, layer, names);
+        let input = input.map(|spec| self.weights.add_norm(&spec));
+        let block = build(self);
+        let output = output.map(|spec| self.weights.add_norm(&spec));
+        (block, BlockNorms { input, output })
     }
 
     fn stage(&mut self, part: &StagePart) -> Stage {
@@ -127,34 +138,41 @@ impl Builder<'_> {
     fn layer(&mut self, index: usize) -> Layer {
         let config = self.weights.config;
         let name = layer_name(index);
-        let attention_norm = self.norm(&name, "attention_norm");
-        let attention = Attention::new(&mut self.weights, &format!("{name}.attention"));
-        let feed_forward_norm = self.norm(&name, "feed_forward_norm");
-        let feed_forward = match config.moe_config(index) {
-            None => {
-                let specs = dense_specs(config, &name);
-                FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
-            }
-            Some(moe) => {
-                let block = moe_block::build(&mut self.weights, &format!("{name}.moe"), moe);
-                FeedForward::Moe(Box::new(block))
-            }
-        };
+        let (attention, attention_norms) = self.with_norms(&name, NormNames::ATTENTION, |this| {
+            Attention::new(&mut this.weights, &format!("{name}.attention"))
+        });
+        let (feed_forward, feed_forward_norms) =
+            self.with_norms(&name, NormNames::FEED_FORWARD, |this| {
+                this.feed_forward(index, &name)
+            });
         let recompute = &self.weights.ctx.recompute;
         Layer {
-            attention_norm,
             attention,
-            feed_forward_norm,
+            attention_norms,
             feed_forward,
+            feed_forward_norms,
             rope: config
                 .rope
                 .layers
                 .contains(index)
                 .then(|| self.rope.clone()),
-            norm_eps: config.norm_eps,
             residual: config.residual_factor(),
             save_norms: recompute.keeps(RecomputedPart::Norm),
             save_activations: !recompute.recomputes_layer(index),
+        }
+    }
+
+    fn feed_forward(&mut self, index: usize, layer: &str) -> FeedForward {
+        let config = self.weights.config;
+        match config.moe_config(index) {
+            None => {
+                let specs = dense_specs(config, layer);
+                FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
+            }
+            Some(moe) => {
+                let block = moe_block::build(&mut self.weights, &format!("{layer}.moe"), moe);
+                FeedForward::Moe(Box::new(block))
+            }
         }
     }
 }

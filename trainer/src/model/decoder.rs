@@ -5,7 +5,7 @@ use super::{
     attention::{self, AttentionSpecs},
     feed_forward::{self, Networks, SwigluSpecs},
     moe_block::{self, MoeSpecs},
-    norm::norm_spec,
+    norm::{BlockNorms, NormNames, norm_spec},
     spec::{Dim, ParamSpec, Role, Split, Stack},
 };
 use crate::config::{ModelConfig, RecomputedPart};
@@ -45,6 +45,15 @@ pub(crate) fn stream_norm_spec(config: &ModelConfig, block: &str, part: &'static
     norm_spec(block, part, Dim::hidden(config), Split::Whole)
 }
 
+/// Returns the descriptions of the norms around a block of the layer with this global name.
+pub(crate) fn block_norm_specs(
+    config: &ModelConfig,
+    layer: &str,
+    names: NormNames,
+) -> BlockNorms<ParamSpec> {
+    BlockNorms::specs(config.norm.placement, layer, names, Dim::hidden(config))
+}
+
 /// Returns the description of the network of a dense layer with this global name.
 pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
     let ffn = Dim::new("model.ffn", config.ffn.unwrap_or(0) as u64);
@@ -55,13 +64,21 @@ pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
-    let mut specs = vec![stream_norm_spec(config, &layer, "attention_norm")];
-    specs.extend(AttentionSpecs::new(config, &format!("{layer}.attention")).into_list());
-    specs.push(stream_norm_spec(config, &layer, "feed_forward_norm"));
-    specs.extend(match config.moe_config(index) {
+    let attention = AttentionSpecs::new(config, &format!("{layer}.attention")).into_list();
+    let feed_forward = match config.moe_config(index) {
         None => dense_specs(config, &layer).into_list(),
         Some(moe) => MoeSpecs::new(config, moe, &format!("{layer}.moe")).into_list(),
-    });
+    };
+    let mut specs = Vec::new();
+    for (names, block) in [
+        (NormNames::ATTENTION, attention),
+        (NormNames::FEED_FORWARD, feed_forward),
+    ] {
+        let norms = block_norm_specs(config, &layer, names);
+        specs.extend(norms.input);
+        specs.extend(block);
+        specs.extend(norms.output);
+    }
     specs
 }
 
@@ -99,11 +116,8 @@ pub(crate) fn layer_activations(
     at: &BlockShape,
 ) -> Activations {
     let stream = at.own_tokens * config.hidden as u64 * at.element;
-    // The inputs of both norms, and their outputs.
-    let mut saved = 2 * stream;
-    if at.recompute.keeps(RecomputedPart::Norm) {
-        saved += 2 * stream;
-    }
+    let saves_outputs = at.recompute.keeps(RecomputedPart::Norm);
+    let mut saved = config.norm.placement.saved_tensors(saves_outputs) * stream;
     let attention = attention::activations(config, at);
     let moe = config.moe_config(index);
     let feed_forward = match moe {
@@ -194,6 +208,8 @@ mod tests {
             config(|model| model["qk_norm"] = json!("full")),
             config(|model| model["qk_norm"] = json!("head")),
             config(|model| model["qk_norm"] = json!("head_after_rope")),
+            config(|model| model["norm"] = json!({"placement": "post"})),
+            config(|model| model["norm"] = json!({"placement": "sandwich"})),
             config(|model| model["moe"]["shared_experts"] = json!(2)),
             config(|model| {
                 model["moe"] = Value::Null;

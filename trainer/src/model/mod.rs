@@ -17,7 +17,7 @@ mod init;
 mod layer;
 mod loss;
 pub(crate) mod moe_block;
-mod norm;
+pub(crate) mod norm;
 mod options;
 pub(crate) mod parameters;
 mod part;
@@ -42,7 +42,7 @@ use moe::{
     MoeLayer, MoeStats,
     balance::{BalanceScope, BatchTotals, RouterStats, load_balance_loss, z_loss},
 };
-use norm::rms_norm;
+use norm::Norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
@@ -84,7 +84,7 @@ struct Stage {
     /// Range among the MoE layers of the model.
     moe_layers: Range<usize>,
     /// The final norm, in the last stage.
-    norm: Option<(Weight, Arc<Unit>)>,
+    norm: Option<(Norm, Arc<Unit>)>,
 }
 
 /// Output of one stage for one microbatch.
@@ -199,10 +199,7 @@ impl Model {
         }
         if let Some((norm, own)) = &stage.norm {
             let previous = stage.layers.len().checked_sub(1).and_then(unit);
-            let eps = self.config.norm_eps;
-            (x, ()) = with_gathered_weights(&x, own, previous, None, |x| {
-                Ok((rms_norm(x, norm, eps)?, ()))
-            })?;
+            (x, ()) = with_gathered_weights(&x, own, previous, None, |x| Ok((norm.apply(x)?, ())))?;
         }
         Ok(ForwardOutput {
             hidden_td: x,

@@ -13,6 +13,7 @@ pub(crate) struct ParameterRules {
     /// Width ratio of maximal update parametrization.
     width: f64,
     layers: usize,
+    zero_centered_norms: bool,
 }
 
 impl ParameterRules {
@@ -21,6 +22,7 @@ impl ParameterRules {
             init_std: config.init_std,
             width: config.mup.as_ref().map_or(1.0, |mup| mup.width),
             layers: config.layers,
+            zero_centered_norms: config.norm.zero_centered,
         }
     }
 
@@ -35,7 +37,11 @@ impl ParameterRules {
         let residual_std = matrix_std / (2.0 * self.layers as f64).sqrt();
         match spec.role {
             Role::Norm => ParameterOptions {
-                init: Init::Ones,
+                init: if self.zero_centered_norms {
+                    Init::Zeros
+                } else {
+                    Init::Ones
+                },
                 decay: false,
                 lr_scale: 1.0,
             },

@@ -2,6 +2,7 @@
 
 use super::{
     build_context::BuildContext,
+    norm::Norm,
     parameters::{Parameters, Unit},
     part::ModelPart,
     position::ShardPosition,
@@ -54,6 +55,19 @@ impl<'a> WeightBuilder<'a> {
             self.rules.options(spec),
         );
         weight.scale_uses(self.uses(spec))
+    }
+
+    /// Adds this rank's part of a norm.
+    pub(crate) fn add_norm(&mut self, spec: &ParamSpec) -> Norm {
+        Norm {
+            weight: self.add(spec),
+            offset: if self.config.norm.zero_centered {
+                1.0
+            } else {
+                0.0
+            },
+            eps: self.config.norm_eps,
+        }
     }
 
     /// Returns how often a forward pass uses a matrix: once for each chunk of tokens.
