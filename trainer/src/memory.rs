@@ -157,7 +157,7 @@ impl RankSizes<'_> {
     }
 
     fn position(&self, part: &ModelPart) -> ShardPosition {
-        ShardPosition::on_mesh(&self.mesh).with_part(&self.config.model, part)
+        ShardPosition::on_mesh(&self.mesh).with_part(self.config.model.tie_embeddings, part)
     }
 
     /// Returns the rows of embedding and output layer on this rank.

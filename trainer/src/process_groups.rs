@@ -2,7 +2,7 @@
 
 use crate::{
     Error,
-    config::{Config, MoeConfig, ParallelConfig, hierarchical_groups},
+    config::{Config, LeastLoadedConfig, ParallelConfig, hierarchical_groups},
     model::parameters::Replicas,
 };
 use moe::{
@@ -85,7 +85,11 @@ impl ProcessGroups {
         let spans_nodes = topology.nodes.first() != topology.nodes.last();
         let least_loaded = match moe.filter(|moe| moe.dispatch.least_loaded() && !is_single) {
             Some(moe) => Some(LeastLoaded {
-                planner: Arc::new(Mutex::new(planner(moe, &topology, spans_nodes))),
+                planner: Arc::new(Mutex::new(planner(
+                    &moe.least_loaded,
+                    &topology,
+                    spans_nodes,
+                ))),
                 lending: group("lent experts", GroupKind::Expert)?,
             }),
             None => None,
@@ -194,13 +198,13 @@ pub(crate) fn replica_ranks(
     }
 }
 
-fn planner(moe: &MoeConfig, topology: &ExpertTopology, spans_nodes: bool) -> Planner {
+fn planner(config: &LeastLoadedConfig, topology: &ExpertTopology, spans_nodes: bool) -> Planner {
     let nodes = if spans_nodes {
         topology.owner_nodes()
     } else {
         Vec::new()
     };
-    moe.least_loaded.planner(nodes)
+    config.planner(nodes)
 }
 
 fn hierarchy(world: &World, mesh: &Mesh, ranks_per_node: usize) -> Result<Hierarchy, Error> {

@@ -104,7 +104,7 @@ impl AttentionSpecs {
         let head_dim = config.head_dim() as u64;
         let heads = config.heads as u64;
         let kv_heads = config.kv_heads() as u64;
-        let hidden = Dim::hidden(config);
+        let hidden = Dim::hidden(config.hidden);
         let queries = Dim::new("model.heads x head_dim", heads.saturating_mul(head_dim));
         let keys = Dim::new(
             "model.kv_heads x head_dim",
@@ -192,8 +192,7 @@ pub(crate) fn activations(config: &ModelConfig, at: &BlockShape) -> Activations 
 }
 
 impl Attention {
-    pub(crate) fn new(builder: &mut WeightBuilder, name: &str) -> Attention {
-        let config = builder.config;
+    pub(crate) fn new(builder: &mut WeightBuilder, config: &ModelConfig, name: &str) -> Attention {
         let ctx = builder.ctx;
         let tensor = ctx.groups.tensor.clone();
         let heads = config.heads as i64;
@@ -204,7 +203,7 @@ impl Attention {
         let key = builder.add(&specs.key);
         let value = builder.add(&specs.value);
         let norms = specs.norms.map(|norms| {
-            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm));
+            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm, config.norm_eps));
             (query_norm, key_norm)
         });
         let output = builder.add(&specs.output);

@@ -11,7 +11,10 @@ use super::{
     norm::{BlockNorms, Norm, NormNames},
     parameters::Unit,
     part::{ModelPart, StagePart},
+    position::ShardPosition,
     rope::Rope,
+    rules::ParameterRules,
+    spec::Dim,
     weights::WeightBuilder,
 };
 use crate::config::{ModelConfig, RecomputedPart};
@@ -24,6 +27,13 @@ impl Model {
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
         kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
+        let rules = ParameterRules {
+            init_std: config.init_std,
+            width: config.mup.as_ref().map_or(1.0, |mup| mup.width),
+            layers: config.layers,
+            zero_centered_norms: config.norm.zero_centered,
+        };
+        let position = ShardPosition::in_groups(ctx.groups).with_part(config.tie_embeddings, &part);
         let context = &ctx.groups.context;
         let positions = positions(
             ctx.context_attention,
@@ -36,7 +46,8 @@ impl Model {
             .rope
             .frequencies(config.rope_theta, width, ctx.sequence_length);
         let mut builder = Builder {
-            weights: WeightBuilder::new(config, &part, ctx),
+            weights: WeightBuilder::new(rules, position, ctx),
+            config,
             rope: Arc::new(Rope::new(ctx.device, &positions, &frequencies)),
         };
         let shares_vocabulary = part.vocabulary.is_some();
@@ -82,15 +93,14 @@ impl Model {
 /// Builds the parts of a model, in the order of use.
 struct Builder<'a> {
     weights: WeightBuilder<'a>,
+    config: &'a ModelConfig,
     rope: Arc<Rope>,
 }
 
 impl Builder<'_> {
     fn vocabulary_weight(&mut self, name: &'static str) -> VocabularyWeight {
         let first = self.weights.parameters.len();
-        let weight = self
-            .weights
-            .add(&vocabulary_spec(self.weights.config, name));
+        let weight = self.weights.add(&vocabulary_spec(self.config, name));
         VocabularyWeight {
             weight,
             unit: self.weights.unit_from(first),
@@ -99,8 +109,8 @@ impl Builder<'_> {
 
     fn final_norm(&mut self) -> (Norm, Arc<Unit>) {
         let first = self.weights.parameters.len();
-        let spec = stream_norm_spec(self.weights.config, "", "norm");
-        let norm = self.weights.add_norm(&spec);
+        let spec = stream_norm_spec(self.config, "", "norm");
+        let norm = self.weights.add_norm(&spec, self.config.norm_eps);
         (norm, self.weights.unit_from(first))
     }
 
@@ -111,15 +121,15 @@ impl Builder<'_> {
         names: NormNames,
         build: impl FnOnce(&mut Self) -> T,
     ) -> (T, BlockNorms<Norm>) {
-        let BlockNorms { input, output } = block_norm_specs(self.weights.config, layer, names);
-        let input = input.map(|spec| self.weights.add_norm(&spec));
+        let BlockNorms { input, output } = block_norm_specs(self.config, layer, names);
+        let input = input.map(|spec| self.weights.add_norm(&spec, self.config.norm_eps));
         let block = build(self);
-        let output = output.map(|spec| self.weights.add_norm(&spec));
+        let output = output.map(|spec| self.weights.add_norm(&spec, self.config.norm_eps));
         (block, BlockNorms { input, output })
     }
 
     fn stage(&mut self, part: &StagePart) -> Stage {
-        let config = self.weights.config;
+        let config = self.config;
         let has_moe = |index: &usize| config.moe_config(*index).is_some();
         let moe_layers_before = |layer: usize| (0..layer).filter(has_moe).count();
         let mut layers = Vec::new();
@@ -136,10 +146,10 @@ impl Builder<'_> {
     }
 
     fn layer(&mut self, index: usize) -> Layer {
-        let config = self.weights.config;
+        let config = self.config;
         let name = layer_name(index);
         let (attention, attention_norms) = self.with_norms(&name, NormNames::ATTENTION, |this| {
-            Attention::new(&mut this.weights, &format!("{name}.attention"))
+            Attention::new(&mut this.weights, config, &format!("{name}.attention"))
         });
         let (feed_forward, feed_forward_norms) =
             self.with_norms(&name, NormNames::FEED_FORWARD, |this| {
@@ -163,14 +173,16 @@ impl Builder<'_> {
     }
 
     fn feed_forward(&mut self, index: usize, layer: &str) -> FeedForward {
-        let config = self.weights.config;
+        let config = self.config;
         match config.moe_config(index) {
             None => {
                 let specs = dense_specs(config, layer);
                 FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
             }
             Some(moe) => {
-                let block = moe_block::build(&mut self.weights, &format!("{layer}.moe"), moe);
+                let name = format!("{layer}.moe");
+                let hidden = Dim::hidden(config.hidden);
+                let block = moe_block::build(&mut self.weights, &name, moe, hidden);
                 FeedForward::Moe(Box::new(block))
             }
         }

@@ -4,7 +4,6 @@ use super::{
     activations::{Activations, BlockShape},
     attention::{self, AttentionSpecs},
     feed_forward::{self, Networks, SwigluSpecs},
-    moe_block::{self, MoeSpecs},
     norm::{BlockNorms, NormNames, norm_spec},
     spec::{Dim, ParamSpec, Role, Split, Stack},
 };
@@ -31,7 +30,7 @@ pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> Param
         part,
         dims: vec![
             Dim::new("model.vocab_size", config.vocab_size as u64),
-            Dim::hidden(config),
+            Dim::hidden(config.hidden),
         ],
         stack: Stack::Single,
         split: Split::Vocabulary,
@@ -42,7 +41,7 @@ pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> Param
 
 /// Returns the description of a norm over the residual stream.
 pub(crate) fn stream_norm_spec(config: &ModelConfig, block: &str, part: &'static str) -> ParamSpec {
-    norm_spec(block, part, Dim::hidden(config), Split::Whole)
+    norm_spec(block, part, Dim::hidden(config.hidden), Split::Whole)
 }
 
 /// Returns the descriptions of the norms around a block of the layer with this global name.
@@ -51,14 +50,19 @@ pub(crate) fn block_norm_specs(
     layer: &str,
     names: NormNames,
 ) -> BlockNorms<ParamSpec> {
-    BlockNorms::specs(config.norm.placement, layer, names, Dim::hidden(config))
+    BlockNorms::specs(
+        config.norm.placement,
+        layer,
+        names,
+        Dim::hidden(config.hidden),
+    )
 }
 
 /// Returns the description of the network of a dense layer with this global name.
 pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
     let ffn = Dim::new("model.ffn", config.ffn.unwrap_or(0) as u64);
     let block = format!("{layer}.mlp");
-    SwigluSpecs::new(&block, Dim::hidden(config), ffn, Networks::Dense)
+    SwigluSpecs::new(&block, Dim::hidden(config.hidden), ffn, Networks::Dense)
 }
 
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
@@ -67,7 +71,7 @@ pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> 
     let attention = AttentionSpecs::new(config, &format!("{layer}.attention")).into_list();
     let feed_forward = match config.moe_config(index) {
         None => dense_specs(config, &layer).into_list(),
-        Some(moe) => MoeSpecs::new(config, moe, &format!("{layer}.moe")).into_list(),
+        Some(moe) => moe.specs(Dim::hidden(config.hidden), &format!("{layer}.moe")),
     };
     let mut specs = Vec::new();
     for (names, block) in [
@@ -126,13 +130,13 @@ pub(crate) fn layer_activations(
             let hidden = config.hidden as u64;
             feed_forward::activations(at.tokens, hidden, columns as u64, at)
         }
-        Some(moe) => moe_block::activations(config, moe, at),
+        Some(moe) => moe.activations(config.hidden, at),
     };
     saved += attention.saved + feed_forward.saved;
     let transient = attention.transient.max(feed_forward.transient);
     if at.recompute.recomputes_layer(index) {
         Activations {
-            saved: stream + moe.map_or(0, |moe| moe_block::replay_bytes(moe, at)),
+            saved: stream + moe.map_or(0, |moe| moe.replay_bytes(at)),
             transient: transient + saved,
         }
     } else {

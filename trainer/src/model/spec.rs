@@ -9,7 +9,6 @@ use super::{
     position::ShardPosition,
     share::Share,
 };
-use crate::config::ModelConfig;
 use checkpoint::TensorSlice;
 use std::ops::Range;
 
@@ -31,8 +30,8 @@ impl Dim {
     }
 
     /// Returns the width of the residual stream.
-    pub(crate) fn hidden(config: &ModelConfig) -> Dim {
-        Dim::new("model.hidden", config.hidden as u64)
+    pub(crate) fn hidden(size: usize) -> Dim {
+        Dim::new("model.hidden", size as u64)
     }
 
     /// Returns a dimension whose size follows from that of another.

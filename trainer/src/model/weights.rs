@@ -4,12 +4,10 @@ use super::{
     build_context::BuildContext,
     norm::Norm,
     parameters::{Parameters, Unit},
-    part::ModelPart,
     position::ShardPosition,
     rules::ParameterRules,
     spec::{ParamSpec, Split},
 };
-use crate::config::ModelConfig;
 use parallel::Weight;
 use std::sync::Arc;
 
@@ -17,16 +15,15 @@ use std::sync::Arc;
 pub(crate) struct WeightBuilder<'a> {
     pub(crate) parameters: Parameters,
     pub(crate) ctx: &'a BuildContext<'a>,
-    pub(crate) config: &'a ModelConfig,
     pub(crate) position: ShardPosition,
     rules: ParameterRules,
 }
 
 impl<'a> WeightBuilder<'a> {
-    /// Returns a builder without parameters for a rank that holds `part` of the model.
+    /// Returns a builder without parameters for a rank at `position`.
     pub(crate) fn new(
-        config: &'a ModelConfig,
-        part: &ModelPart,
+        rules: ParameterRules,
+        position: ShardPosition,
         ctx: &'a BuildContext<'a>,
     ) -> WeightBuilder<'a> {
         WeightBuilder {
@@ -38,9 +35,8 @@ impl<'a> WeightBuilder<'a> {
                 ctx.offload,
             ),
             ctx,
-            config,
-            position: ShardPosition::in_groups(ctx.groups).with_part(config, part),
-            rules: ParameterRules::new(config),
+            position,
+            rules,
         }
     }
 
@@ -57,16 +53,16 @@ impl<'a> WeightBuilder<'a> {
         weight.scale_uses(self.uses(spec))
     }
 
-    /// Adds this rank's part of a norm.
-    pub(crate) fn add_norm(&mut self, spec: &ParamSpec) -> Norm {
+    /// Adds this rank's part of a norm that adds `eps` to the mean square.
+    pub(crate) fn add_norm(&mut self, spec: &ParamSpec, eps: f64) -> Norm {
         Norm {
             weight: self.add(spec),
-            offset: if self.config.norm.zero_centered {
+            offset: if self.rules.zero_centered_norms {
                 1.0
             } else {
                 0.0
             },
-            eps: self.config.norm_eps,
+            eps,
         }
     }
 

@@ -8,14 +8,14 @@
 use super::run_state::PlacementState;
 use crate::{
     Error,
-    config::{Config, ModelConfig, MoeConfig, PlacementConfig},
+    config::{Config, MoeConfig, PlacementConfig},
     model::{
         LocalExperts, Model,
         experts::experts_by_slot,
         feed_forward::SwigluSpecs,
-        moe_block::expert_specs,
         parameters::{Replicas, slices_of_rows},
         position::ShardPosition,
+        spec::Dim,
     },
     optim::Optimizer,
     process_groups::zero_rank_and_size,
@@ -246,7 +246,7 @@ fn check_held(held: &[HeldSlice], planned: &[TensorSlice]) -> Result<(), Error> 
 /// The rows of each layer's experts that each rank of a stage holds. They follow from the mesh, the
 /// configuration and the placement.
 pub(crate) struct ExpertRows {
-    model: ModelConfig,
+    hidden: Dim,
     moe: MoeConfig,
     /// The ranks of the stage, in order.
     ranks: Vec<RankPart>,
@@ -276,7 +276,7 @@ impl ExpertRows {
         };
         let ranks = mesh.group(GroupKind::Stage).into_iter().map(part);
         Ok(ExpertRows {
-            model: config.model.clone(),
+            hidden: Dim::hidden(config.model.hidden),
             moe: moe.clone(),
             ranks: ranks.collect::<Result<_, Error>>()?,
         })
@@ -296,7 +296,7 @@ impl ExpertRows {
         names: &BTreeSet<String>,
     ) -> Vec<Vec<TensorSlice>> {
         let experts = experts_by_slot(physical_slots);
-        let SwigluSpecs { gate_up, down } = expert_specs(&self.model, &self.moe, name);
+        let SwigluSpecs { gate_up, down } = self.moe.expert_specs(self.hidden, name);
         let held = |rank: &RankPart| {
             let own = &experts[gate_up.own_experts(&rank.position)];
             let parameters = [&gate_up, &down].map(|spec| spec.slices(&rank.position, own));
@@ -482,7 +482,6 @@ pub(crate) fn execute_moves(
 mod tests {
     use super::*;
     use crate::Share;
-    use serde_json::json;
     use std::collections::HashSet;
 
     fn rows(name: &str, start: i64, len: i64) -> TensorSlice {
@@ -537,9 +536,8 @@ mod tests {
             },
             shard: (rank / 4 % 2, 2),
         };
-        let model = json!({"layers": 1, "hidden": 5, "heads": 1, "vocab_size": 1});
         let rows = ExpertRows {
-            model: serde_json::from_value(model).unwrap(),
+            hidden: Dim::hidden(5),
             moe: MoeConfig::new(4, 1, 6),
             ranks: (0..16).map(rank).collect(),
         };

@@ -266,7 +266,7 @@ fn measure_min_tokens(
     }
     let size = ExpertSize {
         hidden: config.model.hidden as i64,
-        ffn: (moe.ffn / mesh.shape().expert_tensor) as i64,
+        ffn: moe.ffn_per_slice(mesh.shape().expert_tensor) as i64,
         kind: config.train.dtype.kind(),
         refetched_in_backward: !config.parallel.recompute.keeps(RecomputedPart::Dispatch),
     };

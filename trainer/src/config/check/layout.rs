@@ -1,7 +1,7 @@
 //! Checks of the parallel layout against the model, the batch and the nodes.
 
 use crate::{
-    config::{BatchSize, BatchStage, Config, MoeConfig, RecomputedPart},
+    config::{BatchSize, BatchStage, Config, RecomputedPart},
     problems::{Problems, Quantity},
 };
 use parallel::{GroupKind, MemberRanges, Mesh, MeshShape, NodeSplit, context::ContextKind};
@@ -16,7 +16,14 @@ impl Config {
         self.check_zero(&shape, problems);
         self.check_recompute(problems);
         match &self.model.moe {
-            Some(moe) => self.check_experts(moe, mesh, ranks, problems),
+            Some(moe) => {
+                moe.layout_problems(&shape, problems);
+                if moe.dispatch.hierarchical()
+                    && let Some(per_node) = self.parallel.ranks_per_node
+                {
+                    self.check_nodes(per_node, ranks, problems);
+                }
+            }
             None if shape.expert * shape.expert_tensor > 1 => problems.add(format!(
                 "parallel.expert is {} and expert_tensor {}, but the model has no moe section",
                 shape.expert, shape.expert_tensor
@@ -99,14 +106,6 @@ impl Config {
         if model.has_dense_layers() {
             problems.divides(
                 Quantity::new("model.ffn", model.ffn.unwrap_or(0)),
-                tensor(),
-                "each rank must hold an equal slice of a layer",
-            );
-        }
-        if let Some(moe) = model.moe.as_ref().filter(|moe| moe.shared_experts > 0) {
-            let width = moe.shared_experts * moe.ffn;
-            problems.divides(
-                Quantity::new("model.moe.shared_experts x ffn", width),
                 tensor(),
                 "each rank must hold an equal slice of a layer",
             );
@@ -196,26 +195,9 @@ impl Config {
         }
     }
 
-    fn check_experts(&self, moe: &MoeConfig, mesh: &Mesh, ranks: usize, problems: &mut Problems) {
-        let shape = mesh.shape();
-        problems.divides(
-            Quantity::new("model.moe.ffn", moe.ffn),
-            Quantity::new("parallel.expert_tensor", shape.expert_tensor),
-            "each rank must hold an equal slice of every expert",
-        );
-        problems.divides(
-            Quantity::new("model.moe.experts", moe.experts),
-            Quantity::new("parallel.expert", shape.expert),
-            "each rank must hold the same number of experts",
-        );
-        if let Some(per_node) = self.parallel.ranks_per_node {
-            self.check_nodes(moe, per_node, ranks, problems);
-        }
-    }
-
     /// Checks that nodes of `per_node` ranks divide the expert ranks, for hierarchical dispatch.
-    fn check_nodes(&self, moe: &MoeConfig, per_node: usize, ranks: usize, problems: &mut Problems) {
-        if per_node == 0 || !moe.dispatch.hierarchical() {
+    fn check_nodes(&self, per_node: usize, ranks: usize, problems: &mut Problems) {
+        if per_node == 0 {
             return;
         }
         // Members of a group agree whether nodes divide it.
