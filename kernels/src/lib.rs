@@ -66,7 +66,7 @@ pub use matmul::{
     gemm, gemm_accumulate, gemm_f32, gemm_into, gemm_overwrite, grouped_gemm,
     grouped_gemm_accumulate, grouped_gemm_overwrite,
 };
-pub use norm::{rms_norm, rms_norm_backward};
+pub use norm::{Gain, rms_norm, rms_norm_backward};
 pub use quantize::quantize_rows;
 pub use rotary::apply_rotary;
 pub use router::{router, router_backward, select_experts, supports_router};

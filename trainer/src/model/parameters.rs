@@ -278,6 +278,7 @@ impl Parameters {
         let count = rows.end - rows.start;
         let values: Vec<f32> = match init {
             Init::Ones => vec![1.0; (count * cols) as usize],
+            Init::Zeros => vec![0.0; (count * cols) as usize],
             Init::Normal(std) => slices_in_rows(row_slices, rows)
                 .flat_map(|(slice, _)| {
                     let TensorSlice {

@@ -13,6 +13,8 @@ pub(crate) struct ParameterRules {
     pub(crate) width: f64,
     /// Layers of the whole model.
     pub(crate) layers: usize,
+    /// True if norms multiply by one plus their weight.
+    pub(crate) zero_centered_norms: bool,
 }
 
 impl ParameterRules {
@@ -27,7 +29,11 @@ impl ParameterRules {
         let residual_std = matrix_std / (2.0 * self.layers as f64).sqrt();
         match spec.role {
             Role::Norm => ParameterOptions {
-                init: Init::Ones,
+                init: if self.zero_centered_norms {
+                    Init::Zeros
+                } else {
+                    Init::Ones
+                },
                 decay: false,
                 lr_scale: 1.0,
             },

@@ -2,6 +2,7 @@
 
 use super::{
     build_context::BuildContext,
+    norm::Norm,
     parameters::{Parameters, Unit},
     position::ShardPosition,
     rules::ParameterRules,
@@ -50,6 +51,19 @@ impl<'a> WeightBuilder<'a> {
             self.rules.options(spec),
         );
         weight.scale_uses(self.uses(spec))
+    }
+
+    /// Adds this rank's part of a norm that adds `eps` to the mean square.
+    pub(crate) fn add_norm(&mut self, spec: &ParamSpec, eps: f64) -> Norm {
+        Norm {
+            weight: self.add(spec),
+            offset: if self.rules.zero_centered_norms {
+                1.0
+            } else {
+                0.0
+            },
+            eps,
+        }
     }
 
     /// Returns how often a forward pass uses a matrix: once for each chunk of tokens.
