@@ -58,7 +58,11 @@ mod upload;
 pub use adamw::adamw;
 pub use adamw_update::AdamWUpdate;
 pub use add_rows::add_rows;
-pub use attention::{attention, attention_backward, repeat_heads, sum_repeated_heads};
+pub use attention::{
+    AttentionOptions, ScoreMask, add_sinks, added_mask, attention, attention_backward,
+    block_attention, block_attention_backward, causal_part, repeat_heads, sinks_gradient,
+    sum_repeated_heads,
+};
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
 pub use cuda::{compile_gpu_kernels, load_gpu_kernels};
