@@ -79,9 +79,10 @@ pub use model::{
 };
 pub use optim::Optimizer;
 pub use process_groups::ProcessGroups;
-pub use train::metrics::{
-    DroppedLines, Progress, RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine,
-    SnapshotMetrics, StepMetrics, ValidationMetrics,
+pub use train::metrics::records::{
+    DroppedLines, LayerDistribution, LayerMetrics, LayerTotal, MoeMetrics, Progress,
+    RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine, SnapshotMetrics,
+    StepMetrics, ValidationMetrics,
 };
 pub use train::snapshots::KeeperAccess;
 pub use train::{

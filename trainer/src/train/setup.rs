@@ -4,7 +4,7 @@ use super::{
     Resources, ResumeReport, StepPlan, Trainer,
     counted_tokens::check_validation,
     expert_placement::{ExpertPlacement, ExpertRows},
-    metrics_files::MetricsFiles,
+    metrics::files::MetricsFiles,
     rehearsal::rehearse,
     retention::Retention,
     run_state::CountedFrom,
