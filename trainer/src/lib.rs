@@ -70,7 +70,8 @@ pub use error::Error;
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::{EqualRanks, RankMemory};
-pub use model::parameters::{Parameter, Parameters, Replicas};
+pub use model::parameters::{Parameter, Parameters};
+pub use model::replicas::Replicas;
 pub use model::{
     AuxLosses, BuildContext, ForwardOutput, Losses, Model, ModelPart, ParameterCount,
     PipelineSplit, Share, StagePart, split_layers,

@@ -31,11 +31,9 @@ impl LocalExperts {
         dispatcher: &Dispatcher,
         physical_slots: &[i64],
     ) {
-        let own = &experts_by_slot(physical_slots)[self.slots()];
-        let gate_up = self.specs.gate_up.slices(&self.position, own);
-        let down = self.specs.down.slices(&self.position, own);
-        parameters.get(self.gate_up).rename(gate_up);
-        parameters.get(self.down).rename(down);
+        let experts = experts_by_slot(physical_slots);
+        parameters.get(self.gate_up).set_experts(&experts);
+        parameters.get(self.down).set_experts(&experts);
         dispatcher.set_physical_slots(physical_slots.to_vec());
     }
 }

@@ -1,6 +1,6 @@
 //! Position of a rank on the axes that split parameters.
 
-use super::{parameters::Replicas, part::ModelPart, share::Share};
+use super::{part::ModelPart, replicas::Replicas, share::Share};
 use crate::{config::ModelConfig, process_groups::ProcessGroups};
 use parallel::Mesh;
 

@@ -4,11 +4,8 @@
 //! the plan of memory, the names in a checkpoint, weight decay and learning-rate factors all follow
 //! from these descriptions.
 
-use super::{
-    parameters::{Replicas, slice},
-    position::ShardPosition,
-    share::Share,
-};
+pub(crate) use super::role::Role;
+use super::{position::ShardPosition, replicas::Replicas, share::Share, slices::slice};
 use crate::config::ModelConfig;
 use checkpoint::TensorSlice;
 use std::ops::Range;
@@ -75,22 +72,6 @@ pub(crate) struct SplitDim {
     pub(crate) units: u64,
     /// Matrices that follow each other in the dimension. Each rank holds a part of each.
     pub(crate) fused: u64,
-}
-
-/// The part that a parameter plays in the model. Optimizers and maximal update parametrization
-/// treat roles differently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// Embedding and output layer.
-    Vocabulary,
-    /// Vectors that scale normalized activations.
-    Norm,
-    /// Matrices that map tokens to scores of experts.
-    Router,
-    /// Matrices of attention, dense feed-forward layers and shared experts.
-    Matrix,
-    /// Matrices of routed experts.
-    Expert,
 }
 
 /// One parameter of the model, whatever the layout.

@@ -1,62 +1,77 @@
-//! AdamW over fp32 master weights, with the global gradient norm and clipping.
+//! The optimizer of a run: state and updates of all parameters, gradient norm and clipping.
+//!
+//! Each optimizer is a [`rule::Rule`] in a file of its own. The parts of a run that keep, move or
+//! count state iterate over its names.
 
+mod adamw;
+pub(crate) mod groups;
 mod offload;
 pub(crate) mod rate_jump;
+mod rule;
 pub(crate) mod schedule;
 
 use crate::{
     Error,
     config::OptimizerConfig,
-    model::parameters::{Parameter, Parameters},
-    optim::offload::Offload,
-    scalars::fetch_scalars,
+    model::{
+        parameters::{Parameter, Parameters},
+        role::Role,
+    },
 };
-use kernels::{AdamWUpdate, adamw, sum_of_squares};
+use groups::Groups;
+use kernels::sum_of_squares;
+use offload::Offload;
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
+use rule::{RowUpdate, StepScalars};
 use std::sync::Arc;
 use tch::Tensor;
-use torch_ext::AdamW;
 
 /// The optimizer's state on this rank.
 pub struct Optimizer {
-    config: OptimizerConfig,
+    groups: Groups,
     grad_clip: f64,
-    exp_avgs: Vec<Tensor>,
-    exp_avg_sqs: Vec<Tensor>,
-    groups: Vec<ParameterGroup>,
+    /// State of each parameter.
+    states: Vec<Vec<NamedState>>,
+    batches: Vec<Batch>,
     /// Set if masters are in host memory.
     offload: Option<Offload>,
     /// All ranks, which sum their parts of the squared gradient norm.
     world: Arc<dyn Communicator>,
 }
 
-/// Parameters with the same weight decay and learning-rate factor.
-struct ParameterGroup {
+/// A tensor that the optimizer keeps for a parameter, in the shape of its master.
+pub(crate) struct NamedState {
+    /// Kind of the tensor in a checkpoint.
+    pub(crate) name: &'static str,
+    pub(crate) tensor: Tensor,
+}
+
+/// Parameters that one update changes, with equal constants.
+struct Batch {
+    role: Role,
     decay: bool,
     lr_scale: f64,
     members: Vec<usize>,
 }
 
-impl ParameterGroup {
-    fn fits(&self, parameter: &Parameter) -> bool {
-        self.decay == parameter.decay && self.lr_scale == parameter.lr_scale
-    }
-}
-
-/// Groups parameters in the order in which each group's first parameter appears.
-fn parameter_groups(parameters: &Parameters) -> Vec<ParameterGroup> {
-    let mut groups: Vec<ParameterGroup> = Vec::new();
+/// Batches parameters in the order in which each batch's first parameter appears.
+fn batches(parameters: &Parameters) -> Vec<Batch> {
+    let mut batches: Vec<Batch> = Vec::new();
     for (index, parameter) in parameters.iter().enumerate() {
-        match groups.iter_mut().find(|group| group.fits(parameter)) {
-            Some(group) => group.members.push(index),
-            None => groups.push(ParameterGroup {
+        let fits = |batch: &&mut Batch| {
+            batch.decay == parameter.decay && batch.lr_scale == parameter.lr_scale
+        };
+        match batches.iter_mut().find(fits) {
+            Some(batch) => batch.members.push(index),
+            None => batches.push(Batch {
+                role: parameter.spec.role,
                 decay: parameter.decay,
                 lr_scale: parameter.lr_scale,
                 members: vec![index],
             }),
         }
     }
-    groups
+    batches
 }
 
 /// Returns the squared norm of each gradient that this rank counts, `[]` fp64 on its device.
@@ -69,7 +84,7 @@ pub(crate) fn squared_norms(parameters: &Parameters, gradients: &GradientBuckets
 }
 
 impl Optimizer {
-    /// Creates zero moments for `parameters`, in the memory of their masters.
+    /// Creates the state of `parameters`, in the memory of their masters.
     ///
     /// # Errors
     /// If there is no memory to stage gradients on the host.
@@ -87,20 +102,33 @@ impl Optimizer {
         } else {
             None
         };
+        let groups = Groups::new(config);
+        let zeros = |parameter: &Parameter| {
+            let names = groups.rule(parameter.spec.role).state().iter();
+            let named = names.map(|name| NamedState {
+                name,
+                tensor: parameter.master.zeros_like(),
+            });
+            named.collect()
+        };
         Ok(Optimizer {
-            config: config.clone(),
             grad_clip,
-            exp_avgs: masters().map(Tensor::zeros_like).collect(),
-            exp_avg_sqs: masters().map(Tensor::zeros_like).collect(),
-            groups: parameter_groups(parameters),
+            states: parameters.iter().map(zeros).collect(),
+            batches: batches(parameters),
+            groups,
             offload,
             world,
         })
     }
 
-    /// Returns the first and the second moment of parameter `index`.
-    pub fn moments(&self, index: usize) -> (&Tensor, &Tensor) {
-        (&self.exp_avgs[index], &self.exp_avg_sqs[index])
+    /// Returns the state of parameter `index`.
+    pub(crate) fn state(&self, index: usize) -> &[NamedState] {
+        &self.states[index]
+    }
+
+    /// Returns the names of the state of parameters with this role.
+    pub(crate) fn state_names(&self, role: Role) -> &'static [&'static str] {
+        self.groups.rule(role).state()
     }
 
     /// Returns the norm of all gradients of the model. Each counts once, whatever the layout.
@@ -150,39 +178,30 @@ impl Optimizer {
         // As torch.nn.utils.clip_grad_norm_; the kernel divides by the scale in its own pass.
         let is_clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
         let scale = is_clipped.then(|| (grad_norm + 1e-6) / self.grad_clip);
-        for group in &self.groups {
+        for batch in &self.batches {
             let update = |&index: &usize| {
                 let parameter = parameters.get(index);
-                AdamWUpdate {
+                let state = self.states[index].iter();
+                RowUpdate {
                     master: parameter.master.shallow_clone(),
                     gradient: gradients.gradient(index),
-                    exp_avg: self.exp_avgs[index].shallow_clone(),
-                    exp_avg_sq: self.exp_avg_sqs[index].shallow_clone(),
+                    state: state.map(|state| state.tensor.shallow_clone()).collect(),
                     stored: parameter.model_dtype_copy(),
                 }
             };
-            let updates: Vec<AdamWUpdate> = group.members.iter().map(update).collect();
-            let config = self.adamw_config(group, lr);
+            let updates: Vec<RowUpdate> = batch.members.iter().map(update).collect();
+            let scalars = StepScalars {
+                step,
+                lr: lr * batch.lr_scale,
+                decays: batch.decay,
+                scale,
+            };
+            let rule = self.groups.rule(batch.role);
             match &self.offload {
-                Some(offload) => offload.update(device, &updates, config, step, scale)?,
-                None => adamw(&updates, config, step, scale)?,
+                Some(offload) => offload.update(device, rule, &updates, scalars)?,
+                None => rule.update(&updates, scalars)?,
             }
         }
         Ok(())
-    }
-
-    fn adamw_config(&self, group: &ParameterGroup, lr: f64) -> AdamW {
-        let weight_decay = if group.decay {
-            self.config.weight_decay
-        } else {
-            0.0
-        };
-        AdamW {
-            lr: lr * group.lr_scale,
-            beta1: self.config.beta1,
-            beta2: self.config.beta2,
-            weight_decay,
-            eps: self.config.eps,
-        }
     }
 }

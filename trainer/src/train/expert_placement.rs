@@ -1,4 +1,4 @@
-//! Experts that move between ranks, with masters and moments.
+//! Experts that move between ranks, with masters and optimizer state.
 //!
 //! A pure plan says which rows go from which rank to which, and one exchange carries it out.
 //!
@@ -10,12 +10,9 @@ use crate::{
     Error,
     config::{Config, ModelConfig, MoeConfig, PlacementConfig},
     model::{
-        LocalExperts, Model,
-        experts::experts_by_slot,
-        feed_forward::SwigluSpecs,
-        moe_block::expert_specs,
-        parameters::{Replicas, slices_of_rows},
-        position::ShardPosition,
+        LocalExperts, Model, experts::experts_by_slot, feed_forward::SwigluSpecs,
+        moe_block::expert_specs, position::ShardPosition, replicas::Replicas,
+        slices::slices_of_rows,
     },
     optim::Optimizer,
     process_groups::zero_rank_and_size,
@@ -30,9 +27,6 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// Kinds of values per parameter: master, first moment, second moment.
-const KINDS: usize = 3;
-
 /// Placement of all experts, and the rule by which they move.
 pub(crate) struct ExpertPlacement {
     config: PlacementConfig,
@@ -45,8 +39,8 @@ pub(crate) struct ExpertPlacement {
 /// Rows of a parameter on this rank.
 struct HeldSlice {
     slice: TensorSlice,
-    /// Master, first moment, second moment.
-    values: [Tensor; KINDS],
+    /// Master and optimizer state.
+    values: Vec<Tensor>,
 }
 
 impl ExpertPlacement {
@@ -210,13 +204,8 @@ impl ExpertPlacement {
         execute_moves(
             &planned.moves,
             &self.stage,
-            KINDS,
-            |kind, rows| find_rows(&before, kind, rows),
-            |kind, rows, values| {
-                let into = find_rows(&after, kind, rows)?;
-                tch::no_grad(|| into.shallow_clone().f_copy_(values))?;
-                Ok(())
-            },
+            |rows| find_rows(&before, rows),
+            |rows| find_rows(&after, rows),
         )?;
         for index in [experts.gate_up, experts.down] {
             model.parameters.get(index).sync_from_master();
@@ -321,16 +310,15 @@ fn held_slices(
     let mut held = Vec::new();
     for index in [experts.gate_up, experts.down] {
         let parameter = model.parameters.get(index);
-        let (exp_avg, exp_avg_sq) = optimizer.moments(index);
-        let masters = parameter.slices(&parameter.master);
-        let first_moments = parameter.slices(exp_avg);
-        let second_moments = parameter.slices(exp_avg_sq);
-        let moments = first_moments.into_iter().zip(second_moments);
-        for ((slice, master), ((_, first), (_, second))) in masters.into_iter().zip(moments) {
+        let state = optimizer.state(index).iter().map(|state| &state.tensor);
+        let tensors = std::iter::once(&parameter.master).chain(state);
+        let slices: Vec<_> = tensors.map(|tensor| parameter.slices(tensor)).collect();
+        for (number, (slice, _)) in slices[0].iter().enumerate() {
             if names.contains(&slice.name) {
+                let values = slices.iter().map(|slices| slices[number].1.shallow_clone());
                 held.push(HeldSlice {
-                    slice,
-                    values: [master, first, second],
+                    slice: slice.clone(),
+                    values: values.collect(),
                 });
             }
         }
@@ -338,8 +326,8 @@ fn held_slices(
     held
 }
 
-/// Returns the rows `rows`, of kind `kind`, of the slice that contains them.
-fn find_rows(held: &[HeldSlice], kind: usize, rows: &TensorSlice) -> Result<Tensor, Error> {
+/// Returns all values of the rows `rows`, from the slice that contains them.
+fn find_rows(held: &[HeldSlice], rows: &TensorSlice) -> Result<Vec<Tensor>, Error> {
     let contains = |held: &&HeldSlice| {
         let slice = &held.slice;
         slice.name == rows.name
@@ -351,7 +339,8 @@ fn find_rows(held: &[HeldSlice], kind: usize, rows: &TensorSlice) -> Result<Tens
         .find(contains)
         .ok_or_else(|| Error::Placement(format!("rows of {} are not here", rows.name)))?;
     let start = rows.offset[0] - found.slice.offset[0];
-    Ok(found.values[kind].narrow(0, start, rows.shape[0]))
+    let values = found.values.iter();
+    Ok(values.map(|x| x.narrow(0, start, rows.shape[0])).collect())
 }
 
 fn row_range(slice: &TensorSlice) -> Range<i64> {
@@ -427,35 +416,37 @@ fn end_of_held_rows(held: &TensorSlice, slice: &TensorSlice, row: i64) -> Option
     contains.then(|| row_range(held).end)
 }
 
-/// Executes `moves` among the ranks of `group`, for `kinds` kinds of values.
+/// Executes `moves` among the ranks of `group`.
 ///
-/// Sends the rows that `held` returns and hands those that arrive to `receive`.
+/// `source` and `target` return the tensors of rows on this rank before and after the moves: equally
+/// many, in the same order.
 ///
 /// # Errors
 /// If the exchange fails.
 pub(crate) fn execute_moves(
     moves: &[Move],
     group: &Arc<dyn Communicator>,
-    kinds: usize,
-    held: impl Fn(usize, &TensorSlice) -> Result<Tensor, Error>,
-    receive: impl Fn(usize, &TensorSlice, &Tensor) -> Result<(), Error>,
+    source: impl Fn(&TensorSlice) -> Result<Vec<Tensor>, Error>,
+    target: impl Fn(&TensorSlice) -> Result<Vec<Tensor>, Error>,
 ) -> Result<(), Error> {
     let rank = group.rank();
-    let ranks = group.size();
-    let count = |from: usize, to: usize| {
-        let rows = moves.iter().filter(|m| m.from == from && m.to == to);
-        rows.map(|m| elements(&m.rows)).sum::<i64>() * kinds as i64
-    };
-    let send_counts: Vec<i64> = (0..ranks).map(|to| count(rank, to)).collect();
-    let receive_counts: Vec<i64> = (0..ranks).map(|from| count(from, rank)).collect();
+    let count = |tensors: &[Tensor]| tensors.iter().map(Tensor::numel).sum::<usize>() as i64;
     let empty = |elements: i64| Tensor::empty([elements], (Kind::Float, Device::Cpu));
-    // The plan lists moves by receiver, as the all-to-all needs them.
     let mut sent = vec![empty(0)];
-    for Move { rows, .. } in moves.iter().filter(|m| m.from == rank) {
-        for kind in 0..kinds {
-            let values = held(kind, rows)?;
-            sent.push(values.to_device(Device::Cpu).reshape([-1]));
-        }
+    let mut send_counts = vec![0; group.size()];
+    // The plan lists moves by receiver, as the all-to-all needs them.
+    for Move { to, rows, .. } in moves.iter().filter(|m| m.from == rank) {
+        let tensors = source(rows)?;
+        send_counts[*to] += count(&tensors);
+        let flat = |x: &Tensor| x.to_device(Device::Cpu).to_kind(Kind::Float).reshape([-1]);
+        sent.extend(tensors.iter().map(flat));
+    }
+    let mut targets = Vec::new();
+    let mut receive_counts = vec![0; group.size()];
+    for Move { from, rows, .. } in moves.iter().filter(|m| m.to == rank) {
+        let tensors = target(rows)?;
+        receive_counts[*from] += count(&tensors);
+        targets.push((*from, tensors));
     }
     let sent = tch::no_grad(|| Tensor::cat(&sent, 0));
     let received = empty(receive_counts.iter().sum::<i64>());
@@ -463,17 +454,13 @@ pub(crate) fn execute_moves(
         .all_to_all(&received, &sent, &receive_counts, &send_counts)
         .and_then(Work::wait)?;
     // Values arrive by sender, each sender's in the order of the plan.
+    targets.sort_by_key(|(from, _)| *from);
     let mut next = 0;
-    for from in 0..ranks {
-        let arriving = moves.iter().filter(|m| m.to == rank && m.from == from);
-        for Move { rows, .. } in arriving {
-            for kind in 0..kinds {
-                let len = elements(rows);
-                let values = received.narrow(0, next, len).view(rows.shape.as_slice());
-                receive(kind, rows, &values)?;
-                next += len;
-            }
-        }
+    for mut tensor in targets.into_iter().flat_map(|(_, tensors)| tensors) {
+        let len = tensor.numel() as i64;
+        let values = received.narrow(0, next, len).view(tensor.size().as_slice());
+        tch::no_grad(|| tensor.f_copy_(&values))?;
+        next += len;
     }
     Ok(())
 }
