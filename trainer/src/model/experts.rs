@@ -1,8 +1,7 @@
 //! The experts that a rank holds, and their global names.
 
-use super::{feed_forward::SwigluSpecs, parameters::Parameters, position::ShardPosition};
+use super::parameters::Parameters;
 use moe::dispatch::Dispatcher;
-use std::ops::Range;
 
 /// A rank's part of the experts of one MoE layer: two parameters, in which experts follow each
 /// other.
@@ -13,16 +12,9 @@ pub(crate) struct LocalExperts {
     pub(crate) gate_up: usize,
     /// Index of the down parameter.
     pub(crate) down: usize,
-    pub(crate) specs: SwigluSpecs,
-    pub(crate) position: ShardPosition,
 }
 
 impl LocalExperts {
-    /// Returns the physical slots of this rank's owner.
-    pub(crate) fn slots(&self) -> Range<usize> {
-        self.specs.gate_up.own_experts(&self.position)
-    }
-
     /// Sets the physical slot of each expert, for dispatch and for the names of this rank's rows.
     /// Leaves the values of the weights where they are.
     pub(crate) fn set_physical_slots(

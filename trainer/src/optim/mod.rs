@@ -17,6 +17,7 @@ use crate::{
         parameters::{Parameter, Parameters},
         role::Role,
     },
+    scalars::fetch_scalars,
 };
 use groups::Groups;
 use kernels::sum_of_squares;
