@@ -62,6 +62,7 @@ mod optim;
 mod problems;
 mod process_groups;
 mod scalars;
+mod stage_layout;
 mod train;
 
 pub use bench::copy_timer::CopyTimer;
@@ -72,11 +73,13 @@ pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::{EqualRanks, RankMemory};
 pub use model::parameters::{Parameter, Parameters};
 pub use model::replicas::Replicas;
+pub use model::role::Role;
 pub use model::{
     AuxLosses, BuildContext, ForwardOutput, Losses, Model, ModelPart, ParameterCount,
     PipelineSplit, Share, StagePart, split_layers,
 };
-pub use optim::Optimizer;
+pub use optim::muon::{AdjustLr, MuonConfig};
+pub use optim::{Optimizer, StageRanks};
 pub use process_groups::ProcessGroups;
 pub use train::metrics::{
     DroppedLines, Progress, RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine,

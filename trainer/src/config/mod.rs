@@ -5,6 +5,7 @@
 mod batch;
 mod check;
 mod dispatch;
+pub(crate) mod dtype;
 mod layer_set;
 mod layout;
 pub(crate) mod limits;
@@ -24,13 +25,14 @@ mod words;
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
+pub use dtype::Dtype;
 pub use layer_set::{AllBut, LayerPeriod, LayerSet};
 pub use layout::{
     ParallelConfig, RecomputeConfig, RecomputedPart, ScheduleChoice, VocabularyLayout,
 };
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
-pub use optimizer::OptimizerConfig;
+pub use optimizer::{GroupConfig, OptimizerConfig};
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, resolve_schema, schema};
 pub(crate) use renamed::rename_old_keys;
@@ -70,7 +72,7 @@ pub struct Config {
     /// Number of steps, batch sizes and precision.
     #[on_resume(section)]
     pub train: TrainConfig,
-    /// Constants of AdamW.
+    /// The optimizer: AdamW, unless `groups` name others.
     #[on_resume(section)]
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -307,27 +309,6 @@ pub struct TrainConfig {
     #[schemars(range(min = 0.0))]
     #[serde(default = "unit")]
     pub grad_clip: f64,
-}
-
-/// Precision of the model's arithmetic.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// 32-bit floating point.
-    #[default]
-    Fp32,
-    /// bfloat16, with fp32 master weights, gradients and optimizer state.
-    Bf16,
-}
-
-impl Dtype {
-    /// Returns the kind of the model's tensors.
-    pub fn kind(self) -> tch::Kind {
-        match self {
-            Dtype::Fp32 => tch::Kind::Float,
-            Dtype::Bf16 => tch::Kind::BFloat16,
-        }
-    }
 }
 
 /// Checkpoints on disk.

@@ -74,6 +74,18 @@ impl Parameter {
         slices.collect()
     }
 
+    /// Returns the global slices of the rows that this rank updates.
+    pub(crate) fn own_slices(&self) -> Vec<TensorSlice> {
+        let names = self.names.lock();
+        let slices = slices_in_rows(&names.slices, &self.own);
+        slices.map(|(slice, _)| slice).collect()
+    }
+
+    /// Returns the expert in each physical slot of all ranks, or 0 alone without experts.
+    pub(crate) fn experts_by_slot(&self) -> Vec<usize> {
+        self.names.lock().experts_by_slot.clone()
+    }
+
     /// Sets the expert in each physical slot, and with it the global slices of the rows. Leaves the
     /// values as they are.
     pub(crate) fn set_experts(&self, experts_by_slot: &[usize]) {
@@ -140,6 +152,11 @@ impl Parameters {
     /// Returns the dtype that the model computes in.
     pub(crate) fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Returns the seed of the run.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// Iterates over the parameters in the order of use.

@@ -44,6 +44,12 @@ impl ShardPosition {
         )
     }
 
+    /// Returns the position of a rank that splits nothing.
+    pub(crate) fn alone() -> ShardPosition {
+        let whole = Share { rank: 0, ranks: 1 };
+        ShardPosition::new(whole, whole, whole)
+    }
+
     fn new(tensor: Share, expert: Share, expert_tensor: Share) -> ShardPosition {
         ShardPosition {
             tensor,

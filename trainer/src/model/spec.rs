@@ -124,6 +124,28 @@ impl ParamSpec {
         self.dims.iter().map(|dim| dim.size as i64).collect()
     }
 
+    /// Returns the dimension in which matrices follow each other, and their number.
+    pub(crate) fn fused(&self) -> SplitDim {
+        match self.split {
+            Split::Tensor(split) | Split::ExpertTensor(split) => split,
+            Split::Whole | Split::Vocabulary => SplitDim {
+                dim: 0,
+                units: 1,
+                fused: 1,
+            },
+        }
+    }
+
+    /// Returns the rows and columns of each matrix, of which several may follow each other in the
+    /// tensor. A vector has one column.
+    pub(crate) fn matrix_shape(&self) -> [i64; 2] {
+        let mut shape = self.shape();
+        shape.resize(2, 1);
+        let SplitDim { dim, fused, .. } = self.fused();
+        shape[dim] /= fused as i64;
+        [shape[0], shape[1]]
+    }
+
     /// Returns the ranks that hold the same values.
     pub(crate) fn replicas(&self, position: &ShardPosition) -> Replicas {
         match self.split {

@@ -3,12 +3,18 @@
 //! Each optimizer is a [`rule::Rule`] in a file of its own. The parts of a run that keep, move or
 //! count state iterate over its names.
 
-mod adamw;
+pub(crate) mod adamw;
 pub(crate) mod groups;
+mod matrix_exchange;
+mod matrix_plan;
+pub(crate) mod muon;
 mod offload;
 pub(crate) mod rate_jump;
-mod rule;
+mod rounded_state;
+mod rounding;
+pub(crate) mod rule;
 pub(crate) mod schedule;
+pub(crate) mod sgd;
 
 use crate::{
     Error,
@@ -21,11 +27,16 @@ use crate::{
 };
 use groups::Groups;
 use kernels::sum_of_squares;
+use matrix_exchange::MatrixRounds;
 use offload::Offload;
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
-use rule::{RowUpdate, StepScalars};
+use rounded_state::{chunks, update_rows, with_wide_state};
+use rounding::Rounding;
+use rule::{MatrixRule, RowUpdate, StepScalars, Update};
 use std::sync::Arc;
-use tch::Tensor;
+use tch::{Kind, Tensor};
+
+pub use matrix_exchange::StageRanks;
 
 /// The optimizer's state on this rank.
 pub struct Optimizer {
@@ -38,6 +49,7 @@ pub struct Optimizer {
     offload: Option<Offload>,
     /// All ranks, which sum their parts of the squared gradient norm.
     world: Arc<dyn Communicator>,
+    stage: StageRanks,
 }
 
 /// A tensor that the optimizer keeps for a parameter, in the shape of its master.
@@ -53,22 +65,28 @@ struct Batch {
     decay: bool,
     lr_scale: f64,
     members: Vec<usize>,
+    /// The rounds of the last step, if the update needs whole matrices.
+    rounds: Option<MatrixRounds>,
 }
 
 /// Batches parameters in the order in which each batch's first parameter appears.
-fn batches(parameters: &Parameters) -> Vec<Batch> {
+fn batches(parameters: &Parameters, groups: &Groups) -> Vec<Batch> {
     let mut batches: Vec<Batch> = Vec::new();
     for (index, parameter) in parameters.iter().enumerate() {
+        let role = parameter.spec.role;
         let fits = |batch: &&mut Batch| {
-            batch.decay == parameter.decay && batch.lr_scale == parameter.lr_scale
+            groups.are_together(batch.role, role)
+                && batch.decay == parameter.decay
+                && batch.lr_scale == parameter.lr_scale
         };
         match batches.iter_mut().find(fits) {
             Some(batch) => batch.members.push(index),
             None => batches.push(Batch {
-                role: parameter.spec.role,
+                role,
                 decay: parameter.decay,
                 lr_scale: parameter.lr_scale,
                 members: vec![index],
+                rounds: None,
             }),
         }
     }
@@ -95,6 +113,7 @@ impl Optimizer {
         parameters: &Parameters,
         device: &dyn Accelerator,
         world: Arc<dyn Communicator>,
+        stage: StageRanks,
     ) -> Result<Optimizer, Error> {
         let masters = || parameters.iter().map(|parameter| &parameter.master);
         let largest = masters().map(Tensor::numel).max().unwrap_or(0);
@@ -103,22 +122,24 @@ impl Optimizer {
         } else {
             None
         };
-        let groups = Groups::new(config);
+        let groups = Groups::new(config, parameters.kind());
         let zeros = |parameter: &Parameter| {
-            let names = groups.rule(parameter.spec.role).state().iter();
+            let names = groups.of(parameter.spec.role).rule.state().iter();
+            let like = &parameter.master;
             let named = names.map(|name| NamedState {
                 name,
-                tensor: parameter.master.zeros_like(),
+                tensor: Tensor::zeros(like.size(), (groups.state_kind(), like.device())),
             });
             named.collect()
         };
         Ok(Optimizer {
             grad_clip,
             states: parameters.iter().map(zeros).collect(),
-            batches: batches(parameters),
+            batches: batches(parameters, &groups),
             groups,
             offload,
             world,
+            stage,
         })
     }
 
@@ -129,7 +150,7 @@ impl Optimizer {
 
     /// Returns the names of the state of parameters with this role.
     pub(crate) fn state_names(&self, role: Role) -> &'static [&'static str] {
-        self.groups.rule(role).state()
+        self.groups.of(role).rule.state()
     }
 
     /// Returns the norm of all gradients of the model. Each counts once, whatever the layout.
@@ -163,10 +184,13 @@ impl Optimizer {
     }
 
     /// Updates the parameters in step `step` (1 is the first) with learning rate `lr`, and clips
-    /// the gradients by their norm.
+    /// the gradients by their norm. Afterwards the gradients have no meaning.
+    ///
+    /// # Collective
+    /// All ranks of the stage.
     ///
     /// # Errors
-    /// If libtorch refuses an operation.
+    /// If libtorch refuses an operation or a collective fails.
     pub fn step(
         &mut self,
         parameters: &Parameters,
@@ -179,30 +203,81 @@ impl Optimizer {
         // As torch.nn.utils.clip_grad_norm_; the kernel divides by the scale in its own pass.
         let is_clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
         let scale = is_clipped.then(|| (grad_norm + 1e-6) / self.grad_clip);
-        for batch in &self.batches {
+        let is_rounded = self.groups.state_kind() != Kind::Float;
+        for batch in &mut self.batches {
             let update = |&index: &usize| {
                 let parameter = parameters.get(index);
                 let state = self.states[index].iter();
+                let rounding = || Rounding::new(parameter.own_slices(), parameters.seed(), step);
                 RowUpdate {
                     master: parameter.master.shallow_clone(),
                     gradient: gradients.gradient(index),
                     state: state.map(|state| state.tensor.shallow_clone()).collect(),
                     stored: parameter.model_dtype_copy(),
+                    rounding: is_rounded.then(rounding),
                 }
             };
             let updates: Vec<RowUpdate> = batch.members.iter().map(update).collect();
+            let group = self.groups.of(batch.role);
             let scalars = StepScalars {
                 step,
-                lr: lr * batch.lr_scale,
+                lr: lr * batch.lr_scale * group.lr_scale,
                 decays: batch.decay,
                 scale,
             };
-            let rule = self.groups.rule(batch.role);
-            match &self.offload {
-                Some(offload) => offload.update(device, rule, &updates, scalars)?,
-                None => rule.update(&updates, scalars)?,
+            match (group.rule.update(), &self.offload) {
+                (Update::Rows(rule), Some(offload)) => {
+                    offload.update(device, rule, &updates, scalars)?;
+                }
+                (Update::Rows(rule), None) => update_rows(rule, &updates, scalars)?,
+                (Update::Matrices(rule), _) => {
+                    update_matrices(&self.stage, rule, parameters, batch, &updates, scalars)?;
+                }
             }
         }
         Ok(())
     }
+}
+
+/// Updates parameters by transformed matrices, which take the place of their gradients.
+///
+/// With masters in host memory, gradients and transformed matrices travel chunk by chunk, and
+/// matrices are transformed on the device.
+fn update_matrices(
+    stage: &StageRanks,
+    rule: &dyn MatrixRule,
+    parameters: &Parameters,
+    batch: &mut Batch,
+    updates: &[RowUpdate],
+    scalars: StepScalars,
+) -> Result<(), Error> {
+    for chunk in updates.iter().flat_map(chunks) {
+        let mut gradient = chunk.gradient.shallow_clone();
+        let by_master = RowUpdate {
+            gradient: gradient.to_device(chunk.master.device()),
+            ..chunk
+        };
+        with_wide_state(&by_master, |part| rule.prepare(part, scalars))?;
+        if gradient.device() != by_master.gradient.device() {
+            tch::no_grad(|| gradient.f_copy_(&by_master.gradient))?;
+        }
+    }
+    let known = batch.rounds.take();
+    let known = known.filter(|rounds| rounds.fits(parameters, &batch.members));
+    let rounds =
+        known.unwrap_or_else(|| MatrixRounds::new(stage, rule, parameters, &batch.members));
+    let gradients = updates.iter().map(|update| update.gradient.shallow_clone());
+    rounds.run(stage, rule, &gradients.collect::<Vec<_>>())?;
+    batch.rounds = Some(rounds);
+    for (&index, update) in batch.members.iter().zip(updates) {
+        let shape = parameters.get(index).spec.matrix_shape();
+        for chunk in chunks(update) {
+            let by_master = RowUpdate {
+                gradient: chunk.gradient.to_device(chunk.master.device()),
+                ..chunk
+            };
+            rule.apply(&by_master, shape, scalars)?;
+        }
+    }
+    Ok(())
 }

@@ -4,7 +4,10 @@
 //! memory, on a stream of their own: while the host updates one chunk, the next one arrives.
 //! Updated weights return in the model's dtype.
 
-use super::rule::{RowUpdate, Rule, StepScalars, flat_slice};
+use super::{
+    rounded_state::update_rows,
+    rule::{RowRule, RowUpdate, StepScalars},
+};
 use crate::Error;
 use kernels::profile::{Cost, span};
 use parallel::{Accelerator, Copier};
@@ -74,7 +77,7 @@ impl Offload {
     pub(crate) fn update(
         &self,
         device: &dyn Accelerator,
-        rule: &dyn Rule,
+        rule: &dyn RowRule,
         updates: &[RowUpdate],
         scalars: StepScalars,
     ) -> Result<(), Error> {
@@ -85,7 +88,7 @@ impl Offload {
         device.synchronize()?;
         let gradients = chunks
             .iter()
-            .map(|chunk| flat_slice(&updates[chunk.update].gradient, &chunk.elements));
+            .map(|chunk| updates[chunk.update].elements(&chunk.elements).gradient);
         let sent = self.wanted.send(gradients.collect());
         sent.map_err(|_| thread_exited())?;
         for chunk in &chunks {
@@ -97,7 +100,7 @@ impl Offload {
 
     fn update_chunk(
         &self,
-        rule: &dyn Rule,
+        rule: &dyn RowRule,
         update: &RowUpdate,
         elements: &Range<i64>,
         scalars: StepScalars,
@@ -114,6 +117,7 @@ impl Offload {
             master,
             state,
             stored,
+            rounding,
             ..
         } = update.elements(elements);
         let len = elements.end - elements.start;
@@ -124,8 +128,9 @@ impl Offload {
             gradient: staged.narrow(0, 0, len),
             state,
             stored: rounded.as_ref().map(Tensor::shallow_clone),
+            rounding,
         };
-        rule.update(&[on_host], scalars)?;
+        update_rows(rule, &[on_host], scalars)?;
         // Free for the next chunk but one. The send fails only if the thread has exited.
         let _ = self.free.send(staged);
         if let Some(mut stored) = stored {
@@ -217,7 +222,8 @@ mod tests {
             let update = |begun: &[Tensor; 4], with_stored: bool| {
                 let [master, gradient, exp_avg, exp_avg_sq] = begun.each_ref().map(Tensor::copy);
                 let stored = with_stored.then(|| master.to_kind(kind).copy());
-                RowUpdate { master, gradient, state: vec![exp_avg, exp_avg_sq], stored }
+                let state = vec![exp_avg, exp_avg_sq];
+                RowUpdate { master, gradient, state, stored, rounding: None }
             };
             let updates = |with_stored: bool| -> Vec<RowUpdate> {
                 begun.iter().map(|begun| update(begun, with_stored)).collect()
@@ -229,7 +235,7 @@ mod tests {
             for step in 1..3 {
                 let scalars = StepScalars { step, lr: 1e-2, decays: true, scale: Some(2.0) };
                 offload.update(&Cpu, &rule, &offloaded, scalars).unwrap();
-                rule.update(&plain, scalars).unwrap();
+                rule.update_rows(&plain, scalars).unwrap();
             }
             for (offloaded, plain) in offloaded.iter().zip(&plain) {
                 prop_assert!(offloaded.master.equal(&plain.master));

@@ -11,15 +11,14 @@ use crate::{
     config::{Config, ModelConfig, MoeConfig, PlacementConfig},
     model::{
         LocalExperts, Model, experts::experts_by_slot, feed_forward::SwigluSpecs,
-        moe_block::expert_specs, position::ShardPosition, replicas::Replicas,
-        slices::slices_of_rows,
+        moe_block::expert_specs,
     },
     optim::Optimizer,
-    process_groups::zero_rank_and_size,
+    stage_layout::StageLayout,
 };
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
-use parallel::{Communicator, GroupKind, Mesh, Work, own_rows};
+use parallel::{Communicator, Mesh, Work};
 use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
@@ -237,43 +236,25 @@ fn check_held(held: &[HeldSlice], planned: &[TensorSlice]) -> Result<(), Error> 
 pub(crate) struct ExpertRows {
     model: ModelConfig,
     moe: MoeConfig,
-    /// The ranks of the stage, in order.
-    ranks: Vec<RankPart>,
-}
-
-/// The part of a layer's experts that a rank holds.
-struct RankPart {
-    position: ShardPosition,
-    /// Index among the ranks that shard the rows, and their number.
-    shard: (usize, usize),
+    layout: StageLayout,
 }
 
 impl ExpertRows {
-    /// Derives the parts of the ranks in the stage of `mesh`.
+    /// Derives the rows of the ranks in the stage of `mesh`.
     ///
     /// # Errors
     /// If the mesh does not fit the configuration.
     pub(crate) fn new(config: &Config, moe: &MoeConfig, mesh: &Mesh) -> Result<ExpertRows, Error> {
-        let shape = mesh.shape();
-        let part = |rank: usize| {
-            let mesh = Mesh::new(shape, rank, mesh.size());
-            let mesh = mesh.map_err(|error| Error::Config(error.to_string()))?;
-            Ok(RankPart {
-                position: ShardPosition::on_mesh(&mesh),
-                shard: zero_rank_and_size(&mesh, &config.parallel, Replicas::Expert),
-            })
-        };
-        let ranks = mesh.group(GroupKind::Stage).into_iter().map(part);
         Ok(ExpertRows {
             model: config.model.clone(),
             moe: moe.clone(),
-            ranks: ranks.collect::<Result<_, Error>>()?,
+            layout: StageLayout::new(&config.parallel, mesh)?,
         })
     }
 
     /// Returns the number of owners of each MoE layer's experts.
     fn owners(&self) -> usize {
-        self.ranks[0].position.expert.ranks
+        self.layout.expert_owners()
     }
 
     /// Returns the slices of the tensors `names` of layer `name` that each rank holds, where expert
@@ -286,17 +267,12 @@ impl ExpertRows {
     ) -> Vec<Vec<TensorSlice>> {
         let experts = experts_by_slot(physical_slots);
         let SwigluSpecs { gate_up, down } = expert_specs(&self.model, &self.moe, name);
-        let held = |rank: &RankPart| {
-            let own = &experts[gate_up.own_experts(&rank.position)];
-            let parameters = [&gate_up, &down].map(|spec| spec.slices(&rank.position, own));
-            let slices = parameters.into_iter().flat_map(|slices| {
-                let rows = slices.iter().map(|slice| slice.shape[0]).sum();
-                let (shard, shards) = rank.shard;
-                slices_of_rows(slices, &own_rows(rows, shard, shards))
-            });
+        let held = |rank| {
+            let slices = [&gate_up, &down].map(|spec| self.layout.slices(rank, spec, &experts));
+            let slices = slices.into_iter().flatten();
             slices.filter(|slice| names.contains(&slice.name)).collect()
         };
-        self.ranks.iter().map(held).collect()
+        (0..self.layout.len()).map(held).collect()
     }
 }
 
@@ -468,7 +444,11 @@ pub(crate) fn execute_moves(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Share;
+    use crate::{
+        Share,
+        model::{position::ShardPosition, replicas::Replicas},
+        stage_layout::StageRank,
+    };
     use serde_json::json;
     use std::collections::HashSet;
 
@@ -514,7 +494,7 @@ mod tests {
     #[test]
     fn the_ranks_of_a_stage_hold_each_row_once_per_replica() {
         let share = |rank, ranks| Share { rank, ranks };
-        let rank = |rank: usize| RankPart {
+        let rank = |rank: usize| StageRank {
             position: ShardPosition {
                 tensor: share(0, 1),
                 expert: share(rank / 2 % 2, 2),
@@ -522,13 +502,13 @@ mod tests {
                 vocabulary: share(0, 1),
                 vocabulary_replicas: Replicas::Dense,
             },
-            shard: (rank / 4 % 2, 2),
+            shards: [(rank / 4 % 2, 2); Replicas::ALL.len()],
         };
         let model = json!({"layers": 1, "hidden": 5, "heads": 1, "vocab_size": 1});
         let rows = ExpertRows {
             model: serde_json::from_value(model).unwrap(),
             moe: MoeConfig::new(4, 1, 6),
-            ranks: (0..16).map(rank).collect(),
+            layout: StageLayout::of_ranks((0..16).map(rank).collect()),
         };
         for slots in [[0, 1, 2, 3], [2, 1, 0, 3]] {
             for expert in 0..4 {

@@ -14,8 +14,9 @@ use crate::{
     config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig},
     data::Dataset,
     model::{BuildContext, Model, ModelPart, PipelineSplit, parameters::Parameters},
-    optim::Optimizer,
+    optim::{Optimizer, StageRanks, groups::Groups},
     process_groups::ProcessGroups,
+    stage_layout::StageLayout,
 };
 use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
 use parallel::{
@@ -109,6 +110,7 @@ impl Trainer {
             &model.parameters,
             device.as_ref(),
             all.clone(),
+            stage_ranks(&config, &mesh, world)?,
         )?;
         Ok(Trainer {
             config,
@@ -274,6 +276,16 @@ fn measure_min_tokens(
     let agreed = agree_on_break_even(all, measured)?;
     least_loaded.planner.lock().min_tokens = agreed;
     Ok(())
+}
+
+/// Returns the ranks that exchange whole matrices: those of the stage, if an optimizer needs them.
+fn stage_ranks(config: &Config, mesh: &Mesh, world: &World) -> Result<StageRanks, Error> {
+    if !Groups::new(&config.optimizer, config.train.dtype.kind()).need_matrices() {
+        return Ok(StageRanks::alone());
+    }
+    let group = world.group("whole matrices", &mesh.group(GroupKind::Stage))?;
+    let layout = StageLayout::new(&config.parallel, mesh)?;
+    Ok(StageRanks::new(group, layout))
 }
 
 fn expert_placement(
