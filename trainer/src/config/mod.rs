@@ -39,7 +39,7 @@ pub use layout::{
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MupConfig};
 pub use multipliers::MultipliersConfig;
-pub use optimizer::OptimizerConfig;
+pub use optimizer::{GroupConfig, OptimizerConfig};
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, resolve_schema, schema};
 pub(crate) use renamed::rename_old_keys;
@@ -83,7 +83,7 @@ pub struct Config {
     /// Number of steps, batch sizes and precision.
     #[on_resume(section)]
     pub train: TrainConfig,
-    /// Constants of AdamW.
+    /// The optimizer: AdamW, unless `groups` name others.
     #[on_resume(section)]
     #[serde(default)]
     pub optimizer: OptimizerConfig,

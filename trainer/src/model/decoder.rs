@@ -112,15 +112,6 @@ pub(crate) fn model_specs(config: &ModelConfig) -> impl Iterator<Item = ParamSpe
     end_specs(config).into_iter().chain(layers)
 }
 
-/// Returns the global name and shape of each tensor of a model, whatever its layout.
-pub(crate) fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
-    let named = |spec: ParamSpec| {
-        let shape = spec.shape();
-        (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
-    };
-    model_specs(config).flat_map(named).collect()
-}
-
 /// Returns the bytes of activations of layer `index` on a rank.
 pub(crate) fn layer_activations(
     config: &ModelConfig,
@@ -267,6 +258,15 @@ mod tests {
         });
         change(&mut config);
         serde_json::from_value(config).unwrap()
+    }
+
+    /// Returns the global name and shape of each tensor of a model, whatever its layout.
+    fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
+        let named = |spec: ParamSpec| {
+            let shape = spec.shape();
+            (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
+        };
+        model_specs(config).flat_map(named).collect()
     }
 
     #[test]

@@ -294,11 +294,9 @@ pub(crate) fn build(
         name: name.to_string(),
         gate_up: builder.parameters.len(),
         down: builder.parameters.len() + 1,
-        specs: specs.experts,
-        position: builder.position,
     };
-    let gate_up_proj = builder.add(&experts.specs.gate_up);
-    let down_proj = builder.add(&experts.specs.down);
+    let gate_up_proj = builder.add(&specs.experts.gate_up);
+    let down_proj = builder.add(&specs.experts.down);
     let shared = specs
         .shared
         .map(|specs| (builder.add(&specs.gate_up), builder.add(&specs.down)));
