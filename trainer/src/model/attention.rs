@@ -4,7 +4,6 @@
 
 use super::{
     activations::{Activations, BlockShape, FP32_BYTES},
-    build_context::BuildContext,
     core_attention::CoreAttention,
     documents::Documents,
     norm::{norm_spec, rms_norm, split_rms_norm},
@@ -172,7 +171,7 @@ pub(crate) fn activations(config: &ModelConfig, at: &BlockShape) -> Activations 
     let log_sum_exps = at.tokens * heads * FP32_BYTES;
     let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
     // libtorch's own attention saves keys and values once per query head.
-    let repeats_keys = !(at.mesh.context > 1 || at.on_host && at.is_causal);
+    let repeats_keys = !(at.mesh.context > 1 || at.on_host);
     let mut saved = if keeps_output && repeats_keys {
         4 * queries + log_sum_exps
     } else if keeps_output {
@@ -231,7 +230,7 @@ impl Attention {
             qk_norm: config.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
-            core_attention: core_attention(config, ctx, &ranges),
+            core_attention: core_attention(builder, &ranges),
             save_output: ctx.recompute.keeps(RecomputedPart::Attention),
         }
     }
@@ -315,7 +314,9 @@ impl Attention {
     }
 }
 
-fn core_attention(config: &ModelConfig, ctx: &BuildContext, ranges: &HeadRanges) -> CoreAttention {
+fn core_attention(builder: &WeightBuilder, ranges: &HeadRanges) -> CoreAttention {
+    let config = builder.config;
+    let ctx = builder.ctx;
     let head_dim = config.head_dim() as f64;
     // Maximal update parametrization divides by the width itself, not by its root.
     let scale = if config.mup.is_some() {
@@ -327,6 +328,9 @@ fn core_attention(config: &ModelConfig, ctx: &BuildContext, ranges: &HeadRanges)
     let kv_head = |head: i64| head / ranges.queries_per_kv - first;
     CoreAttention {
         scale,
+        window: None,
+        sinks: None,
+        window_masks: builder.window_masks.clone(),
         kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
         context: ctx.groups.context.clone(),
         kind: ctx.context_attention,

@@ -28,6 +28,7 @@ mod share;
 pub(crate) mod spec;
 pub(crate) mod vocabulary;
 mod weights;
+mod window_masks;
 
 use crate::{
     Error,

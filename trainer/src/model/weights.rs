@@ -7,6 +7,7 @@ use super::{
     position::ShardPosition,
     rules::ParameterRules,
     spec::{ParamSpec, Split},
+    window_masks::WindowMasks,
 };
 use crate::config::ModelConfig;
 use parallel::Weight;
@@ -18,6 +19,8 @@ pub(crate) struct WeightBuilder<'a> {
     pub(crate) ctx: &'a BuildContext<'a>,
     pub(crate) config: &'a ModelConfig,
     pub(crate) position: ShardPosition,
+    /// Shared by the layers.
+    pub(crate) window_masks: WindowMasks,
     rules: ParameterRules,
 }
 
@@ -39,6 +42,7 @@ impl<'a> WeightBuilder<'a> {
             ctx,
             config,
             position: ShardPosition::in_groups(ctx.groups).with_part(config, part),
+            window_masks: WindowMasks::default(),
             rules: ParameterRules::new(config),
         }
     }
