@@ -178,7 +178,6 @@ impl RankSizes<'_> {
             element: self.element,
             recompute: &self.config.parallel.recompute,
             on_host: self.config.run.device == "cpu",
-            is_causal: self.config.data.eod_token.is_none(),
         }
     }
 
@@ -590,8 +589,6 @@ mod tests {
             let parallel = json!({"context": context, "context_attention": kind});
             let mut config = config(parallel, json!({"layers": layers}));
             config.data.eod_token = documents.then_some(0);
-            // Without documents attention would save fewer keys on the host.
-            config.run.device = "cuda".into();
             config.memory(context).unwrap()[0].memory.activations
         };
         let mask = |context, kind, layers| {

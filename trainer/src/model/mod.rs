@@ -33,6 +33,7 @@ pub(crate) mod slices;
 pub(crate) mod spec;
 pub(crate) mod vocabulary;
 mod weights;
+mod window_masks;
 mod work;
 
 use crate::{

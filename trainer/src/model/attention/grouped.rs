@@ -8,7 +8,6 @@ use crate::{
     model::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
-        build_context::BuildContext,
         core_attention::CoreAttention,
         documents::Documents,
         norm::{Norm, norm_spec},
@@ -211,11 +210,15 @@ impl GroupedAttention {
         }
     }
 
-    fn core_attention(&self, ctx: &BuildContext, ranges: &HeadRanges) -> CoreAttention {
+    fn core_attention(&self, builder: &WeightBuilder, ranges: &HeadRanges) -> CoreAttention {
+        let ctx = builder.ctx;
         let first = ranges.needed.start;
         let kv_head = |head: i64| head / ranges.queries_per_kv - first;
         CoreAttention {
             scale: self.score_scale.of_width(self.head_dim()),
+            window: None,
+            sinks: None,
+            window_masks: builder.window_masks.clone(),
             kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
             context: ctx.groups.context.clone(),
             kind: ctx.context_attention,
@@ -348,7 +351,7 @@ impl AttentionPlan for GroupedAttention {
             qk_norm: self.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
-            core_attention: self.core_attention(ctx, &ranges),
+            core_attention: self.core_attention(builder, &ranges),
             save_output: ctx.recompute.keeps(RecomputedPart::Attention),
         })
     }
