@@ -54,7 +54,10 @@ pub use snapshot::{
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
 pub use crate::model::{
-    attention::grouped::QkNorm,
+    attention::{
+        AttentionConfig,
+        grouped::{GroupedConfig, QkNorm, WindowConfig},
+    },
     moe_block::{MoeConfig, RouterConfig},
 };
 use config_derive::ResumeKeys;

@@ -2,7 +2,7 @@
 
 use super::{
     activations::{Activations, BlockShape},
-    attention::{AttentionPlan, ScoreScale, grouped::GroupedAttention},
+    attention::{AttentionConfig, AttentionPlan, ScoreScale, grouped::GroupedAttention},
     feed_forward::{self, Networks, SwigluSpecs},
     norm::{BlockNorms, NormNames, norm_spec},
     rules::ParameterRules,
@@ -18,6 +18,14 @@ pub struct ParameterCount {
     pub total: u128,
     /// Parameters that one token uses: those of its experts and all others.
     pub active: u128,
+}
+
+/// What distinguishes layers of one model from each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct LayerKind {
+    has_experts: bool,
+    window: Option<usize>,
+    rotates: bool,
 }
 
 /// Returns the global name of layer `index`.
@@ -168,8 +176,9 @@ impl ModelConfig {
         count
     }
 
-    /// Returns the plan of the attention of layer `_layer`.
-    pub(crate) fn attention(&self, _layer: usize) -> Box<dyn AttentionPlan> {
+    /// Returns the plan of the attention of layer `layer`.
+    pub(crate) fn attention(&self, layer: usize) -> Box<dyn AttentionPlan> {
+        let AttentionConfig::Grouped(options) = &self.attention;
         Box::new(GroupedAttention {
             hidden: self.hidden,
             heads: self.heads,
@@ -178,7 +187,20 @@ impl ModelConfig {
             qk_norm: self.qk_norm,
             norm_eps: self.norm_eps,
             score_scale: self.score_scale(),
+            options: options.clone(),
+            layer,
+            layers: self.layers,
         })
+    }
+
+    /// Returns the kind of layer `index`. Layers of one kind have parameters of the same shapes and
+    /// run the same kernels.
+    pub(crate) fn layer_kind(&self, index: usize) -> LayerKind {
+        LayerKind {
+            has_experts: self.moe_config(index).is_some(),
+            window: self.attention(index).window(),
+            rotates: self.rope.layers.contains(index),
+        }
     }
 
     fn score_scale(&self) -> ScoreScale {

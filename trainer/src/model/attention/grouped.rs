@@ -2,14 +2,13 @@
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
 // G key/value heads of this rank, d head width.
 
-use super::{Attention, AttentionPlan, HeadKeys, ScoreScale};
+use super::{Attention, AttentionPlan, HeadKeys, ScoreScale, saved::SavedAttention};
 use crate::{
-    config::layout::RecomputedPart,
+    config::{layer_set::LayerSet, layout::RecomputedPart, limits::MAX_TOKENS},
     model::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
         core_attention::CoreAttention,
-        documents::Documents,
         norm::{Norm, norm_spec},
         rope::Rope,
         spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
@@ -19,12 +18,11 @@ use crate::{
     problems::{Problems, Quantity},
 };
 use parallel::{
-    Activation, MeshShape, Weight, context::ContextKind, linear, linears, recompute::recomputed,
-    tensor::TensorParallel,
+    Activation, MeshShape, Weight, context::ContextKind, linear, linears, tensor::TensorParallel,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 use tch::Tensor;
 use torch_ext::Error;
 
@@ -43,6 +41,30 @@ pub enum QkNorm {
     HeadAfterRope,
 }
 
+/// Grouped-query attention.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GroupedConfig {
+    /// Sliding window. By default a token sees all earlier ones.
+    pub window: Option<WindowConfig>,
+}
+
+/// Sliding-window attention (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WindowConfig {
+    /// Number of tokens that a token sees: itself and those just before it.
+    #[schemars(range(min = 1, max = MAX_TOKENS))]
+    pub size: usize,
+    /// Layers with the window.
+    #[serde(default = "all_layers")]
+    pub layers: LayerSet,
+}
+
+fn all_layers() -> LayerSet {
+    LayerSet::ALL
+}
+
 /// The plan of grouped-query attention.
 #[derive(Debug, Clone)]
 pub(crate) struct GroupedAttention {
@@ -55,6 +77,10 @@ pub(crate) struct GroupedAttention {
     pub(crate) qk_norm: QkNorm,
     pub(crate) norm_eps: f64,
     pub(crate) score_scale: ScoreScale,
+    pub(crate) options: GroupedConfig,
+    /// Index of the layer, and the number of layers.
+    pub(crate) layer: usize,
+    pub(crate) layers: usize,
 }
 
 /// This rank's part of grouped-query attention.
@@ -75,9 +101,7 @@ struct GroupedHeads {
     /// True if ranks split key heads as they split query heads.
     splits_kv_heads: bool,
     tensor: TensorParallel,
-    core_attention: CoreAttention,
-    /// True if the output of core attention is saved for backward.
-    save_output: bool,
+    attention: SavedAttention,
 }
 
 /// Heads of one rank, among all heads of the model.
@@ -216,7 +240,7 @@ impl GroupedAttention {
         let kv_head = |head: i64| head / ranges.queries_per_kv - first;
         CoreAttention {
             scale: self.score_scale.of_width(self.head_dim()),
-            window: None,
+            window: self.window().map(|size| size as i64),
             sinks: None,
             window_masks: builder.window_masks.clone(),
             kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
@@ -242,6 +266,12 @@ impl AttentionPlan for GroupedAttention {
         self.head_dim()
     }
 
+    fn window(&self) -> Option<usize> {
+        let window = self.options.window.as_ref();
+        let window = window.filter(|window| window.layers.contains(self.layer));
+        window.map(|window| window.size)
+    }
+
     fn widest(&self) -> usize {
         self.heads.max(self.kv_heads) * self.head_dim()
     }
@@ -249,9 +279,10 @@ impl AttentionPlan for GroupedAttention {
     fn flops(&self, length: usize) -> Flops {
         let specs = self.specs("");
         let matrices = specs.iter().filter(|spec| spec.role == Role::Matrix);
+        let seen = self.window().map_or(length, |window| window.min(length));
         let scores_and_values = 2 * self.heads * self.head_dim();
         Flops {
-            activations: 2.0 * scores_and_values as f64 * length as f64,
+            activations: 2.0 * scores_and_values as f64 * seen as f64,
             ..Flops::of_weights(matrices.map(ParamSpec::elements).sum())
         }
     }
@@ -265,7 +296,7 @@ impl AttentionPlan for GroupedAttention {
         let log_sum_exps = at.tokens * heads * FP32_BYTES;
         let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
         // libtorch's own attention saves keys and values once per query head.
-        let repeats_keys = !(at.mesh.context > 1 || at.on_host && at.is_causal);
+        let repeats_keys = !(at.mesh.context > 1 || at.on_host);
         let mut saved = if keeps_output && repeats_keys {
             4 * queries + log_sum_exps
         } else if keeps_output {
@@ -298,6 +329,15 @@ impl AttentionPlan for GroupedAttention {
             Quantity::new("model.kv_heads", self.kv_heads),
             "each key head must serve the same number of query heads",
         );
+        let window = self.options.window.as_ref();
+        let layer = window.and_then(|window| window.layers.unknown_layer(self.layers));
+        if let Some(layer) = layer {
+            problems.add(format!(
+                "model.attention.grouped.window.layers has layer {layer}, but model.layers is {} \
+                 and the first layer is 0",
+                self.layers
+            ));
+        }
     }
 
     fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
@@ -351,8 +391,10 @@ impl AttentionPlan for GroupedAttention {
             qk_norm: self.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
-            core_attention: self.core_attention(builder, &ranges),
-            save_output: ctx.recompute.keeps(RecomputedPart::Attention),
+            attention: SavedAttention {
+                core: self.core_attention(builder, &ranges),
+                keeps_output: ctx.recompute.keeps(RecomputedPart::Attention),
+            },
         })
     }
 }
@@ -395,7 +437,8 @@ impl Attention for GroupedHeads {
         }
         let value = self.split_heads(&value, batch.sequences, self.kv_heads);
         let value = self.used_heads(&value);
-        let mixed = self.attend(&query, &key, &value, batch.documents.as_ref())?;
+        let documents = batch.documents.as_ref();
+        let mixed = self.attention.attend(&query, &key, &value, documents)?;
         let merged = mixed
             .transpose(1, 2)
             .reshape([-1, self.heads * self.head_dim]);
@@ -405,27 +448,6 @@ impl Attention for GroupedHeads {
 }
 
 impl GroupedHeads {
-    fn attend(
-        &self,
-        query: &Tensor,
-        key: &Tensor,
-        value: &Tensor,
-        documents: Option<&Arc<Documents>>,
-    ) -> Result<Tensor, Error> {
-        if self.save_output {
-            let documents = documents.map(Arc::as_ref);
-            return self.core_attention.attend(query, key, value, documents);
-        }
-        let core_attention = self.core_attention.clone();
-        let documents = documents.cloned();
-        let attend = move |x: &[Tensor]| {
-            let documents = documents.as_ref().map(Arc::as_ref);
-            let out = core_attention.attend(&x[0], &x[1], &x[2], documents)?;
-            Ok(vec![out])
-        };
-        Ok(recomputed(&[query, key, value], attend)?.remove(0))
-    }
-
     /// Maps `[T, heads * d]` to `[B, heads, s, d]`.
     fn split_heads(&self, x: &Tensor, batch: i64, heads: i64) -> Tensor {
         x.view([batch, -1, heads, self.head_dim]).transpose(1, 2)

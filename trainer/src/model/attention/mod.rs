@@ -1,6 +1,7 @@
 //! Attention: its kinds as plans and as layers.
 
 pub(crate) mod grouped;
+mod saved;
 
 use super::{
     activations::{Activations, BlockShape},
@@ -11,9 +12,27 @@ use super::{
     work::Flops,
 };
 use crate::problems::Problems;
+use grouped::GroupedConfig;
 use parallel::{Activation, MeshShape, context::ContextKind};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use torch_ext::Error;
+
+/// The kind of attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionConfig {
+    /// Grouped-query attention (arXiv 2305.13245) with `model.heads`, `kv_heads`, `head_dim` and
+    /// `qk_norm`.
+    Grouped(GroupedConfig),
+}
+
+impl Default for AttentionConfig {
+    fn default() -> AttentionConfig {
+        AttentionConfig::Grouped(GroupedConfig::default())
+    }
+}
 
 /// The keys `kv_heads` and `head_dim` of a model, if its attention has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +74,9 @@ pub(crate) trait AttentionPlan {
 
     /// Returns the elements of a head of which rotary position embedding turns all or a part.
     fn rotary_width(&self) -> usize;
+
+    /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
+    fn window(&self) -> Option<usize>;
 
     /// Returns the most elements that a token has in one of the block's tensors, over all ranks.
     fn widest(&self) -> usize;
