@@ -2,7 +2,7 @@
 
 use super::{
     activations::{Activations, BlockShape},
-    attention::{AttentionConfig, AttentionPlan, ScoreScale, grouped::GroupedAttention},
+    attention::{AttentionKeys, AttentionPlan, ScoreScale},
     feed_forward::{self, Networks, SwigluSpecs},
     norm::{BlockNorms, NormNames, norm_spec},
     rules::ParameterRules,
@@ -178,16 +178,14 @@ impl ModelConfig {
 
     /// Returns the plan of the attention of layer `layer`.
     pub(crate) fn attention(&self, layer: usize) -> Box<dyn AttentionPlan> {
-        let AttentionConfig::Grouped(options) = &self.attention;
-        Box::new(GroupedAttention {
+        self.attention.plan(AttentionKeys {
             hidden: self.hidden,
             heads: self.heads,
-            kv_heads: self.kv_heads.unwrap_or(self.heads),
+            kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             qk_norm: self.qk_norm,
             norm_eps: self.norm_eps,
             score_scale: self.score_scale(),
-            options: options.clone(),
             layer,
             layers: self.layers,
         })

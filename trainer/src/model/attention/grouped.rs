@@ -2,7 +2,7 @@
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
 // G key/value heads of this rank, d head width.
 
-use super::{Attention, AttentionPlan, HeadKeys, ScoreScale, saved::SavedAttention};
+use super::{Attention, AttentionKeys, AttentionPlan, HeadKeys, saved::SavedAttention};
 use crate::{
     config::{layer_set::LayerSet, layout::RecomputedPart, limits::MAX_TOKENS},
     model::{
@@ -68,19 +68,8 @@ fn all_layers() -> LayerSet {
 /// The plan of grouped-query attention.
 #[derive(Debug, Clone)]
 pub(crate) struct GroupedAttention {
-    /// Width of the residual stream.
-    pub(crate) hidden: usize,
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    /// Width of a head. `None`: the heads divide `hidden`.
-    pub(crate) head_dim: Option<usize>,
-    pub(crate) qk_norm: QkNorm,
-    pub(crate) norm_eps: f64,
-    pub(crate) score_scale: ScoreScale,
-    pub(crate) options: GroupedConfig,
-    /// Index of the layer, and the number of layers.
-    pub(crate) layer: usize,
-    pub(crate) layers: usize,
+    pub(crate) model: AttentionKeys,
+    pub(crate) config: GroupedConfig,
 }
 
 /// This rank's part of grouped-query attention.
@@ -119,8 +108,8 @@ struct HeadRanges {
 
 impl HeadRanges {
     fn new(plan: &GroupedAttention, tensor: &TensorParallel) -> HeadRanges {
-        let heads = plan.heads as i64;
-        let kv_heads = plan.kv_heads as i64;
+        let heads = plan.model.heads as i64;
+        let kv_heads = plan.kv_heads() as i64;
         let queries = tensor.local_range(heads);
         let queries_per_kv = heads / kv_heads;
         let first = queries.start / queries_per_kv;
@@ -134,7 +123,7 @@ impl HeadRanges {
             0..kv_heads
         };
         // A norm over all key heads needs them all.
-        let computed = if plan.qk_norm == QkNorm::Full {
+        let computed = if plan.model.qk_norm == QkNorm::Full {
             held.clone()
         } else {
             needed.clone()
@@ -164,9 +153,9 @@ impl GroupedSpecs {
     /// Describes the parameters of the block with this global name.
     fn new(plan: &GroupedAttention, block: &str) -> GroupedSpecs {
         let head_dim = plan.head_dim() as u64;
-        let heads = plan.heads as u64;
-        let kv_heads = plan.kv_heads as u64;
-        let hidden = Dim::hidden(plan.hidden);
+        let heads = plan.model.heads as u64;
+        let kv_heads = plan.kv_heads() as u64;
+        let hidden = Dim::hidden(plan.model.hidden);
         let queries = Dim::new("model.heads x head_dim", heads.saturating_mul(head_dim));
         let keys = Dim::new(
             "model.kv_heads x head_dim",
@@ -188,7 +177,7 @@ impl GroupedSpecs {
             role: Role::Matrix,
             writes_residual,
         };
-        let norms = match plan.qk_norm {
+        let norms = match plan.model.qk_norm {
             QkNorm::None => None,
             QkNorm::Full => Some([
                 norm_spec(block, "query_norm", queries, of_heads(0, heads)),
@@ -221,16 +210,22 @@ impl GroupedSpecs {
 }
 
 impl GroupedAttention {
+    fn kv_heads(&self) -> usize {
+        self.model.kv_heads.unwrap_or(self.model.heads)
+    }
+
     fn head_dim(&self) -> usize {
-        self.head_dim.unwrap_or(self.hidden / self.heads.max(1))
+        self.model
+            .head_dim
+            .unwrap_or(self.model.hidden / self.model.heads.max(1))
     }
 
     /// Returns the key heads of each rank. If the ranks do not divide them, every rank has all.
     fn kv_heads_per_rank(&self, tensor_ranks: usize) -> usize {
-        if self.kv_heads.is_multiple_of(tensor_ranks) {
-            self.kv_heads / tensor_ranks
+        if self.kv_heads().is_multiple_of(tensor_ranks) {
+            self.kv_heads() / tensor_ranks
         } else {
-            self.kv_heads
+            self.kv_heads()
         }
     }
 
@@ -239,7 +234,7 @@ impl GroupedAttention {
         let first = ranges.needed.start;
         let kv_head = |head: i64| head / ranges.queries_per_kv - first;
         CoreAttention {
-            scale: self.score_scale.of_width(self.head_dim()),
+            scale: self.model.score_scale.of_width(self.head_dim()),
             window: self.window().map(|size| size as i64),
             sinks: None,
             window_masks: builder.window_masks.clone(),
@@ -257,7 +252,7 @@ impl AttentionPlan for GroupedAttention {
 
     fn head_keys(&self) -> HeadKeys {
         HeadKeys {
-            kv_heads: Some(self.kv_heads),
+            kv_heads: Some(self.kv_heads()),
             head_dim: Some(self.head_dim()),
         }
     }
@@ -267,20 +262,20 @@ impl AttentionPlan for GroupedAttention {
     }
 
     fn window(&self) -> Option<usize> {
-        let window = self.options.window.as_ref();
-        let window = window.filter(|window| window.layers.contains(self.layer));
+        let window = self.config.window.as_ref();
+        let window = window.filter(|window| window.layers.contains(self.model.layer));
         window.map(|window| window.size)
     }
 
     fn widest(&self) -> usize {
-        self.heads.max(self.kv_heads) * self.head_dim()
+        self.model.heads.max(self.kv_heads()) * self.head_dim()
     }
 
     fn flops(&self, length: usize) -> Flops {
         let specs = self.specs("");
         let matrices = specs.iter().filter(|spec| spec.role == Role::Matrix);
         let seen = self.window().map_or(length, |window| window.min(length));
-        let scores_and_values = 2 * self.heads * self.head_dim();
+        let scores_and_values = 2 * self.model.heads * self.head_dim();
         Flops {
             activations: 2.0 * scores_and_values as f64 * seen as f64,
             ..Flops::of_weights(matrices.map(ParamSpec::elements).sum())
@@ -289,7 +284,7 @@ impl AttentionPlan for GroupedAttention {
 
     fn activations(&self, at: &BlockShape) -> Activations {
         let width = self.head_dim() as u64;
-        let heads = (self.heads / at.mesh.tensor) as u64;
+        let heads = (self.model.heads / at.mesh.tensor) as u64;
         let kv_heads = self.kv_heads_per_rank(at.mesh.tensor) as u64;
         let queries = at.tokens * heads * width * at.element;
         let keys = at.tokens * kv_heads * width * at.element;
@@ -304,11 +299,11 @@ impl AttentionPlan for GroupedAttention {
         } else {
             2 * queries + 2 * keys
         };
-        if self.qk_norm != QkNorm::None {
+        if self.model.qk_norm != QkNorm::None {
             saved += queries + keys;
         }
         // Gradients of what is saved, and four fp32 rows per token for a norm.
-        let norm = at.own_tokens * self.hidden as u64 * FP32_BYTES;
+        let norm = at.own_tokens * self.model.hidden as u64 * FP32_BYTES;
         Activations {
             saved,
             transient: 4 * queries + 4 * norm,
@@ -316,39 +311,42 @@ impl AttentionPlan for GroupedAttention {
     }
 
     fn problems(&self, problems: &mut Problems) {
-        let heads = || Quantity::new("model.heads", self.heads);
-        if self.head_dim.is_none() {
+        let heads = || Quantity::new("model.heads", self.model.heads);
+        if self.model.head_dim.is_none() {
             problems.divides(
-                Quantity::new("model.hidden", self.hidden),
+                Quantity::new("model.hidden", self.model.hidden),
                 heads(),
                 "or give model.head_dim",
             );
         }
         problems.divides(
             heads(),
-            Quantity::new("model.kv_heads", self.kv_heads),
+            Quantity::new("model.kv_heads", self.kv_heads()),
             "each key head must serve the same number of query heads",
         );
-        let window = self.options.window.as_ref();
-        let layer = window.and_then(|window| window.layers.unknown_layer(self.layers));
+        let window = self.config.window.as_ref();
+        let layer = window.and_then(|window| window.layers.unknown_layer(self.model.layers));
         if let Some(layer) = layer {
             problems.add(format!(
                 "model.attention.grouped.window.layers has layer {layer}, but model.layers is {} \
                  and the first layer is 0",
-                self.layers
+                self.model.layers
             ));
         }
     }
 
     fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
         problems.divides(
-            Quantity::new("model.heads", self.heads),
+            Quantity::new("model.heads", self.model.heads),
             Quantity::new("parallel.tensor", mesh.tensor),
             "each rank must have the same number of heads",
         );
         if context == ContextKind::Ulysses && mesh.tensor > 0 {
             problems.divides(
-                Quantity::new("model.heads / parallel.tensor", self.heads / mesh.tensor),
+                Quantity::new(
+                    "model.heads / parallel.tensor",
+                    self.model.heads / mesh.tensor,
+                ),
                 Quantity::new("parallel.context", mesh.context),
                 "ulysses splits the heads; ring does not",
             );
@@ -365,7 +363,8 @@ impl AttentionPlan for GroupedAttention {
         let key = builder.add(&specs.key);
         let value = builder.add(&specs.value);
         let norms = specs.norms.map(|norms| {
-            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm, self.norm_eps));
+            let [query_norm, key_norm] =
+                norms.map(|norm| builder.add_norm(&norm, self.model.norm_eps));
             (query_norm, key_norm)
         });
         let output = builder.add(&specs.output);
@@ -384,11 +383,11 @@ impl AttentionPlan for GroupedAttention {
             value: used_rows(value),
             output,
             norms,
-            heads: self.heads as i64 / tensor.size() as i64,
+            heads: self.model.heads as i64 / tensor.size() as i64,
             kv_heads: ranges.computed.end - first_computed,
             used_kv_heads: ranges.needed.start - first_computed..ranges.needed.end - first_computed,
             head_dim,
-            qk_norm: self.qk_norm,
+            qk_norm: self.model.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
             attention: SavedAttention {

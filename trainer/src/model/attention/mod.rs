@@ -12,7 +12,7 @@ use super::{
     work::Flops,
 };
 use crate::problems::Problems;
-use grouped::GroupedConfig;
+use grouped::{GroupedAttention, GroupedConfig, QkNorm};
 use parallel::{Activation, MeshShape, context::ContextKind};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,32 @@ impl Default for AttentionConfig {
     fn default() -> AttentionConfig {
         AttentionConfig::Grouped(GroupedConfig::default())
     }
+}
+
+impl AttentionConfig {
+    /// Returns the plan of the attention of one layer.
+    pub(crate) fn plan(&self, model: AttentionKeys) -> Box<dyn AttentionPlan> {
+        match self.clone() {
+            AttentionConfig::Grouped(config) => Box::new(GroupedAttention { model, config }),
+        }
+    }
+}
+
+/// What the rest of a model's configuration says about the attention of a layer.
+#[derive(Debug, Clone)]
+pub(crate) struct AttentionKeys {
+    /// Width of the residual stream.
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: Option<usize>,
+    pub(crate) head_dim: Option<usize>,
+    pub(crate) qk_norm: QkNorm,
+    pub(crate) norm_eps: f64,
+    pub(crate) score_scale: ScoreScale,
+    /// Index of the layer.
+    pub(crate) layer: usize,
+    /// Number of layers of the model.
+    pub(crate) layers: usize,
 }
 
 /// The keys `kv_heads` and `head_dim` of a model, if its attention has them.
