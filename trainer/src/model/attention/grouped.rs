@@ -47,6 +47,9 @@ pub enum QkNorm {
 pub struct GroupedConfig {
     /// Sliding window. By default a token sees all earlier ones.
     pub window: Option<WindowConfig>,
+    /// Multiplies each element of the heads' outputs by the sigmoid of a projection of the block's
+    /// input, before the output matrix (Gated Attention, arXiv 2505.06708).
+    pub output_gate: bool,
 }
 
 /// Sliding-window attention (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825).
@@ -77,6 +80,8 @@ struct GroupedHeads {
     query: Weight,
     key: Weight,
     value: Weight,
+    /// Logits of the output gate.
+    gate: Option<Weight>,
     output: Weight,
     /// Norms of queries and of keys.
     norms: Option<(Norm, Norm)>,
@@ -146,6 +151,7 @@ struct GroupedSpecs {
     value: ParamSpec,
     /// Norms of queries and of keys.
     norms: Option<[ParamSpec; 2]>,
+    gate: Option<ParamSpec>,
     output: ParamSpec,
 }
 
@@ -196,6 +202,8 @@ impl GroupedSpecs {
             key: matrix("key", [keys, hidden], of_heads(0, kv_heads), false),
             value: matrix("value", [keys, hidden], of_heads(0, kv_heads), false),
             norms,
+            gate: (plan.config.output_gate)
+                .then(|| matrix("gate", [queries, hidden], of_heads(0, heads), false)),
             output: matrix("output", [hidden, queries], of_heads(1, heads), true),
         }
     }
@@ -204,6 +212,7 @@ impl GroupedSpecs {
     fn into_list(self) -> Vec<ParamSpec> {
         let mut list = vec![self.query, self.key, self.value];
         list.extend(self.norms.into_iter().flatten());
+        list.extend(self.gate);
         list.push(self.output);
         list
     }
@@ -302,6 +311,10 @@ impl AttentionPlan for GroupedAttention {
         if self.model.qk_norm != QkNorm::None {
             saved += queries + keys;
         }
+        if self.config.output_gate {
+            // The sigmoid, and the heads' outputs before and after the gate.
+            saved += 2 * queries;
+        }
         // Gradients of what is saved, and four fp32 rows per token for a norm.
         let norm = at.own_tokens * self.model.hidden as u64 * FP32_BYTES;
         Activations {
@@ -367,6 +380,7 @@ impl AttentionPlan for GroupedAttention {
                 norms.map(|norm| builder.add_norm(&norm, self.model.norm_eps));
             (query_norm, key_norm)
         });
+        let gate = specs.gate.map(|gate| builder.add(&gate));
         let output = builder.add(&specs.output);
         let wide = |heads: &Range<i64>| heads.start * head_dim..heads.end * head_dim;
         let used_rows = |weight: Weight| {
@@ -381,6 +395,7 @@ impl AttentionPlan for GroupedAttention {
             query,
             key: used_rows(key),
             value: used_rows(value),
+            gate,
             output,
             norms,
             heads: self.model.heads as i64 / tensor.size() as i64,
@@ -405,8 +420,10 @@ impl Attention for GroupedHeads {
         batch: &BatchContext,
         rope: Option<&Rope>,
     ) -> Result<Tensor, Error> {
-        let weights = [&self.query, &self.key, &self.value];
+        let mut weights = vec![&self.query, &self.key, &self.value];
+        weights.extend(&self.gate);
         let mut projected = self.tensor.column_parallel(x, |x| linears(x, &weights))?;
+        let gate = self.gate.as_ref().and_then(|_| projected.pop());
         let value = projected.remove(2);
         let mut key = projected.remove(1);
         let mut query = projected.remove(0);
@@ -438,9 +455,12 @@ impl Attention for GroupedHeads {
         let value = self.used_heads(&value);
         let documents = batch.documents.as_ref();
         let mixed = self.attention.attend(&query, &key, &value, documents)?;
-        let merged = mixed
+        let mut merged = mixed
             .transpose(1, 2)
             .reshape([-1, self.heads * self.head_dim]);
+        if let Some(gate) = gate {
+            merged = merged * gate.sigmoid();
+        }
         self.tensor
             .row_parallel(&merged, |merged| linear(merged, &self.output))
     }
