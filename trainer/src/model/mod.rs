@@ -6,6 +6,7 @@
 pub(crate) mod activations;
 pub(crate) mod attention;
 mod batch;
+mod bias;
 mod build;
 mod build_context;
 mod core_attention;

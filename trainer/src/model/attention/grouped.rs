@@ -8,6 +8,7 @@ use crate::{
     model::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
+        bias::{add_bias, bias_spec},
         core_attention::CoreAttention,
         norm::{Norm, norm_spec},
         rope::Rope,
@@ -50,6 +51,21 @@ pub struct GroupedConfig {
     /// Multiplies each element of the heads' outputs by the sigmoid of a projection of the block's
     /// input, before the output matrix (Gated Attention, arXiv 2505.06708).
     pub output_gate: bool,
+    /// Vectors added to the outputs of the block's matrices.
+    pub bias: AttentionBias,
+}
+
+/// Biases of an attention block.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionBias {
+    /// No bias.
+    #[default]
+    None,
+    /// Of queries, keys and values (Qwen2).
+    Qkv,
+    /// Of queries, keys, values and the output (gpt-oss).
+    All,
 }
 
 /// Sliding-window attention (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825).
@@ -80,9 +96,13 @@ struct GroupedHeads {
     query: Weight,
     key: Weight,
     value: Weight,
+    /// Biases of queries, keys and values.
+    biases: Option<[Weight; 3]>,
     /// Logits of the output gate.
     gate: Option<Weight>,
     output: Weight,
+    /// Bias of the output, which each rank adds to its own tokens.
+    output_bias: Option<Weight>,
     /// Norms of queries and of keys.
     norms: Option<(Norm, Norm)>,
     heads: i64,
@@ -151,8 +171,11 @@ struct GroupedSpecs {
     value: ParamSpec,
     /// Norms of queries and of keys.
     norms: Option<[ParamSpec; 2]>,
+    /// Biases of queries, keys and values.
+    biases: Option<[ParamSpec; 3]>,
     gate: Option<ParamSpec>,
     output: ParamSpec,
+    output_bias: Option<ParamSpec>,
 }
 
 impl GroupedSpecs {
@@ -202,9 +225,18 @@ impl GroupedSpecs {
             key: matrix("key", [keys, hidden], of_heads(0, kv_heads), false),
             value: matrix("value", [keys, hidden], of_heads(0, kv_heads), false),
             norms,
+            biases: (plan.config.bias != AttentionBias::None).then(|| {
+                [
+                    bias_spec(block, "query_bias", queries, of_heads(0, heads)),
+                    bias_spec(block, "key_bias", keys, of_heads(0, kv_heads)),
+                    bias_spec(block, "value_bias", keys, of_heads(0, kv_heads)),
+                ]
+            }),
             gate: (plan.config.output_gate)
                 .then(|| matrix("gate", [queries, hidden], of_heads(0, heads), false)),
             output: matrix("output", [hidden, queries], of_heads(1, heads), true),
+            output_bias: (plan.config.bias == AttentionBias::All)
+                .then(|| bias_spec(block, "output_bias", hidden, Split::Whole)),
         }
     }
 
@@ -212,8 +244,10 @@ impl GroupedSpecs {
     fn into_list(self) -> Vec<ParamSpec> {
         let mut list = vec![self.query, self.key, self.value];
         list.extend(self.norms.into_iter().flatten());
+        list.extend(self.biases.into_iter().flatten());
         list.extend(self.gate);
         list.push(self.output);
+        list.extend(self.output_bias);
         list
     }
 }
@@ -380,8 +414,12 @@ impl AttentionPlan for GroupedAttention {
                 norms.map(|norm| builder.add_norm(&norm, self.model.norm_eps));
             (query_norm, key_norm)
         });
+        let biases = specs
+            .biases
+            .map(|biases| biases.map(|bias| builder.add(&bias)));
         let gate = specs.gate.map(|gate| builder.add(&gate));
         let output = builder.add(&specs.output);
+        let output_bias = specs.output_bias.map(|bias| builder.add(&bias));
         let wide = |heads: &Range<i64>| heads.start * head_dim..heads.end * head_dim;
         let used_rows = |weight: Weight| {
             if ranges.computed == ranges.held {
@@ -395,8 +433,10 @@ impl AttentionPlan for GroupedAttention {
             query,
             key: used_rows(key),
             value: used_rows(value),
+            biases: biases.map(|[query, key, value]| [query, used_rows(key), used_rows(value)]),
             gate,
             output,
+            output_bias,
             norms,
             heads: self.model.heads as i64 / tensor.size() as i64,
             kv_heads: ranges.computed.end - first_computed,
@@ -424,6 +464,11 @@ impl Attention for GroupedHeads {
         weights.extend(&self.gate);
         let mut projected = self.tensor.column_parallel(x, |x| linears(x, &weights))?;
         let gate = self.gate.as_ref().and_then(|_| projected.pop());
+        if let Some(biases) = &self.biases {
+            for (projected, bias) in projected.iter_mut().zip(biases) {
+                *projected = add_bias(projected, bias)?;
+            }
+        }
         let value = projected.remove(2);
         let mut key = projected.remove(1);
         let mut query = projected.remove(0);
@@ -461,8 +506,13 @@ impl Attention for GroupedHeads {
         if let Some(gate) = gate {
             merged = merged * gate.sigmoid();
         }
-        self.tensor
-            .row_parallel(&merged, |merged| linear(merged, &self.output))
+        let out = self
+            .tensor
+            .row_parallel(&merged, |merged| linear(merged, &self.output))?;
+        match &self.output_bias {
+            Some(bias) => add_bias(&out, bias),
+            None => Ok(out),
+        }
     }
 }
 
