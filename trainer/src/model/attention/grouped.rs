@@ -51,6 +51,9 @@ pub struct GroupedConfig {
     /// Multiplies each element of the heads' outputs by the sigmoid of a projection of the block's
     /// input, before the output matrix (Gated Attention, arXiv 2505.06708).
     pub output_gate: bool,
+    /// Adds a learned logit per head to the softmax, like that of one more token without a value
+    /// (attention sinks, arXiv 2309.17453; gpt-oss).
+    pub sinks: bool,
     /// Vectors added to the outputs of the block's matrices.
     pub bias: AttentionBias,
 }
@@ -173,6 +176,8 @@ struct GroupedSpecs {
     norms: Option<[ParamSpec; 2]>,
     /// Biases of queries, keys and values.
     biases: Option<[ParamSpec; 3]>,
+    /// A logit per head.
+    sinks: Option<ParamSpec>,
     gate: Option<ParamSpec>,
     output: ParamSpec,
     output_bias: Option<ParamSpec>,
@@ -232,6 +237,10 @@ impl GroupedSpecs {
                     bias_spec(block, "value_bias", keys, of_heads(0, kv_heads)),
                 ]
             }),
+            sinks: plan.config.sinks.then(|| {
+                let each = Dim::new("model.heads", heads);
+                bias_spec(block, "sinks", each, of_heads(0, heads))
+            }),
             gate: (plan.config.output_gate)
                 .then(|| matrix("gate", [queries, hidden], of_heads(0, heads), false)),
             output: matrix("output", [hidden, queries], of_heads(1, heads), true),
@@ -245,6 +254,7 @@ impl GroupedSpecs {
         let mut list = vec![self.query, self.key, self.value];
         list.extend(self.norms.into_iter().flatten());
         list.extend(self.biases.into_iter().flatten());
+        list.extend(self.sinks);
         list.extend(self.gate);
         list.push(self.output);
         list.extend(self.output_bias);
@@ -272,14 +282,19 @@ impl GroupedAttention {
         }
     }
 
-    fn core_attention(&self, builder: &WeightBuilder, ranges: &HeadRanges) -> CoreAttention {
+    fn core_attention(
+        &self,
+        builder: &WeightBuilder,
+        ranges: &HeadRanges,
+        sinks: Option<Weight>,
+    ) -> CoreAttention {
         let ctx = builder.ctx;
         let first = ranges.needed.start;
         let kv_head = |head: i64| head / ranges.queries_per_kv - first;
         CoreAttention {
             scale: self.model.score_scale.of_width(self.head_dim()),
             window: self.window().map(|size| size as i64),
-            sinks: None,
+            sinks,
             window_masks: builder.window_masks.clone(),
             kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
             context: ctx.groups.context.clone(),
@@ -417,6 +432,7 @@ impl AttentionPlan for GroupedAttention {
         let biases = specs
             .biases
             .map(|biases| biases.map(|bias| builder.add(&bias)));
+        let sinks = specs.sinks.map(|sinks| builder.add(&sinks));
         let gate = specs.gate.map(|gate| builder.add(&gate));
         let output = builder.add(&specs.output);
         let output_bias = specs.output_bias.map(|bias| builder.add(&bias));
@@ -446,7 +462,7 @@ impl AttentionPlan for GroupedAttention {
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
             attention: SavedAttention {
-                core: self.core_attention(builder, &ranges),
+                core: self.core_attention(builder, &ranges, sinks),
                 keeps_output: ctx.recompute.keeps(RecomputedPart::Attention),
             },
         })
