@@ -56,7 +56,8 @@ pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 pub use crate::model::{
     attention::{
         AttentionConfig,
-        grouped::{GroupedConfig, QkNorm, WindowConfig},
+        grouped::{AttentionBias, GroupedConfig, QkNorm, WindowConfig},
+        latent::LatentConfig,
     },
     moe_block::{MoeConfig, RouterConfig},
 };

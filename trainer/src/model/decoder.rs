@@ -186,6 +186,7 @@ impl ModelConfig {
             qk_norm: self.qk_norm,
             norm_eps: self.norm_eps,
             score_scale: self.score_scale(),
+            latent_scale_factor: self.rope.softmax_scale_factor(),
             layer,
             layers: self.layers,
         })

@@ -1,6 +1,7 @@
 //! Attention: its kinds as plans and as layers.
 
 pub(crate) mod grouped;
+pub(crate) mod latent;
 mod saved;
 
 use super::{
@@ -13,6 +14,7 @@ use super::{
 };
 use crate::problems::Problems;
 use grouped::{GroupedAttention, GroupedConfig, QkNorm};
+use latent::{LatentAttention, LatentConfig};
 use parallel::{Activation, MeshShape, context::ContextKind};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -26,6 +28,8 @@ pub enum AttentionConfig {
     /// Grouped-query attention (arXiv 2305.13245) with `model.heads`, `kv_heads`, `head_dim` and
     /// `qk_norm`.
     Grouped(GroupedConfig),
+    /// Multi-head latent attention (arXiv 2405.04434) with `model.heads`.
+    Latent(LatentConfig),
 }
 
 impl Default for AttentionConfig {
@@ -39,6 +43,7 @@ impl AttentionConfig {
     pub(crate) fn plan(&self, model: AttentionKeys) -> Box<dyn AttentionPlan> {
         match self.clone() {
             AttentionConfig::Grouped(config) => Box::new(GroupedAttention { model, config }),
+            AttentionConfig::Latent(config) => Box::new(LatentAttention { model, config }),
         }
     }
 }
@@ -54,6 +59,8 @@ pub(crate) struct AttentionKeys {
     pub(crate) qk_norm: QkNorm,
     pub(crate) norm_eps: f64,
     pub(crate) score_scale: ScoreScale,
+    /// Factor on the scale of latent attention, from the scaling of rotary embedding.
+    pub(crate) latent_scale_factor: f64,
     /// Index of the layer.
     pub(crate) layer: usize,
     /// Number of layers of the model.
