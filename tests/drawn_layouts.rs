@@ -64,7 +64,7 @@ fn ropes() -> impl Strategy<Value = Value> {
     ])
 }
 
-/// Random norms.
+/// Random placements and weights of norms.
 fn norms() -> impl Strategy<Value = Value> {
     let placements = prop::sample::select(vec!["pre", "post", "sandwich"]);
     let norms = (placements, any::<bool>());

@@ -44,7 +44,7 @@ impl Default for RopeConfig {
     }
 }
 
-/// Rotation per position.
+/// Rotation of a head from one position to the next.
 pub(crate) struct Frequencies {
     /// Radians of each pair, `[n / 2]`.
     pub(crate) radians: Vec<f32>,
@@ -423,7 +423,7 @@ mod tests {
         assert_eq!(RopeConfig::default().softmax_scale_factor(), 1.0);
         let yarn = json!({"factor": 40.0, "original_length": 4096, "mscale_all_dim": 1.0});
         let yarn: YarnScaling = serde_json::from_value(yarn).unwrap();
-        // DeepSeek-V3's.
+        // The factor of DeepSeek-V3.
         assert!((yarn.softmax_scale_factor() - 1.8739).abs() < 1e-4);
     }
 }

@@ -80,7 +80,7 @@ pub struct Llama3Scaling {
     pub original_length: usize,
 }
 
-/// YaRN.
+/// Scaling of YaRN, and its factors for attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct YarnScaling {
@@ -157,7 +157,7 @@ fn default_truncate() -> bool {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Unscaled {
     pub(crate) theta: f64,
-    /// Even.
+    /// Number of rotating elements, which is even.
     pub(crate) width: usize,
 }
 
