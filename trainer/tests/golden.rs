@@ -11,7 +11,7 @@ use std::{
 };
 use tch::{Kind, Tensor};
 use trainer::{
-    BuildContext, Losses, Model, ModelPart, Optimizer, Parameters, ProcessGroups,
+    BuildContext, Losses, Model, ModelPart, Optimizer, Parameters, ProcessGroups, StageRanks,
     config::{Dtype, ModelConfig, OptimizerConfig},
 };
 
@@ -281,10 +281,18 @@ fn optimizer(parameters: &Parameters, device: &dyn Accelerator) -> Optimizer {
         beta2: 0.95,
         eps: 1e-8,
         weight_decay: 0.1,
-        offload: false,
+        ..OptimizerConfig::default()
     };
     let world: Arc<dyn Communicator> = Arc::new(Local::new(0, "alone"));
-    Optimizer::new(&settings, 1.0, parameters, device, world).unwrap()
+    Optimizer::new(
+        &settings,
+        1.0,
+        parameters,
+        device,
+        world,
+        StageRanks::alone(),
+    )
+    .unwrap()
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! The section `model`: the architecture.
 
-pub use crate::model::moe_block::{MoeConfig, RouterConfig};
-
 use super::limits::{MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
 use super::multipliers::MultipliersConfig;
-use crate::model::{norm::NormConfig, rope::RopeConfig};
+use crate::model::{
+    attention::grouped::QkNorm, moe_block::MoeConfig, norm::NormConfig, rope::RopeConfig,
+};
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -126,17 +126,6 @@ impl ModelConfig {
         }
     }
 
-    /// Returns the number of key and value heads.
-    pub fn kv_heads(&self) -> usize {
-        self.kv_heads.unwrap_or(self.heads)
-    }
-
-    /// Returns the width of a head.
-    pub fn head_dim(&self) -> usize {
-        let heads = self.heads.max(1);
-        self.head_dim.unwrap_or(self.hidden / heads)
-    }
-
     /// Returns the factor on the embedding's output.
     pub fn embedding_factor(&self) -> f64 {
         let mup = self.mup.as_ref().map_or(1.0, |mup| mup.embedding);
@@ -147,18 +136,6 @@ impl ModelConfig {
     pub fn residual_factor(&self) -> f64 {
         let mup = self.mup.as_ref().map_or(1.0, |mup| mup.residual);
         mup * self.multipliers.residual
-    }
-
-    /// Returns the factor on the products of queries and keys of this width.
-    pub fn softmax_scale(&self, width: usize) -> f64 {
-        let width = width as f64;
-        // Maximal update parametrization divides by the width itself, not by its root.
-        let default = if self.mup.is_some() {
-            1.0 / width
-        } else {
-            1.0 / width.sqrt()
-        };
-        self.multipliers.attention.unwrap_or(default)
     }
 
     /// Returns the number by which output logits are divided.
@@ -191,21 +168,6 @@ impl ModelConfig {
             .filter(|&layer| self.moe_config(layer).is_some())
             .count()
     }
-}
-
-/// RMSNorm of queries and keys.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum QkNorm {
-    /// No norm.
-    #[default]
-    None,
-    /// One norm over all heads together (OLMoE).
-    Full,
-    /// One norm per head (Qwen3).
-    Head,
-    /// One norm per head, after rotary embedding (Hunyuan).
-    HeadAfterRope,
 }
 
 /// Maximal update parametrization as in PowerMoE and Granite (arXiv 2408.13359, table 1).

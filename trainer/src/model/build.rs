@@ -2,7 +2,6 @@
 
 use super::{
     Model, Stage, VocabularyWeight,
-    attention::Attention,
     build_context::BuildContext,
     decoder::{block_norm_specs, dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
     feed_forward::DenseFeedForward,
@@ -13,8 +12,6 @@ use super::{
     part::{ModelPart, StagePart},
     position::ShardPosition,
     rope::Rope,
-    rules::ParameterRules,
-    spec::Dim,
     weights::WeightBuilder,
 };
 use crate::config::{ModelConfig, RecomputedPart};
@@ -27,12 +24,6 @@ impl Model {
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
         kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
-        let rules = ParameterRules {
-            init_std: config.init_std,
-            width: config.mup.as_ref().map_or(1.0, |mup| mup.width),
-            layers: config.layers,
-            zero_centered_norms: config.norm.zero_centered,
-        };
         let position = ShardPosition::in_groups(ctx.groups).with_part(config.tie_embeddings, &part);
         let context = &ctx.groups.context;
         let positions = positions(
@@ -41,12 +32,12 @@ impl Model {
             context.rank(),
             context.size(),
         );
-        let width = config.rope.width(config.head_dim());
+        let width = config.rope.width(config.attention(0).rotary_width());
         let frequencies = config
             .rope
             .frequencies(config.rope_theta, width, ctx.sequence_length);
         let mut builder = Builder {
-            weights: WeightBuilder::new(rules, position, ctx),
+            weights: WeightBuilder::new(config.parameter_rules(), position, ctx),
             config,
             rope: Arc::new(Rope::new(ctx.device, &positions, &frequencies)),
         };
@@ -68,11 +59,7 @@ impl Model {
             _ => builder.vocabulary_weight("head"),
         });
 
-        let WeightBuilder {
-            parameters,
-            position,
-            ..
-        } = builder.weights;
+        let parameters = builder.weights.parameters;
         let splits_sequences = context.size() > 1;
         let positions =
             splits_sequences.then(|| ctx.device.upload(&Tensor::from_slice(&positions)));
@@ -149,7 +136,9 @@ impl Builder<'_> {
         let config = self.config;
         let name = layer_name(index);
         let (attention, attention_norms) = self.with_norms(&name, NormNames::ATTENTION, |this| {
-            Attention::new(&mut this.weights, config, &format!("{name}.attention"))
+            config
+                .attention(index)
+                .build(&mut this.weights, &format!("{name}.attention"))
         });
         let (feed_forward, feed_forward_norms) =
             self.with_norms(&name, NormNames::FEED_FORWARD, |this| {
@@ -181,8 +170,7 @@ impl Builder<'_> {
             }
             Some(moe) => {
                 let name = format!("{layer}.moe");
-                let hidden = Dim::hidden(config.hidden);
-                let block = moe_block::build(&mut self.weights, &name, moe, hidden);
+                let block = moe_block::build(&mut self.weights, &name, config.hidden, moe);
                 FeedForward::Moe(Box::new(block))
             }
         }

@@ -2,10 +2,12 @@
 
 use super::{
     activations::{Activations, BlockShape},
-    attention::{self, AttentionSpecs},
+    attention::{AttentionPlan, ScoreScale, grouped::GroupedAttention},
     feed_forward::{self, Networks, SwigluSpecs},
     norm::{BlockNorms, NormNames, norm_spec},
+    rules::ParameterRules,
     spec::{Dim, ParamSpec, Role, Split, Stack},
+    work::Flops,
 };
 use crate::config::{ModelConfig, RecomputedPart};
 
@@ -68,11 +70,8 @@ pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
-    let attention = AttentionSpecs::new(config, &format!("{layer}.attention")).into_list();
-    let feed_forward = match config.moe_config(index) {
-        None => dense_specs(config, &layer).into_list(),
-        Some(moe) => moe.specs(Dim::hidden(config.hidden), &format!("{layer}.moe")),
-    };
+    let attention = config.attention(index).specs(&format!("{layer}.attention"));
+    let feed_forward = feed_forward_specs(config, index);
     let mut specs = Vec::new();
     for (names, block) in [
         (NormNames::ATTENTION, attention),
@@ -84,6 +83,15 @@ pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> 
         specs.extend(norms.output);
     }
     specs
+}
+
+/// Returns the descriptions of the parameters of layer `index`'s feed-forward network or MoE layer.
+fn feed_forward_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
+    let layer = layer_name(index);
+    match config.moe_config(index) {
+        None => dense_specs(config, &layer).into_list(),
+        Some(moe) => moe.specs(config.hidden, &format!("{layer}.moe")),
+    }
 }
 
 /// Returns the descriptions of the parameters outside the layers.
@@ -104,15 +112,6 @@ pub(crate) fn model_specs(config: &ModelConfig) -> impl Iterator<Item = ParamSpe
     end_specs(config).into_iter().chain(layers)
 }
 
-/// Returns the global name and shape of each tensor of a model, whatever its layout.
-pub(crate) fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
-    let named = |spec: ParamSpec| {
-        let shape = spec.shape();
-        (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
-    };
-    model_specs(config).flat_map(named).collect()
-}
-
 /// Returns the bytes of activations of layer `index` on a rank.
 pub(crate) fn layer_activations(
     config: &ModelConfig,
@@ -122,7 +121,7 @@ pub(crate) fn layer_activations(
     let stream = at.own_tokens * config.hidden as u64 * at.element;
     let saves_outputs = at.recompute.keeps(RecomputedPart::Norm);
     let mut saved = config.norm.placement.saved_tensors(saves_outputs) * stream;
-    let attention = attention::activations(config, at);
+    let attention = config.attention(index).activations(at);
     let moe = config.moe_config(index);
     let feed_forward = match moe {
         None => {
@@ -169,16 +168,73 @@ impl ModelConfig {
         count
     }
 
+    /// Returns the plan of the attention of layer `_layer`.
+    pub(crate) fn attention(&self, _layer: usize) -> Box<dyn AttentionPlan> {
+        Box::new(GroupedAttention {
+            hidden: self.hidden,
+            heads: self.heads,
+            kv_heads: self.kv_heads.unwrap_or(self.heads),
+            head_dim: self.head_dim,
+            qk_norm: self.qk_norm,
+            norm_eps: self.norm_eps,
+            score_scale: self.score_scale(),
+        })
+    }
+
+    fn score_scale(&self) -> ScoreScale {
+        match self.multipliers.attention {
+            Some(scale) => ScoreScale::Given(scale),
+            None if self.mup.is_some() => ScoreScale::Inverse,
+            None => ScoreScale::InverseRoot,
+        }
+    }
+
+    /// Returns how parameters are initialized and updated, by their role.
+    pub(crate) fn parameter_rules(&self) -> ParameterRules {
+        ParameterRules {
+            init_std: self.init_std,
+            width: self.mup.as_ref().map_or(1.0, |mup| mup.width),
+            layers: self.layers,
+            zero_centered_norms: self.norm.zero_centered,
+        }
+    }
+
+    /// Returns the FLOPs of a token in layer `index`, in sequences of `length` tokens.
+    pub(crate) fn layer_flops(&self, index: usize, length: usize) -> Flops {
+        let mut specs = feed_forward_specs(self, index);
+        specs.retain(|spec| spec.dims.len() > 1);
+        let feed_forward = Flops::of_weights(active_elements(self, &specs));
+        self.attention(index).flops(length) + feed_forward
+    }
+
+    /// Returns the FLOPs of a token in the output layer.
+    pub(crate) fn head_flops(&self) -> Flops {
+        Flops::of_weights(vocabulary_spec(self, "head").elements())
+    }
+
+    /// Returns the FLOPs of a token in a step, forward and backward (arXiv 2204.02311, appendix B):
+    /// attention counts as if every position of a sequence of `length` tokens, or of its window,
+    /// saw every other.
+    pub fn flops_per_token(&self, length: usize) -> f64 {
+        let layers = (0..self.layers).map(|index| self.layer_flops(index, length));
+        let total = layers.fold(self.head_flops(), |sum, layer| sum + layer);
+        total.step()
+    }
+
+    /// Returns the forward cost of each layer, in units of a mean layer's GEMMs.
+    pub(crate) fn layer_costs(&self) -> Vec<f64> {
+        let weights = |index| self.layer_flops(index, 0).weights;
+        let costs: Vec<f64> = (0..self.layers).map(weights).collect();
+        let mean = costs.iter().sum::<f64>() / self.layers.max(1) as f64;
+        costs.iter().map(|cost| cost / mean.max(1.0)).collect()
+    }
+
     /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.
     pub fn head_cost_in_layers(&self) -> f64 {
-        let matrices = |index: usize| {
-            let mut specs = layer_specs(self, index);
-            specs.retain(|spec| spec.role != Role::Norm);
-            active_elements(self, &specs)
-        };
-        let sum = (0..self.layers).map(matrices).sum::<u128>() as f64;
+        let weights = |index| self.layer_flops(index, 0).weights;
+        let sum = (0..self.layers).map(weights).sum::<f64>();
         let mean = sum / self.layers.max(1) as f64;
-        vocabulary_spec(self, "head").elements() as f64 / mean.max(1.0)
+        self.head_flops().weights / mean.max(1.0)
     }
 }
 
@@ -202,6 +258,15 @@ mod tests {
         });
         change(&mut config);
         serde_json::from_value(config).unwrap()
+    }
+
+    /// Returns the global name and shape of each tensor of a model, whatever its layout.
+    fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
+        let named = |spec: ParamSpec| {
+            let shape = spec.shape();
+            (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
+        };
+        model_specs(config).flat_map(named).collect()
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use super::{
     attention::Attention,
-    documents::Documents,
+    batch::BatchContext,
     feed_forward::DenseFeedForward,
     moe_block::MoeBlock,
     norm::{BlockNorms, Norm},
@@ -17,7 +17,7 @@ use std::sync::Arc;
 use tch::Tensor;
 
 pub(crate) struct Layer {
-    pub(crate) attention: Attention,
+    pub(crate) attention: Box<dyn Attention>,
     pub(crate) attention_norms: BlockNorms<Norm>,
     pub(crate) feed_forward: FeedForward,
     pub(crate) feed_forward_norms: BlockNorms<Norm>,
@@ -40,28 +40,27 @@ pub(crate) enum FeedForward {
 type LayerOutput = (Tensor, Option<(RouterStats, MoeStats)>);
 
 impl Layer {
-    /// Maps `x` `[T, D]`, tokens of `batch` sequences.
+    /// Maps `x` `[T, D]`, tokens of the microbatch `batch`.
     ///
     /// # Collective
     /// All ranks that work on the layer.
     pub(crate) fn forward(
         self: &Arc<Layer>,
         x: &Tensor,
-        batch: i64,
-        documents: Option<&Arc<Documents>>,
+        batch: &BatchContext,
     ) -> Result<LayerOutput, Error> {
         if self.save_activations {
             let replay = RoutingReplay::default();
-            return Ok(self.compute(x, batch, documents, &replay)?);
+            return Ok(self.compute(x, batch, &replay)?);
         }
         // Statistics without a gradient leave the recomputed function through this variable.
         let aux_output = Arc::new(Mutex::new(None));
         let aux_sink = aux_output.clone();
         let layer = self.clone();
-        let documents = documents.cloned();
+        let batch = batch.clone();
         let replay = RoutingReplay::default();
         let mut outputs = recomputed(&[x], move |x| {
-            let (out, stats) = layer.compute(&x[0], batch, documents.as_ref(), &replay)?;
+            let (out, stats) = layer.compute(&x[0], &batch, &replay)?;
             let Some((router_stats, moe_stats)) = stats else {
                 return Ok(vec![out]);
             };
@@ -90,13 +89,13 @@ impl Layer {
     fn compute(
         &self,
         x: &Tensor,
-        batch: i64,
-        documents: Option<&Arc<Documents>>,
+        batch: &BatchContext,
         replay: &RoutingReplay,
     ) -> Result<LayerOutput, torch_ext::Error> {
         let input = self.attention_norms.input(x, self.save_norms)?;
-        let rope = self.rope.as_deref();
-        let branch = self.attention.forward(&input, batch, rope, documents)?;
+        let branch = self
+            .attention
+            .forward(&input, batch, self.rope.as_deref())?;
         let x = self.add_branch(x, self.attention_norms.output(branch)?);
         let norms = &self.feed_forward_norms;
         let input = norms.input(&x, self.save_norms)?;
@@ -110,7 +109,9 @@ impl Layer {
                     hidden_td,
                     stats,
                     moe_stats,
-                } = moe.layer.forward(&input, batch as usize, replay)?;
+                } = moe
+                    .layer
+                    .forward(&input, batch.sequences as usize, replay)?;
                 let out = self.add_branch(&x, norms.output(hidden_td)?);
                 Ok((out, Some((stats, moe_stats))))
             }

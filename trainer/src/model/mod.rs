@@ -4,7 +4,8 @@
 // them on this rank.
 
 pub(crate) mod activations;
-mod attention;
+pub(crate) mod attention;
+mod batch;
 mod build;
 mod build_context;
 mod core_attention;
@@ -22,19 +23,24 @@ mod options;
 pub(crate) mod parameters;
 mod part;
 pub(crate) mod position;
+pub(crate) mod replicas;
+pub(crate) mod role;
 pub(crate) mod rope;
 pub(crate) mod rope_scaling;
 mod rules;
 mod share;
+pub(crate) mod slices;
 pub(crate) mod spec;
 pub(crate) mod vocabulary;
 mod weights;
+mod work;
 
 use crate::{
     Error,
     config::ModelConfig,
     model::parameters::{Parameters, Unit},
 };
+use batch::BatchContext;
 use embedding::embed;
 use layer::{FeedForward, Layer, with_gathered_weights};
 use loss::{VocabularyRows, cross_entropy};
@@ -182,15 +188,18 @@ impl Model {
         } else {
             x_td.shallow_clone()
         };
+        let batch = BatchContext {
+            sequences: batch,
+            documents: documents.cloned(),
+        };
         let mut stats = vec![];
         let mut moe_stats = vec![];
         let unit = |index: usize| stage.layers.get(index).map(|(_, unit)| unit);
         for (index, (layer, own)) in stage.layers.iter().enumerate() {
             let previous = index.checked_sub(1).and_then(unit);
             let next = unit(index + 1);
-            let (out, aux_output) = with_gathered_weights(&x, own, previous, next, |x| {
-                layer.forward(x, batch, documents)
-            })?;
+            let (out, aux_output) =
+                with_gathered_weights(&x, own, previous, next, |x| layer.forward(x, &batch))?;
             x = out;
             if let Some((router_stats, layer_stats)) = aux_output {
                 stats.push(router_stats);

@@ -20,7 +20,7 @@ pub(crate) struct WeightBuilder<'a> {
 }
 
 impl<'a> WeightBuilder<'a> {
-    /// Returns a builder without parameters for a rank at `position`.
+    /// Returns a builder without parameters for the rank at `position`.
     pub(crate) fn new(
         rules: ParameterRules,
         position: ShardPosition,
@@ -42,14 +42,9 @@ impl<'a> WeightBuilder<'a> {
 
     /// Adds this rank's part of a parameter and returns its weight.
     pub(crate) fn add(&mut self, spec: &ParamSpec) -> Weight {
-        let experts: Vec<usize> = spec.own_experts(&self.position).collect();
-        let weight = self.parameters.add(
-            self.ctx.device,
-            &spec.local_shape(&self.position),
-            spec.slices(&self.position, &experts),
-            spec.replicas(&self.position),
-            self.rules.options(spec),
-        );
+        let options = self.rules.options(spec);
+        let device = self.ctx.device;
+        let weight = self.parameters.add(device, spec, &self.position, options);
         weight.scale_uses(self.uses(spec))
     }
 

@@ -98,11 +98,9 @@ impl Config {
     fn check_tensor(&self, shape: &MeshShape, problems: &mut Problems) {
         let model = &self.model;
         let tensor = || Quantity::new("parallel.tensor", shape.tensor);
-        problems.divides(
-            Quantity::new("model.heads", model.heads),
-            tensor(),
-            "each rank must have the same number of heads",
-        );
+        let context = self.parallel.context_attention;
+        let attention = model.attention(0);
+        attention.layout_problems(shape, context, problems);
         if model.has_dense_layers() {
             problems.divides(
                 Quantity::new("model.ffn", model.ffn.unwrap_or(0)),
@@ -136,14 +134,6 @@ impl Config {
                 Quantity::new("train.micro_batch x data.sequence_length / context", tokens),
                 Quantity::new("parallel.tensor", shape.tensor),
                 "tensor ranks also split the tokens",
-            );
-        }
-        if kind == ContextKind::Ulysses && shape.tensor > 0 {
-            let heads = self.model.heads / shape.tensor;
-            problems.divides(
-                Quantity::new("model.heads / parallel.tensor", heads),
-                Quantity::new("parallel.context", context),
-                "ulysses splits the heads; ring does not",
             );
         }
     }

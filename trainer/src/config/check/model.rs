@@ -5,13 +5,20 @@ use crate::{
         Config, LayerSet,
         limits::{MAX_ACTIVATION, MAX_PARAMETERS},
     },
-    problems::{Problems, Quantity},
+    problems::Problems,
 };
 
 impl Config {
     pub(super) fn check_model(&self, problems: &mut Problems) {
         let model = &self.model;
-        self.check_heads(problems);
+        let attention = model.attention(0);
+        attention.problems(problems);
+        if model.heads > 0 {
+            let width = attention.rotary_width();
+            model
+                .rope
+                .problems(model.rope_theta, width, model.layers, problems);
+        }
         if model.has_dense_layers() && model.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
         }
@@ -23,9 +30,9 @@ impl Config {
         }
         if let Some(moe) = &model.moe {
             moe.problems(problems);
-        }
-        if let Some(layers) = model.moe.as_ref().and_then(|moe| moe.layers.as_ref()) {
-            self.check_moe_layers(layers, problems);
+            if let Some(layers) = &moe.layers {
+                self.check_moe_layers(layers, problems);
+            }
         }
     }
 
@@ -62,10 +69,9 @@ impl Config {
                 model.hidden, model.layers
             ));
         }
-        let attention = model.heads.max(model.kv_heads()) * model.head_dim();
         let dense = [
             model.hidden,
-            attention,
+            model.attention(0).widest(),
             model.ffn.unwrap_or(0),
             model.vocab_size,
         ];
@@ -89,29 +95,6 @@ impl Config {
                  a mask of {mask} values; at most {MAX_ACTIVATION} are possible (shorten \
                  data.sequence_length, or split sequences by parallel.context with ring attention)"
             ));
-        }
-    }
-
-    fn check_heads(&self, problems: &mut Problems) {
-        let model = &self.model;
-        let heads = || Quantity::new("model.heads", model.heads);
-        if model.head_dim.is_none() {
-            problems.divides(
-                Quantity::new("model.hidden", model.hidden),
-                heads(),
-                "or give model.head_dim",
-            );
-        }
-        problems.divides(
-            heads(),
-            Quantity::new("model.kv_heads", model.kv_heads()),
-            "each key head must serve the same number of query heads",
-        );
-        if model.heads > 0 {
-            let head_dim = model.head_dim();
-            model
-                .rope
-                .problems(model.rope_theta, head_dim, model.layers, problems);
         }
     }
 }

@@ -8,13 +8,14 @@ use super::{
     activations::{Activations, BlockShape, FP32_BYTES},
     experts::LocalExperts,
     feed_forward::{self, Networks, SwigluSpecs},
-    spec::{Dim, ParamSpec, Role, Split, Stack},
+    spec::{Dim, ParamSpec},
     weights::WeightBuilder,
 };
 use crate::{
     config::{
-        Dispatch, LeastLoadedConfig, PlacementConfig, RecomputedPart,
+        dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig},
         layer_set::LayerSet,
+        layout::RecomputedPart,
         limits::{MAX_EXPERTS, MAX_WIDTH},
     },
     problems::{Problems, Quantity},
@@ -166,26 +167,29 @@ impl MoeConfig {
         self.ffn / slices.max(1)
     }
 
-    fn specs_by_part(&self, hidden: Dim, block: &str) -> MoeSpecs {
+    fn specs_by_part(&self, hidden: usize, block: &str) -> MoeSpecs {
+        let experts = self.expert_specs(hidden, block);
+        let hidden = Dim::hidden(hidden);
         let shared = self.shared_width().map(|width| {
             let ffn = Dim::new("model.moe.shared_experts x ffn", width as u64);
             SwigluSpecs::new(&format!("{block}.shared"), hidden, ffn, Networks::Dense)
         });
         MoeSpecs {
             router: self.router.specs(self.experts, hidden, block),
-            experts: self.expert_specs(hidden, block),
+            experts,
             shared,
         }
     }
 
     /// Returns the descriptions of the parameters of the block with this global name, in the order
     /// of use.
-    pub(crate) fn specs(&self, hidden: Dim, block: &str) -> Vec<ParamSpec> {
+    pub(crate) fn specs(&self, hidden: usize, block: &str) -> Vec<ParamSpec> {
         self.specs_by_part(hidden, block).into_list()
     }
 
     /// Returns the descriptions of the routed experts in the block with this global name.
-    pub(crate) fn expert_specs(&self, hidden: Dim, block: &str) -> SwigluSpecs {
+    pub(crate) fn expert_specs(&self, hidden: usize, block: &str) -> SwigluSpecs {
+        let hidden = Dim::hidden(hidden);
         let ffn = Dim::new("model.moe.ffn", self.ffn as u64);
         SwigluSpecs::new(block, hidden, ffn, Networks::Experts(self.experts as u64))
     }
@@ -289,8 +293,8 @@ pub(crate) struct MoeBlock {
 pub(crate) fn build(
     builder: &mut WeightBuilder,
     name: &str,
+    hidden: usize,
     config: &MoeConfig,
-    hidden: Dim,
 ) -> MoeBlock {
     let specs = config.specs_by_part(hidden, name);
     let router = builder.add(&specs.router);
@@ -298,11 +302,9 @@ pub(crate) fn build(
         name: name.to_string(),
         gate_up: builder.parameters.len(),
         down: builder.parameters.len() + 1,
-        specs: specs.experts,
-        position: builder.position,
     };
-    let gate_up_proj = builder.add(&experts.specs.gate_up);
-    let down_proj = builder.add(&experts.specs.down);
+    let gate_up_proj = builder.add(&specs.experts.gate_up);
+    let down_proj = builder.add(&specs.experts.down);
     let shared = specs
         .shared
         .map(|specs| (builder.add(&specs.gate_up), builder.add(&specs.down)));

@@ -1,8 +1,8 @@
 //! The router of an MoE layer: its configuration, its parameters and its rule.
 
-use super::{Dim, ParamSpec, Role, Split, Stack};
 use crate::{
     config::limits::MAX_EXPERTS,
+    model::spec::{Dim, ParamSpec, Role, Split, Stack},
     problems::{Problems, Quantity},
 };
 use config_derive::ResumeKeys;

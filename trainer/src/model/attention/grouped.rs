@@ -2,25 +2,64 @@
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
 // G key/value heads of this rank, d head width.
 
-use super::{
-    activations::{Activations, BlockShape, FP32_BYTES},
-    build_context::BuildContext,
-    core_attention::CoreAttention,
-    documents::Documents,
-    norm::{Norm, norm_spec},
-    rope::Rope,
-    spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
-    weights::WeightBuilder,
+use super::{Attention, AttentionPlan, HeadKeys, ScoreScale};
+use crate::{
+    config::layout::RecomputedPart,
+    model::{
+        activations::{Activations, BlockShape, FP32_BYTES},
+        batch::BatchContext,
+        build_context::BuildContext,
+        core_attention::CoreAttention,
+        documents::Documents,
+        norm::{Norm, norm_spec},
+        rope::Rope,
+        spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
+        weights::WeightBuilder,
+        work::Flops,
+    },
+    problems::{Problems, Quantity},
 };
-use crate::config::{ModelConfig, QkNorm, RecomputedPart};
 use parallel::{
-    Activation, Weight, linear, linears, recompute::recomputed, tensor::TensorParallel,
+    Activation, MeshShape, Weight, context::ContextKind, linear, linears, recompute::recomputed,
+    tensor::TensorParallel,
 };
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::{ops::Range, sync::Arc};
 use tch::Tensor;
 use torch_ext::Error;
 
-pub(crate) struct Attention {
+/// RMSNorm of queries and keys.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// No norm.
+    #[default]
+    None,
+    /// One norm over all heads together (OLMoE).
+    Full,
+    /// One norm per head (Qwen3).
+    Head,
+    /// One norm per head, after rotary embedding (Hunyuan).
+    HeadAfterRope,
+}
+
+/// The plan of grouped-query attention.
+#[derive(Debug, Clone)]
+pub(crate) struct GroupedAttention {
+    /// Width of the residual stream.
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    /// Width of a head. `None`: the heads divide `hidden`.
+    pub(crate) head_dim: Option<usize>,
+    pub(crate) qk_norm: QkNorm,
+    pub(crate) norm_eps: f64,
+    pub(crate) score_scale: ScoreScale,
+}
+
+/// This rank's part of grouped-query attention.
+struct GroupedHeads {
     query: Weight,
     key: Weight,
     value: Weight,
@@ -56,9 +95,9 @@ struct HeadRanges {
 }
 
 impl HeadRanges {
-    fn new(config: &ModelConfig, tensor: &TensorParallel) -> HeadRanges {
-        let heads = config.heads as i64;
-        let kv_heads = config.kv_heads() as i64;
+    fn new(plan: &GroupedAttention, tensor: &TensorParallel) -> HeadRanges {
+        let heads = plan.heads as i64;
+        let kv_heads = plan.kv_heads as i64;
         let queries = tensor.local_range(heads);
         let queries_per_kv = heads / kv_heads;
         let first = queries.start / queries_per_kv;
@@ -72,7 +111,7 @@ impl HeadRanges {
             0..kv_heads
         };
         // A norm over all key heads needs them all.
-        let computed = if config.qk_norm == QkNorm::Full {
+        let computed = if plan.qk_norm == QkNorm::Full {
             held.clone()
         } else {
             needed.clone()
@@ -89,7 +128,7 @@ impl HeadRanges {
 }
 
 /// Descriptions of the parameters of one attention block.
-pub(crate) struct AttentionSpecs {
+struct GroupedSpecs {
     query: ParamSpec,
     key: ParamSpec,
     value: ParamSpec,
@@ -98,13 +137,13 @@ pub(crate) struct AttentionSpecs {
     output: ParamSpec,
 }
 
-impl AttentionSpecs {
+impl GroupedSpecs {
     /// Describes the parameters of the block with this global name.
-    pub(crate) fn new(config: &ModelConfig, block: &str) -> AttentionSpecs {
-        let head_dim = config.head_dim() as u64;
-        let heads = config.heads as u64;
-        let kv_heads = config.kv_heads() as u64;
-        let hidden = Dim::hidden(config.hidden);
+    fn new(plan: &GroupedAttention, block: &str) -> GroupedSpecs {
+        let head_dim = plan.head_dim() as u64;
+        let heads = plan.heads as u64;
+        let kv_heads = plan.kv_heads as u64;
+        let hidden = Dim::hidden(plan.hidden);
         let queries = Dim::new("model.heads x head_dim", heads.saturating_mul(head_dim));
         let keys = Dim::new(
             "model.kv_heads x head_dim",
@@ -126,7 +165,7 @@ impl AttentionSpecs {
             role: Role::Matrix,
             writes_residual,
         };
-        let norms = match config.qk_norm {
+        let norms = match plan.qk_norm {
             QkNorm::None => None,
             QkNorm::Full => Some([
                 norm_spec(block, "query_norm", queries, of_heads(0, heads)),
@@ -140,7 +179,7 @@ impl AttentionSpecs {
                 )
             }
         };
-        AttentionSpecs {
+        GroupedSpecs {
             query: matrix("query", [queries, hidden], of_heads(0, heads), false),
             key: matrix("key", [keys, hidden], of_heads(0, kv_heads), false),
             value: matrix("value", [keys, hidden], of_heads(0, kv_heads), false),
@@ -150,7 +189,7 @@ impl AttentionSpecs {
     }
 
     /// Returns the descriptions in the order of use.
-    pub(crate) fn into_list(self) -> Vec<ParamSpec> {
+    fn into_list(self) -> Vec<ParamSpec> {
         let mut list = vec![self.query, self.key, self.value];
         list.extend(self.norms.into_iter().flatten());
         list.push(self.output);
@@ -158,52 +197,132 @@ impl AttentionSpecs {
     }
 }
 
-/// Returns the bytes of activations of one attention block on a rank.
-pub(crate) fn activations(config: &ModelConfig, at: &BlockShape) -> Activations {
-    let width = config.head_dim() as u64;
-    let heads = (config.heads / at.mesh.tensor) as u64;
-    let kv_heads = if config.kv_heads().is_multiple_of(at.mesh.tensor) {
-        config.kv_heads() / at.mesh.tensor
-    } else {
-        config.kv_heads()
-    };
-    let queries = at.tokens * heads * width * at.element;
-    let keys = at.tokens * kv_heads as u64 * width * at.element;
-    let log_sum_exps = at.tokens * heads * FP32_BYTES;
-    let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
-    // libtorch's own attention saves keys and values once per query head.
-    let repeats_keys = !(at.mesh.context > 1 || at.on_host && at.is_causal);
-    let mut saved = if keeps_output && repeats_keys {
-        4 * queries + log_sum_exps
-    } else if keeps_output {
-        2 * queries + 2 * keys + log_sum_exps
-    } else {
-        2 * queries + 2 * keys
-    };
-    if config.qk_norm != QkNorm::None {
-        saved += queries + keys;
+impl GroupedAttention {
+    fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden / self.heads.max(1))
     }
-    // Gradients of what is saved, and four fp32 rows per token for a norm.
-    let norm = at.own_tokens * config.hidden as u64 * FP32_BYTES;
-    Activations {
-        saved,
-        transient: 4 * queries + 4 * norm,
+
+    /// Returns the key heads of each rank. If the ranks do not divide them, every rank has all.
+    fn kv_heads_per_rank(&self, tensor_ranks: usize) -> usize {
+        if self.kv_heads.is_multiple_of(tensor_ranks) {
+            self.kv_heads / tensor_ranks
+        } else {
+            self.kv_heads
+        }
+    }
+
+    fn core_attention(&self, ctx: &BuildContext, ranges: &HeadRanges) -> CoreAttention {
+        let first = ranges.needed.start;
+        let kv_head = |head: i64| head / ranges.queries_per_kv - first;
+        CoreAttention {
+            scale: self.score_scale.of_width(self.head_dim()),
+            kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
+            context: ctx.groups.context.clone(),
+            kind: ctx.context_attention,
+        }
     }
 }
 
-impl Attention {
-    pub(crate) fn new(builder: &mut WeightBuilder, config: &ModelConfig, name: &str) -> Attention {
+impl AttentionPlan for GroupedAttention {
+    fn specs(&self, block: &str) -> Vec<ParamSpec> {
+        GroupedSpecs::new(self, block).into_list()
+    }
+
+    fn head_keys(&self) -> HeadKeys {
+        HeadKeys {
+            kv_heads: Some(self.kv_heads),
+            head_dim: Some(self.head_dim()),
+        }
+    }
+
+    fn rotary_width(&self) -> usize {
+        self.head_dim()
+    }
+
+    fn widest(&self) -> usize {
+        self.heads.max(self.kv_heads) * self.head_dim()
+    }
+
+    fn flops(&self, length: usize) -> Flops {
+        let specs = self.specs("");
+        let matrices = specs.iter().filter(|spec| spec.role == Role::Matrix);
+        let scores_and_values = 2 * self.heads * self.head_dim();
+        Flops {
+            activations: 2.0 * scores_and_values as f64 * length as f64,
+            ..Flops::of_weights(matrices.map(ParamSpec::elements).sum())
+        }
+    }
+
+    fn activations(&self, at: &BlockShape) -> Activations {
+        let width = self.head_dim() as u64;
+        let heads = (self.heads / at.mesh.tensor) as u64;
+        let kv_heads = self.kv_heads_per_rank(at.mesh.tensor) as u64;
+        let queries = at.tokens * heads * width * at.element;
+        let keys = at.tokens * kv_heads * width * at.element;
+        let log_sum_exps = at.tokens * heads * FP32_BYTES;
+        let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
+        // libtorch's own attention saves keys and values once per query head.
+        let repeats_keys = !(at.mesh.context > 1 || at.on_host && at.is_causal);
+        let mut saved = if keeps_output && repeats_keys {
+            4 * queries + log_sum_exps
+        } else if keeps_output {
+            2 * queries + 2 * keys + log_sum_exps
+        } else {
+            2 * queries + 2 * keys
+        };
+        if self.qk_norm != QkNorm::None {
+            saved += queries + keys;
+        }
+        // Gradients of what is saved, and four fp32 rows per token for a norm.
+        let norm = at.own_tokens * self.hidden as u64 * FP32_BYTES;
+        Activations {
+            saved,
+            transient: 4 * queries + 4 * norm,
+        }
+    }
+
+    fn problems(&self, problems: &mut Problems) {
+        let heads = || Quantity::new("model.heads", self.heads);
+        if self.head_dim.is_none() {
+            problems.divides(
+                Quantity::new("model.hidden", self.hidden),
+                heads(),
+                "or give model.head_dim",
+            );
+        }
+        problems.divides(
+            heads(),
+            Quantity::new("model.kv_heads", self.kv_heads),
+            "each key head must serve the same number of query heads",
+        );
+    }
+
+    fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
+        problems.divides(
+            Quantity::new("model.heads", self.heads),
+            Quantity::new("parallel.tensor", mesh.tensor),
+            "each rank must have the same number of heads",
+        );
+        if context == ContextKind::Ulysses && mesh.tensor > 0 {
+            problems.divides(
+                Quantity::new("model.heads / parallel.tensor", self.heads / mesh.tensor),
+                Quantity::new("parallel.context", mesh.context),
+                "ulysses splits the heads; ring does not",
+            );
+        }
+    }
+
+    fn build(&self, builder: &mut WeightBuilder, name: &str) -> Box<dyn Attention> {
         let ctx = builder.ctx;
         let tensor = ctx.groups.tensor.clone();
-        let heads = config.heads as i64;
-        let head_dim = config.head_dim() as i64;
-        let ranges = HeadRanges::new(config, &tensor);
-        let specs = AttentionSpecs::new(config, name);
+        let head_dim = self.head_dim() as i64;
+        let ranges = HeadRanges::new(self, &tensor);
+        let specs = GroupedSpecs::new(self, name);
         let query = builder.add(&specs.query);
         let key = builder.add(&specs.key);
         let value = builder.add(&specs.value);
         let norms = specs.norms.map(|norms| {
-            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm, config.norm_eps));
+            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm, self.norm_eps));
             (query_norm, key_norm)
         });
         let output = builder.add(&specs.output);
@@ -216,34 +335,31 @@ impl Attention {
             weight.narrow_rows(rows.start, rows.end - rows.start)
         };
         let first_computed = ranges.computed.start;
-        Attention {
+        Box::new(GroupedHeads {
             query,
             key: used_rows(key),
             value: used_rows(value),
             output,
             norms,
-            heads: heads / tensor.size() as i64,
+            heads: self.heads as i64 / tensor.size() as i64,
             kv_heads: ranges.computed.end - first_computed,
             used_kv_heads: ranges.needed.start - first_computed..ranges.needed.end - first_computed,
             head_dim,
-            qk_norm: config.qk_norm,
+            qk_norm: self.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
-            core_attention: core_attention(config, ctx, &ranges),
+            core_attention: self.core_attention(ctx, &ranges),
             save_output: ctx.recompute.keeps(RecomputedPart::Attention),
-        }
+        })
     }
+}
 
-    /// Maps this rank's rows `[T / ranks, D]` of `batch` sequences to the same shape.
-    ///
-    /// # Collective
-    /// All ranks of the tensor group and of the context group.
-    pub(crate) fn forward(
+impl Attention for GroupedHeads {
+    fn forward(
         &self,
         x: &Activation,
-        batch: i64,
+        batch: &BatchContext,
         rope: Option<&Rope>,
-        documents: Option<&Arc<Documents>>,
     ) -> Result<Tensor, Error> {
         let weights = [&self.query, &self.key, &self.value];
         let mut projected = self.tensor.column_parallel(x, |x| linears(x, &weights))?;
@@ -259,8 +375,8 @@ impl Attention {
                 key_norm.apply(&key)?
             };
         }
-        let mut query = self.split_heads(&query, batch, self.heads);
-        let mut key = self.split_heads(&key, batch, self.kv_heads);
+        let mut query = self.split_heads(&query, batch.sequences, self.heads);
+        let mut key = self.split_heads(&key, batch.sequences, self.kv_heads);
         if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
             query = query_norm.apply(&query)?;
             key = key_norm.apply(&key)?;
@@ -274,15 +390,18 @@ impl Attention {
             query = query_norm.apply(&query)?;
             key = key_norm.apply(&key)?;
         }
-        let value = self.used_heads(&self.split_heads(&value, batch, self.kv_heads));
-        let mixed = self.attend(&query, &key, &value, documents)?;
+        let value = self.split_heads(&value, batch.sequences, self.kv_heads);
+        let value = self.used_heads(&value);
+        let mixed = self.attend(&query, &key, &value, batch.documents.as_ref())?;
         let merged = mixed
             .transpose(1, 2)
             .reshape([-1, self.heads * self.head_dim]);
         self.tensor
             .row_parallel(&merged, |merged| linear(merged, &self.output))
     }
+}
 
+impl GroupedHeads {
     fn attend(
         &self,
         query: &Tensor,
@@ -317,16 +436,5 @@ impl Attention {
         } else {
             x.narrow(1, used.start, count)
         }
-    }
-}
-
-fn core_attention(config: &ModelConfig, ctx: &BuildContext, ranges: &HeadRanges) -> CoreAttention {
-    let first = ranges.needed.start;
-    let kv_head = |head: i64| head / ranges.queries_per_kv - first;
-    CoreAttention {
-        scale: config.softmax_scale(config.head_dim()),
-        kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
-        context: ctx.groups.context.clone(),
-        kind: ctx.context_attention,
     }
 }
