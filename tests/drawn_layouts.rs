@@ -64,7 +64,7 @@ fn ropes() -> impl Strategy<Value = Value> {
     ])
 }
 
-/// Random norms.
+/// Random placements and weights of norms.
 fn norms() -> impl Strategy<Value = Value> {
     let placements = prop::sample::select(vec!["pre", "post", "sandwich"]);
     let norms = (placements, any::<bool>());
@@ -79,13 +79,20 @@ fn multipliers() -> impl Strategy<Value = Value> {
     prop::sample::select(vec![json!({}), factors])
 }
 
+/// Random keys of the section `model` that no others depend on.
+fn variants() -> impl Strategy<Value = Value> {
+    let qk_norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
+    (ropes(), norms(), qk_norms, multipliers()).prop_map(|(rope, norm, qk_norm, multipliers)| {
+        json!({"rope": rope, "norm": norm, "qk_norm": qk_norm, "multipliers": multipliers})
+    })
+}
+
 /// Random models and data: everything that determines the results of one rank.
 fn models() -> impl Strategy<Value = Value> {
     let statistics = prop::sample::select(vec!["sequence", "microbatch", "batch"]);
     let documents = prop::option::weighted(0.3, 0u32..3);
     // Whether the label after the end of a document counts, and whether all others do.
     let masks = (any::<bool>(), any::<bool>());
-    let norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
     let scores = any::<bool>();
     let tied = any::<bool>();
     let micro_batches = prop::sample::select(vec![1, 2]);
@@ -93,23 +100,14 @@ fn models() -> impl Strategy<Value = Value> {
         statistics,
         scores,
         tied,
-        norms,
         micro_batches,
-        0usize..2,
+        // The number of dense layers at the beginning, or a dense layer between MoE layers.
+        prop::option::of(0usize..2),
         (documents, masks),
-        (ropes(), norms(), multipliers()),
+        variants(),
     )
         .prop_map(
-            |(
-                over,
-                sigmoid_scores,
-                tied,
-                qk_norm,
-                micro_batch,
-                dense_layers,
-                data,
-                (rope, norm, multipliers),
-            )| {
+            |(over, sigmoid_scores, tied, micro_batch, dense_layers, data, variants)| {
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -118,14 +116,20 @@ fn models() -> impl Strategy<Value = Value> {
                 };
                 moe["experts"] = json!(12);
                 moe["ffn"] = json!(24);
+                if dense_layers.is_none() {
+                    moe["layers"] = json!([0, 2]);
+                }
                 let heads = if tied { (6, 3) } else { (12, 2) };
+                let mut model = json!({
+                    "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
+                    "kv_heads": heads.1, "head_dim": 4, "ffn": 48,
+                    "dense_layers": dense_layers.unwrap_or(0),
+                    "moe": moe, "init_std": 0.1, "tie_embeddings": tied,
+                });
+                let keys = model.as_object_mut().unwrap();
+                keys.extend(variants.as_object().unwrap().clone());
                 json!({
-                    "model": {
-                        "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
-                        "kv_heads": heads.1, "head_dim": 4, "ffn": 48, "dense_layers": dense_layers,
-                        "moe": moe, "init_std": 0.1, "qk_norm": qk_norm, "tie_embeddings": tied,
-                        "rope": rope, "norm": norm, "multipliers": multipliers,
-                    },
+                    "model": model,
                     "micro_batch": micro_batch,
                     "eod_token": documents,
                     "eod_mask_loss": eod_mask_loss && documents.is_some(),

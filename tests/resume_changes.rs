@@ -133,6 +133,7 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.experts", json!(8)),
         change("model.moe.top_k", json!(3)),
         change("model.moe.ffn", json!(48)),
+        change("model.moe.layers", json!([0, 2])).with("model.dense_layers", json!(0)),
         change("model.moe.shared_experts", json!(0)),
         change("model.moe.router.score", json!("sigmoid")),
         change("model.moe.router.normalize", json!(false)),

@@ -42,6 +42,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -336,6 +338,35 @@ MODELS = {
         },
         names=OUTPUT_NORMS,
         vectors=(-0.2, 0.3),
+    ),
+    # A dense layer between MoE layers.
+    "qwen3-moe": Golden(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **{
+                **SMALL,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "tie_word_embeddings": True,
+            },
+            moe_intermediate_size=8,
+            intermediate_size=12,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            mlp_only_layers=[2],
+        ),
+        {
+            **SMALL_OURS,
+            "layers": 4,
+            "heads": 2,
+            "kv_heads": 1,
+            "qk_norm": "head",
+            "ffn": 12,
+            "tie_embeddings": True,
+            "moe": moe(4, 2, 8, layers=[0, 1, 3]),
+        },
     ),
 }
 MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)

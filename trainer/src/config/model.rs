@@ -154,9 +154,15 @@ impl ModelConfig {
 
     /// Returns the MoE section if this layer is an MoE layer.
     pub fn moe_config(&self, layer: usize) -> Option<&MoeConfig> {
-        let after_dense = layer.checked_sub(self.dense_layers)?;
-        let is_moe = after_dense.is_multiple_of(self.moe_every.max(1));
-        self.moe.as_ref().filter(|_| is_moe)
+        let moe = self.moe.as_ref()?;
+        let is_moe = match &moe.layers {
+            Some(layers) => layers.contains(layer),
+            None => {
+                let after_dense = layer.checked_sub(self.dense_layers);
+                after_dense.is_some_and(|after| after.is_multiple_of(self.moe_every.max(1)))
+            }
+        };
+        is_moe.then_some(moe)
     }
 
     /// Returns true if any layer is dense.

@@ -306,6 +306,10 @@ mod tests {
                 model.as_object_mut().unwrap().remove("dense_layers");
             }),
             config(|model| model["head_dim"] = json!(6)),
+            config(|model| {
+                model["moe"]["layers"] = json!([0, 2]);
+                model["dense_layers"] = json!(0);
+            }),
         ];
         for config in configs {
             let groups = ProcessGroups::single_rank();

@@ -14,6 +14,7 @@ use super::{
 use crate::{
     config::{
         dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig},
+        layer_set::LayerSet,
         layout::RecomputedPart,
         limits::{MAX_EXPERTS, MAX_WIDTH},
     },
@@ -50,6 +51,12 @@ pub struct MoeConfig {
     #[on_resume(refused)]
     #[schemars(range(min = 1, max = MAX_WIDTH))]
     pub ffn: usize,
+    /// The MoE layers: `all`, a list of layer numbers, or a period such as `{every: 2, from: 1}` or
+    /// `{all_but: {every: 4, from: 3}}`. Without it, `model.dense_layers` and `model.moe_every`
+    /// decide.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub layers: Option<LayerSet>,
     /// Number of shared experts, which process every token.
     #[on_resume(refused)]
     #[schemars(range(min = 0, max = MAX_EXPERTS))]
@@ -123,6 +130,7 @@ impl MoeConfig {
             experts,
             top_k,
             ffn,
+            layers: None,
             shared_experts: 0,
             router: RouterConfig::default(),
             load_balance: default_load_balance(),
