@@ -195,3 +195,50 @@ fn add_matrix(round: &mut Round, matrix: &SplitMatrix, owner: usize, own: usize,
         round.scatter.add(own, (owner, of_owner(part)), to);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Costs of matrices and the ranks that hold each: one block of equally many neighbors, or all.
+    fn held() -> impl Strategy<Value = (usize, Vec<(u32, usize)>)> {
+        (1usize..13, 0usize..40).prop_flat_map(|(ranks, count)| {
+            let matrix = (1u32..100, 0usize..ranks + 1);
+            (Just(ranks), prop::collection::vec(matrix, count))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn costs_are_balanced_among_holders((ranks, matrices) in held(), block in 1usize..5) {
+            let costs: Vec<f64> = matrices.iter().map(|(cost, _)| f64::from(*cost)).collect();
+            let holders_of = |&(_, at): &(u32, usize)| {
+                if at == ranks {
+                    return (0..ranks).collect();
+                }
+                let start = at / block * block;
+                (start..(start + block).min(ranks)).collect()
+            };
+            let holders: Vec<Vec<usize>> = matrices.iter().map(holders_of).collect();
+            let owners = owners(&costs, &holders, ranks);
+            let mut loads = vec![0.0; ranks];
+            for (matrix, &owner) in owners.iter().enumerate() {
+                prop_assert!(holders[matrix].contains(&owner));
+                loads[owner] += costs[matrix];
+            }
+            // Without one of its matrices, a rank has no more than any holder of that matrix.
+            for rank in 0..ranks {
+                let mut own = (0..costs.len()).filter(|&matrix| owners[matrix] == rank).peekable();
+                let is_even = |matrix: usize| {
+                    let others = holders[matrix].iter();
+                    let least = others.map(|&other| loads[other]).fold(f64::INFINITY, f64::min);
+                    loads[rank] - costs[matrix] <= least
+                };
+                prop_assert!(own.peek().is_none() || own.any(is_even), "{loads:?}");
+            }
+        }
+    }
+}
