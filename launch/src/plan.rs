@@ -295,8 +295,8 @@ fn print_remarks(config: &Config, ranks: usize, memory: &[EqualRanks]) -> Result
     let host = host.unwrap_or(0);
     if host > 0 {
         println!(
-            "With optimizer.offload, optimizer state and fp32 weights are in host memory: at most {:.1} \
-             MiB per rank.",
+            "With optimizer.offload, optimizer state and fp32 weights are in host memory: at most \
+             {:.1} MiB per rank.",
             mib(host)
         );
     }

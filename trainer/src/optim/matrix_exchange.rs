@@ -90,7 +90,7 @@ impl MatrixRounds {
         self.experts == experts_of(parameters, members)
     }
 
-    /// Replaces `tensors`, this rank's rows of each parameter, by those of the transformed matrices.
+    /// Replaces `tensors`, this rank's rows of each parameter, by rows of the transformed matrices.
     ///
     /// # Collective
     /// All ranks of the stage.

@@ -2,8 +2,8 @@
 //! of it travel.
 //!
 //! Ranks hold parts of a matrix: columns or rows by tensor parallelism, rows by ZeRO, and copies of
-//! either. One rank gathers the parts, transforms the matrix once, and scatters the result. The plan
-//! is a pure function of the parts, so all ranks have the same.
+//! either. One rank gathers the parts, transforms the matrix once, and scatters the result. The
+//! plan is a pure function of the parts, so all ranks have the same.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -109,8 +109,8 @@ pub(crate) fn owners(costs: &[f64], holders: &[Vec<usize>], ranks: usize) -> Vec
     owners
 }
 
-/// Plans the rounds of rank `own` of `ranks`. A rank transforms up to `round_elements` elements in a
-/// round, or one matrix.
+/// Plans the rounds of rank `own` of `ranks`. A rank transforms up to `round_elements` elements in
+/// a round, or one matrix.
 ///
 /// `matrices` returns the matrices of the stage, in the same order on each call and each rank. It
 /// is called twice, because all parts together may take much memory.
