@@ -55,12 +55,14 @@ pub mod config;
 pub mod data;
 mod error;
 mod inference;
+mod join_groups;
 pub mod lines;
 mod memory;
 mod model;
 mod optim;
 mod problems;
 mod process_groups;
+mod replica_ranks;
 mod scalars;
 mod stage_layout;
 mod train;
@@ -81,9 +83,10 @@ pub use model::{
 pub use optim::muon::{AdjustLr, MuonConfig};
 pub use optim::{Optimizer, StageRanks};
 pub use process_groups::ProcessGroups;
-pub use train::metrics::{
-    DroppedLines, Progress, RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine,
-    SnapshotMetrics, StepMetrics, ValidationMetrics,
+pub use train::metrics::records::{
+    DroppedLines, LayerDistribution, LayerMetrics, LayerTotal, MoeMetrics, Progress,
+    RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine, SnapshotMetrics,
+    StepMetrics, ValidationMetrics,
 };
 pub use train::snapshots::KeeperAccess;
 pub use train::{

@@ -16,7 +16,7 @@ use crate::{
         spec::ParamSpec,
     },
     optim::{groups::Groups, transform_bytes},
-    process_groups::zero_rank_and_size,
+    replica_ranks::zero_rank_and_size,
 };
 use parallel::{
     BucketPlan, Mesh, context::ContextKind, matrix_shape, own_rows, pipeline::simulate::simulate,
@@ -165,7 +165,7 @@ impl RankSizes<'_> {
     }
 
     fn position(&self, part: &ModelPart) -> ShardPosition {
-        ShardPosition::on_mesh(&self.mesh).with_part(&self.config.model, part)
+        ShardPosition::on_mesh(&self.mesh).with_part(self.config.model.tie_embeddings, part)
     }
 
     /// Returns the rows of embedding and output layer on this rank.

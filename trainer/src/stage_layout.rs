@@ -6,7 +6,7 @@ use crate::{
     Error,
     config::ParallelConfig,
     model::{position::ShardPosition, replicas::Replicas, slices::slices_of_rows, spec::ParamSpec},
-    process_groups::zero_rank_and_size,
+    replica_ranks::zero_rank_and_size,
 };
 use checkpoint::TensorSlice;
 use parallel::{GroupKind, Mesh, own_rows};

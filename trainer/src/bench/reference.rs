@@ -167,12 +167,12 @@ impl ReferenceShape {
         gemms
     }
 
-    /// Returns the FLOPs of a step by the usual formula (arXiv 2204.02311, appendix B): six for
-    /// each weight that a token meets, and attention as if every position saw every other.
+    /// Returns the FLOPs of a step by the usual formula (arXiv 2204.02311, appendix B).
     pub fn model_flops(&self) -> f64 {
-        let width = (self.layers * self.hidden) as f64;
-        let pairs = (self.sequence * self.tokens()) as f64;
-        self.gemm_flops() + 12.0 * width * pairs
+        let per_token = self
+            .model_config(false)
+            .flops_per_token(self.sequence as usize);
+        per_token * self.tokens() as f64
     }
 
     /// Returns the FLOPs of GEMMs with weights: forward, and backward twice as many.

@@ -4,13 +4,14 @@
 
 mod batch;
 mod check;
-mod dispatch;
+pub(crate) mod dispatch;
 pub(crate) mod dtype;
-mod layer_set;
-mod layout;
+pub(crate) mod layer_set;
+pub(crate) mod layout;
 pub(crate) mod limits;
 mod mesh;
 mod model;
+mod multipliers;
 mod optimizer;
 mod pipeline_plan;
 mod protection;
@@ -22,6 +23,11 @@ mod snapshot;
 mod warnings;
 mod words;
 
+pub use crate::model::{
+    norm::{NormConfig, NormPlacement},
+    rope::RopeConfig,
+    rope_scaling::RopeScaling,
+};
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
@@ -31,7 +37,8 @@ pub use layout::{
     ParallelConfig, RecomputeConfig, RecomputedPart, ScheduleChoice, VocabularyLayout,
 };
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
-pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
+pub use model::{ModelConfig, MupConfig};
+pub use multipliers::MultipliersConfig;
 pub use optimizer::{GroupConfig, OptimizerConfig};
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, resolve_schema, schema};
@@ -46,6 +53,10 @@ pub use snapshot::{
 };
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
+pub use crate::model::{
+    attention::grouped::QkNorm,
+    moe_block::{MoeConfig, RouterConfig},
+};
 use config_derive::ResumeKeys;
 use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};
 use schemars::JsonSchema;
@@ -105,8 +116,9 @@ impl Config {
     /// decide them.
     pub fn resolved(&self) -> Config {
         let mut resolved = self.clone();
-        resolved.model.kv_heads = Some(self.model.kv_heads());
-        resolved.model.head_dim = Some(self.model.head_dim());
+        let heads = self.model.attention(0).head_keys();
+        resolved.model.kv_heads = heads.kv_heads;
+        resolved.model.head_dim = heads.head_dim;
         if let Some(moe) = &mut resolved.model.moe {
             moe.router.normalize = Some(moe.normalizes());
         }

@@ -6,7 +6,6 @@
 
 pub(crate) use super::role::Role;
 use super::{position::ShardPosition, replicas::Replicas, share::Share, slices::slice};
-use crate::config::ModelConfig;
 use checkpoint::TensorSlice;
 use std::ops::Range;
 
@@ -28,8 +27,8 @@ impl Dim {
     }
 
     /// Returns the width of the residual stream.
-    pub(crate) fn hidden(config: &ModelConfig) -> Dim {
-        Dim::new("model.hidden", config.hidden as u64)
+    pub(crate) fn hidden(width: usize) -> Dim {
+        Dim::new("model.hidden", width as u64)
     }
 
     /// Returns a dimension whose size follows from that of another.

@@ -8,11 +8,8 @@
 use super::run_state::PlacementState;
 use crate::{
     Error,
-    config::{Config, ModelConfig, MoeConfig, PlacementConfig},
-    model::{
-        LocalExperts, Model, experts::experts_by_slot, feed_forward::SwigluSpecs,
-        moe_block::expert_specs,
-    },
+    config::{Config, MoeConfig, PlacementConfig},
+    model::{LocalExperts, Model, experts::experts_by_slot, feed_forward::SwigluSpecs},
     optim::Optimizer,
     stage_layout::StageLayout,
 };
@@ -234,7 +231,7 @@ fn check_held(held: &[HeldSlice], planned: &[TensorSlice]) -> Result<(), Error> 
 /// The rows of each layer's experts that each rank of a stage holds. They follow from the mesh, the
 /// configuration and the placement.
 pub(crate) struct ExpertRows {
-    model: ModelConfig,
+    hidden: usize,
     moe: MoeConfig,
     layout: StageLayout,
 }
@@ -246,7 +243,7 @@ impl ExpertRows {
     /// If the mesh does not fit the configuration.
     pub(crate) fn new(config: &Config, moe: &MoeConfig, mesh: &Mesh) -> Result<ExpertRows, Error> {
         Ok(ExpertRows {
-            model: config.model.clone(),
+            hidden: config.model.hidden,
             moe: moe.clone(),
             layout: StageLayout::new(&config.parallel, mesh)?,
         })
@@ -266,7 +263,7 @@ impl ExpertRows {
         names: &BTreeSet<String>,
     ) -> Vec<Vec<TensorSlice>> {
         let experts = experts_by_slot(physical_slots);
-        let SwigluSpecs { gate_up, down } = expert_specs(&self.model, &self.moe, name);
+        let SwigluSpecs { gate_up, down } = self.moe.expert_specs(self.hidden, name);
         let held = |rank| {
             let slices = [&gate_up, &down].map(|spec| self.layout.slices(rank, spec, &experts));
             let slices = slices.into_iter().flatten();
@@ -449,7 +446,6 @@ mod tests {
         model::{position::ShardPosition, replicas::Replicas},
         stage_layout::StageRank,
     };
-    use serde_json::json;
     use std::collections::HashSet;
 
     fn rows(name: &str, start: i64, len: i64) -> TensorSlice {
@@ -504,9 +500,8 @@ mod tests {
             },
             shards: [(rank / 4 % 2, 2); Replicas::ALL.len()],
         };
-        let model = json!({"layers": 1, "hidden": 5, "heads": 1, "vocab_size": 1});
         let rows = ExpertRows {
-            model: serde_json::from_value(model).unwrap(),
+            hidden: 5,
             moe: MoeConfig::new(4, 1, 6),
             layout: StageLayout::of_ranks((0..16).map(rank).collect()),
         };

@@ -191,7 +191,7 @@ mod tests {
             replicas::Replicas,
             slices::{slice, slices_of_rows},
         },
-        process_groups::replica_ranks,
+        replica_ranks::replica_ranks,
     };
     use parallel::{Mesh, MeshShape, own_rows};
     use proptest::prelude::*;

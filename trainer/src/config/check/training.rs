@@ -10,9 +10,6 @@ use parallel::Backend;
 /// Smallest `eps` of AdamW that keeps updates finite with bf16 gradients.
 const MIN_BF16_EPS: f64 = 1e-12;
 
-/// Widths of fp8 matrices are multiples of this.
-const FP8_WIDTH: usize = 16;
-
 impl Config {
     pub(super) fn check_data(&self, problems: &mut Problems) {
         let data = &self.data;
@@ -102,14 +99,8 @@ impl Config {
             problems.add("train.fp8_experts needs experts: give model.moe, or leave it out");
             return;
         };
-        let ffn = moe.ffn / self.parallel.expert_tensor.max(1);
-        let widths = [self.model.hidden, ffn];
-        if widths.iter().any(|width| !width.is_multiple_of(FP8_WIDTH)) {
-            problems.add(format!(
-                "train.fp8_experts multiplies matrices whose widths are multiples of \
-                 {FP8_WIDTH}; model.hidden and each rank's part of model.moe.ffn are {widths:?}"
-            ));
-        } else if self.train.dtype != Dtype::Bf16 {
+        moe.fp8_problems(self.model.hidden, self.parallel.expert_tensor, problems);
+        if self.train.dtype != Dtype::Bf16 {
             problems.add("train.fp8_experts needs train.dtype: bf16, which its results are in");
         }
     }
