@@ -96,6 +96,15 @@ fn models() -> impl Strategy<Value = Value> {
     let scores = any::<bool>();
     let tied = any::<bool>();
     let micro_batches = prop::sample::select(vec![1, 2]);
+    let optimizers = prop::sample::select(vec![
+        json!({}),
+        json!({"state_dtype": "bf16"}),
+        json!({"groups": [{"muon": {}}]}),
+        json!({"groups": [{"roles": ["router"], "muon": {"adjust_lr": "original"}}, {"muon": {}}],
+               "state_dtype": "bf16"}),
+        json!({"groups": [{"muon": {"nesterov": false}}, {"sgd": {}}]}),
+        json!({"groups": [{"sgd": {"nesterov": true}}], "state_dtype": "bf16"}),
+    ]);
     (
         statistics,
         scores,
@@ -104,10 +113,11 @@ fn models() -> impl Strategy<Value = Value> {
         // The number of dense layers at the beginning, or a dense layer between MoE layers.
         prop::option::of(0usize..2),
         (documents, masks),
-        variants(),
+        (optimizers, variants()),
     )
         .prop_map(
-            |(over, sigmoid_scores, tied, micro_batch, dense_layers, data, variants)| {
+            |(over, sigmoid_scores, tied, micro_batch, dense_layers, data, rest)| {
+                let (optimizer, variants) = rest;
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -130,6 +140,7 @@ fn models() -> impl Strategy<Value = Value> {
                 keys.extend(variants.as_object().unwrap().clone());
                 json!({
                     "model": model,
+                    "optimizer": optimizer,
                     "micro_batch": micro_batch,
                     "eod_token": documents,
                     "eod_mask_loss": eod_mask_loss && documents.is_some(),
@@ -234,6 +245,9 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
             model["model"]["moe"]["placement"] = json!({"every": 1, "min_gain": 0.0});
         }
     }
+    // A large eps: AdamW's first steps would otherwise turn the sign of rounding noise into a step.
+    let mut optimizer = model["optimizer"].clone();
+    optimizer["eps"] = json!(1e-4);
     let mask = (model["mask"] == json!(true)).then(|| folder.join("mask"));
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": SEED},
@@ -251,7 +265,7 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
             "micro_batch": model["micro_batch"],
             "grad_clip": 0.5,
         },
-        "optimizer": {"eps": 1e-4},
+        "optimizer": optimizer,
         "schedule": {"constant": {"lr": 3e-3}},
         "checkpoint": {"every": 0},
     });

@@ -216,6 +216,8 @@ fn run_changes(folder: &Path) -> Vec<Change> {
         change("optimizer.eps", json!(1e-5)),
         change("optimizer.weight_decay", json!(0.0)),
         change("optimizer.offload", json!(true)),
+        change("optimizer.state_dtype", json!("bf16")),
+        change("optimizer.groups", json!([{"muon": {}}])),
         change("schedule", json!({"constant": {"lr": 1e-3}})),
     ]
 }

@@ -8,14 +8,14 @@ use crate::{
     model::{
         ModelPart, PipelineSplit, StagePart,
         activations::{Activations, BlockShape, FP32_BYTES},
-        decoder::{layer_activations, layer_specs, stream_norm_spec, vocabulary_spec},
+        decoder::{layer_activations, layer_specs, model_specs, stream_norm_spec, vocabulary_spec},
         logits_chunk_bytes,
         position::ShardPosition,
         replicas::Replicas,
         role::Role,
         spec::ParamSpec,
     },
-    optim::groups::Groups,
+    optim::{groups::Groups, transform_bytes},
     replica_ranks::zero_rank_and_size,
 };
 use parallel::{
@@ -56,7 +56,8 @@ pub struct RankMemory {
     pub microbatches_in_flight: f64,
     /// Tensors that forward saves for backward.
     pub activations: u64,
-    /// The largest set of short-lived tensors: a layer's backward, the loss, gathered weights.
+    /// The largest set of short-lived tensors: a layer's backward, the loss, gathered weights, or
+    /// the optimizer's whole matrices.
     pub transient: u64,
 }
 
@@ -73,6 +74,8 @@ struct ParameterShape {
     cols: u64,
     replicas: Replicas,
     role: Role,
+    /// Elements of each whole matrix.
+    matrix: u64,
     /// Number of the unit that is gathered together.
     unit: usize,
 }
@@ -151,6 +154,7 @@ impl RankSizes<'_> {
                 cols: cols as u64,
                 replicas: spec.replicas(&position),
                 role: spec.role,
+                matrix: spec.matrix_shape().iter().product::<i64>() as u64,
                 unit,
             }
         };
@@ -252,10 +256,26 @@ impl Shards<'_> {
 
     /// Returns the bytes of the optimizer's state.
     fn state_bytes(&self) -> u64 {
-        let groups = Groups::new(&self.config.optimizer, self.config.train.dtype.kind());
+        let groups = self.config.optimizer_groups();
         let of_shape =
             |shape: &ParameterShape| self.own_elements(shape) * groups.state_bytes(shape.role);
         self.shapes.iter().map(of_shape).sum()
+    }
+
+    /// Returns the bytes of the whole matrices that an optimizer transforms at once.
+    fn matrix_bytes(&self) -> u64 {
+        let groups = self.config.optimizer_groups();
+        let mut own = 0;
+        let mut largest = 0;
+        for shape in self
+            .shapes
+            .iter()
+            .filter(|s| groups.need_matrices_of(s.role))
+        {
+            own += self.own_elements(shape);
+            largest = largest.max(shape.matrix);
+        }
+        transform_bytes(own, largest, FP32_BYTES)
     }
 
     /// Returns the bytes of the experts' weights in 8 bits, for forward and for backward.
@@ -348,6 +368,19 @@ impl Shards<'_> {
 }
 
 impl Config {
+    fn optimizer_groups(&self) -> Groups {
+        Groups::new(&self.optimizer, self.train.dtype.kind())
+    }
+
+    /// Returns the bytes of a checkpoint: fp32 weights and optimizer state.
+    pub fn checkpoint_bytes(&self) -> u128 {
+        let groups = self.optimizer_groups();
+        let bytes = |spec: ParamSpec| {
+            spec.elements() * u128::from(FP32_BYTES + groups.state_bytes(spec.role))
+        };
+        model_specs(&self.model).map(bytes).sum()
+    }
+
     /// Estimates the memory of each of `ranks` ranks.
     ///
     /// # Errors
@@ -477,6 +510,11 @@ impl RankSizes<'_> {
             state
         };
         let activations = self.activations(&held.part);
+        let saved = (activations.saved as f64 * in_flight) as u64;
+        let transient =
+            shards.gathered_weight_bytes() + shards.bucket_bytes() + activations.transient;
+        // The optimizer runs when the activations of the step are gone.
+        let in_optimizer = shards.matrix_bytes().saturating_sub(saved);
         RankMemory {
             stages: held.part.stages.clone(),
             parameters,
@@ -485,10 +523,8 @@ impl RankSizes<'_> {
             optimizer,
             host: if is_offloaded { state_and_masters } else { 0 },
             microbatches_in_flight: in_flight,
-            activations: (activations.saved as f64 * in_flight) as u64,
-            transient: shards.gathered_weight_bytes()
-                + shards.bucket_bytes()
-                + activations.transient,
+            activations: saved,
+            transient: transient.max(in_optimizer),
         }
     }
 }
