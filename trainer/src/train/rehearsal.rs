@@ -7,8 +7,9 @@
 //! and snapshots are left out: they copy.
 
 use super::{
-    Resources, Trainer,
+    Trainer,
     metrics::step_figures::{FigureSizes, StepFigures},
+    setup::Resources,
 };
 use crate::{
     Error,
@@ -71,14 +72,13 @@ impl Trainer {
             experts: moe.map_or(0, |moe| moe.experts),
         }));
         self.validate()?;
-        Ok(self.device.synchronize()?)
+        Ok(self.rank.device.synchronize()?)
     }
 
     fn into_resources(self) -> Resources {
         Resources {
-            device: self.device,
-            train: self.train,
-            validation: self.validation,
+            device: self.rank.device,
+            data: self.data,
         }
     }
 }
