@@ -297,11 +297,8 @@ pub(crate) fn build(
         specs: specs.experts,
         position: builder.position,
     };
-    let gate_up_proj = builder.add(&experts.specs.gate_up);
-    let down_proj = builder.add(&experts.specs.down);
-    let shared = specs
-        .shared
-        .map(|specs| (builder.add(&specs.gate_up), builder.add(&specs.down)));
+    let own_experts = experts.specs.build(builder);
+    let shared = specs.shared.map(|specs| specs.build(builder));
     let ctx = builder.ctx;
     let groups = ctx.groups;
     let zeros = || ctx.device.zeros(&[config.experts as i64], Kind::Float);
@@ -328,8 +325,7 @@ pub(crate) fn build(
         weights: MoeWeights {
             router,
             bias: Mutex::new(bias),
-            gate_up_proj,
-            down_proj,
+            experts: own_experts,
             shared,
         },
     };
