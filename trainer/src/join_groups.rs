@@ -3,7 +3,7 @@
 use crate::{
     Error,
     config::{Config, MoeConfig, ParallelConfig, hierarchical_groups},
-    model::parameters::Replicas,
+    model::replicas::Replicas,
     process_groups::ProcessGroups,
     replica_ranks::{is_tied, replica_ranks},
 };

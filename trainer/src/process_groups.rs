@@ -1,6 +1,6 @@
 //! The groups of ranks that one rank works with, by what their members have in common.
 
-use crate::model::parameters::Replicas;
+use crate::model::replicas::Replicas;
 use moe::{
     dispatch::{Hierarchy, LeastLoaded},
     plan::ExpertTopology,

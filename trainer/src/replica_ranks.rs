@@ -1,6 +1,6 @@
 //! The ranks that hold the same parameters, as a pure function of mesh and configuration.
 
-use crate::{config::ParallelConfig, model::parameters::Replicas};
+use crate::{config::ParallelConfig, model::replicas::Replicas};
 use parallel::{GroupKind, Mesh};
 
 /// True if this rank holds the embedding together with ranks of another stage.

@@ -1,4 +1,4 @@
-//! Precision of the model.
+//! Floating-point formats.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,12 +10,12 @@ pub enum Dtype {
     /// 32-bit floating point.
     #[default]
     Fp32,
-    /// bfloat16, with fp32 master weights, gradients and optimizer state.
+    /// bfloat16, with fp32 master weights and gradients.
     Bf16,
 }
 
 impl Dtype {
-    /// Returns the kind of the model's tensors.
+    /// Returns the kind of tensors in this format.
     pub fn kind(self) -> tch::Kind {
         match self {
             Dtype::Fp32 => tch::Kind::Float,

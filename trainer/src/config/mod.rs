@@ -11,6 +11,7 @@ pub(crate) mod layout;
 pub(crate) mod limits;
 mod mesh;
 mod model;
+mod multipliers;
 mod optimizer;
 mod pipeline_plan;
 mod protection;
@@ -22,6 +23,11 @@ mod snapshot;
 mod warnings;
 mod words;
 
+pub use crate::model::{
+    norm::{NormConfig, NormPlacement},
+    rope::RopeConfig,
+    rope_scaling::RopeScaling,
+};
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
@@ -32,7 +38,8 @@ pub use layout::{
 };
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
 pub use model::{ModelConfig, MupConfig};
-pub use optimizer::OptimizerConfig;
+pub use multipliers::MultipliersConfig;
+pub use optimizer::{GroupConfig, OptimizerConfig};
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, resolve_schema, schema};
 pub(crate) use renamed::rename_old_keys;
@@ -76,7 +83,7 @@ pub struct Config {
     /// Number of steps, batch sizes and precision.
     #[on_resume(section)]
     pub train: TrainConfig,
-    /// Constants of AdamW.
+    /// The optimizer: AdamW, unless `groups` name others.
     #[on_resume(section)]
     #[serde(default)]
     pub optimizer: OptimizerConfig,

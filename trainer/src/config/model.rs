@@ -1,7 +1,10 @@
 //! The section `model`: the architecture.
 
 use super::limits::{MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
-use crate::model::{attention::grouped::QkNorm, moe_block::MoeConfig};
+use super::multipliers::MultipliersConfig;
+use crate::model::{
+    attention::grouped::QkNorm, moe_block::MoeConfig, norm::NormConfig, rope::RopeConfig,
+};
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -61,11 +64,19 @@ pub struct ModelConfig {
     #[schemars(range(min = 1.0, max = 1e15))]
     #[serde(default = "default_rope_theta")]
     pub rope_theta: f64,
+    /// Other properties of rotary position embedding.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub rope: RopeConfig,
     /// Term added to the mean square in RMSNorm.
     #[on_resume(refused)]
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_norm_eps")]
     pub norm_eps: f64,
+    /// Other properties of RMSNorm.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub norm: NormConfig,
     /// RMSNorm of queries and keys.
     #[on_resume(refused)]
     #[serde(default)]
@@ -83,6 +94,10 @@ pub struct ModelConfig {
     #[on_resume(section)]
     #[serde(default)]
     pub mup: Option<MupConfig>,
+    /// Constant factors in the forward pass.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub multipliers: MultipliersConfig,
 }
 
 impl ModelConfig {
@@ -100,12 +115,33 @@ impl ModelConfig {
             moe_every: default_moe_every(),
             moe: None,
             rope_theta: default_rope_theta(),
+            rope: RopeConfig::default(),
             norm_eps: default_norm_eps(),
+            norm: NormConfig::default(),
             qk_norm: QkNorm::default(),
             tie_embeddings: false,
             init_std: default_init_std(),
             mup: None,
+            multipliers: MultipliersConfig::default(),
         }
+    }
+
+    /// Returns the factor on the embedding's output.
+    pub fn embedding_factor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.embedding);
+        mup * self.multipliers.embedding
+    }
+
+    /// Returns the factor on the output of each block.
+    pub fn residual_factor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.residual);
+        mup * self.multipliers.residual
+    }
+
+    /// Returns the number by which output logits are divided.
+    pub fn logits_divisor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.width);
+        mup / self.multipliers.logits
     }
 
     /// Returns the MoE section if this layer is an MoE layer.

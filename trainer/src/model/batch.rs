@@ -1,6 +1,6 @@
 //! Facts of a microbatch that all layers use.
 
-use super::{documents::Documents, rope::Rope};
+use super::documents::Documents;
 use std::sync::Arc;
 
 /// Facts of a microbatch that all layers use.
@@ -8,8 +8,6 @@ use std::sync::Arc;
 pub(crate) struct BatchContext {
     /// Number of sequences.
     pub(crate) sequences: i64,
-    /// Rotations of this rank's positions.
-    pub(crate) rope: Arc<Rope>,
     /// Set if tokens attend only within their document.
     pub(crate) documents: Option<Arc<Documents>>,
 }

@@ -3,10 +3,11 @@
 use super::{
     Model, Stage, VocabularyWeight,
     build_context::BuildContext,
-    decoder::{dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
+    decoder::{block_norm_specs, dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
     feed_forward::DenseFeedForward,
     layer::{FeedForward, Layer},
     moe_block,
+    norm::{BlockNorms, Norm, NormNames},
     parameters::Unit,
     part::{ModelPart, StagePart},
     position::ShardPosition,
@@ -14,7 +15,7 @@ use super::{
     weights::WeightBuilder,
 };
 use crate::config::{ModelConfig, RecomputedPart};
-use parallel::{Weight, context::positions};
+use parallel::context::positions;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -24,9 +25,21 @@ impl Model {
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
         kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
         let position = ShardPosition::in_groups(ctx.groups).with_part(config.tie_embeddings, &part);
+        let context = &ctx.groups.context;
+        let positions = positions(
+            ctx.context_attention,
+            ctx.sequence_length,
+            context.rank(),
+            context.size(),
+        );
+        let width = config.rope.width(config.attention(0).rotary_width());
+        let frequencies = config
+            .rope
+            .frequencies(config.rope_theta, width, ctx.sequence_length);
         let mut builder = Builder {
             weights: WeightBuilder::new(config.parameter_rules(), position, ctx),
             config,
+            rope: Arc::new(Rope::new(ctx.device, &positions, &frequencies)),
         };
         let shares_vocabulary = part.vocabulary.is_some();
         let has_embedding = shares_vocabulary || part.has_first();
@@ -47,19 +60,6 @@ impl Model {
         });
 
         let parameters = builder.weights.parameters;
-        let context = &ctx.groups.context;
-        let positions = positions(
-            ctx.context_attention,
-            ctx.sequence_length,
-            context.rank(),
-            context.size(),
-        );
-        let rope = Rope::new(
-            ctx.device,
-            &positions,
-            config.attention(0).rotary_width(),
-            config.rope_theta,
-        );
         let splits_sequences = context.size() > 1;
         let positions =
             splits_sequences.then(|| ctx.device.upload(&Tensor::from_slice(&positions)));
@@ -70,7 +70,6 @@ impl Model {
             embedding,
             stages,
             head,
-            rope: Arc::new(rope),
             tensor: ctx.groups.tensor.clone(),
             rows: position.vocabulary.part(config.vocab_size),
             positions,
@@ -82,6 +81,7 @@ impl Model {
 struct Builder<'a> {
     weights: WeightBuilder<'a>,
     config: &'a ModelConfig,
+    rope: Arc<Rope>,
 }
 
 impl Builder<'_> {
@@ -94,15 +94,25 @@ impl Builder<'_> {
         }
     }
 
-    fn norm(&mut self, block: &str, part: &'static str) -> Weight {
-        self.weights
-            .add(&stream_norm_spec(self.config, block, part))
+    fn final_norm(&mut self) -> (Norm, Arc<Unit>) {
+        let first = self.weights.parameters.len();
+        let spec = stream_norm_spec(self.config, "", "norm");
+        let norm = self.weights.add_norm(&spec, self.config.norm_eps);
+        (norm, self.weights.unit_from(first))
     }
 
-    fn final_norm(&mut self) -> (Weight, Arc<Unit>) {
-        let first = self.weights.parameters.len();
-        let weight = self.norm("", "norm");
-        (weight, self.weights.unit_from(first))
+    /// Builds a block of the layer with this global name, and the norms around it.
+    fn with_norms<T>(
+        &mut self,
+        layer: &str,
+        names: NormNames,
+        build: impl FnOnce(&mut Self) -> T,
+    ) -> (T, BlockNorms<Norm>) {
+        let BlockNorms { input, output } = block_norm_specs(self.config, layer, names);
+        let input = input.map(|spec| self.weights.add_norm(&spec, self.config.norm_eps));
+        let block = build(self);
+        let output = output.map(|spec| self.weights.add_norm(&spec, self.config.norm_eps));
+        (block, BlockNorms { input, output })
     }
 
     fn stage(&mut self, part: &StagePart) -> Stage {
@@ -125,32 +135,44 @@ impl Builder<'_> {
     fn layer(&mut self, index: usize) -> Layer {
         let config = self.config;
         let name = layer_name(index);
-        let attention_norm = self.norm(&name, "attention_norm");
-        let attention = config
-            .attention(index)
-            .build(&mut self.weights, &format!("{name}.attention"));
-        let feed_forward_norm = self.norm(&name, "feed_forward_norm");
-        let feed_forward = match config.moe_config(index) {
+        let (attention, attention_norms) = self.with_norms(&name, NormNames::ATTENTION, |this| {
+            config
+                .attention(index)
+                .build(&mut this.weights, &format!("{name}.attention"))
+        });
+        let (feed_forward, feed_forward_norms) =
+            self.with_norms(&name, NormNames::FEED_FORWARD, |this| {
+                this.feed_forward(index, &name)
+            });
+        let recompute = &self.weights.ctx.recompute;
+        Layer {
+            attention,
+            attention_norms,
+            feed_forward,
+            feed_forward_norms,
+            rope: config
+                .rope
+                .layers
+                .contains(index)
+                .then(|| self.rope.clone()),
+            residual: config.residual_factor(),
+            save_norms: recompute.keeps(RecomputedPart::Norm),
+            save_activations: !recompute.recomputes_layer(index),
+        }
+    }
+
+    fn feed_forward(&mut self, index: usize, layer: &str) -> FeedForward {
+        let config = self.config;
+        match config.moe_config(index) {
             None => {
-                let specs = dense_specs(config, &name);
+                let specs = dense_specs(config, layer);
                 FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
             }
             Some(moe) => {
-                let name = format!("{name}.moe");
+                let name = format!("{layer}.moe");
                 let block = moe_block::build(&mut self.weights, &name, config.hidden, moe);
                 FeedForward::Moe(Box::new(block))
             }
-        };
-        let recompute = &self.weights.ctx.recompute;
-        Layer {
-            attention_norm,
-            attention,
-            feed_forward_norm,
-            feed_forward,
-            norm_eps: config.norm_eps,
-            residual: config.mup.as_ref().map_or(1.0, |mup| mup.residual),
-            save_norms: recompute.keeps(RecomputedPart::Norm),
-            save_activations: !recompute.recomputes_layer(index),
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use super::{
     activations::{Activations, BlockShape},
-    attention::{AttentionPlan, grouped::GroupedAttention},
+    attention::{AttentionPlan, ScoreScale, grouped::GroupedAttention},
     feed_forward::{self, Networks, SwigluSpecs},
-    norm::norm_spec,
+    norm::{BlockNorms, NormNames, norm_spec},
     rules::ParameterRules,
     spec::{Dim, ParamSpec, Role, Split, Stack},
     work::Flops,
@@ -46,6 +46,20 @@ pub(crate) fn stream_norm_spec(config: &ModelConfig, block: &str, part: &'static
     norm_spec(block, part, Dim::hidden(config.hidden), Split::Whole)
 }
 
+/// Returns the descriptions of the norms around a block of the layer with this global name.
+pub(crate) fn block_norm_specs(
+    config: &ModelConfig,
+    layer: &str,
+    names: NormNames,
+) -> BlockNorms<ParamSpec> {
+    BlockNorms::specs(
+        config.norm.placement,
+        layer,
+        names,
+        Dim::hidden(config.hidden),
+    )
+}
+
 /// Returns the description of the network of a dense layer with this global name.
 pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
     let ffn = Dim::new("model.ffn", config.ffn.unwrap_or(0) as u64);
@@ -56,10 +70,18 @@ pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
-    let mut specs = vec![stream_norm_spec(config, &layer, "attention_norm")];
-    specs.extend(config.attention(index).specs(&format!("{layer}.attention")));
-    specs.push(stream_norm_spec(config, &layer, "feed_forward_norm"));
-    specs.extend(feed_forward_specs(config, index));
+    let attention = config.attention(index).specs(&format!("{layer}.attention"));
+    let feed_forward = feed_forward_specs(config, index);
+    let mut specs = Vec::new();
+    for (names, block) in [
+        (NormNames::ATTENTION, attention),
+        (NormNames::FEED_FORWARD, feed_forward),
+    ] {
+        let norms = block_norm_specs(config, &layer, names);
+        specs.extend(norms.input);
+        specs.extend(block);
+        specs.extend(norms.output);
+    }
     specs
 }
 
@@ -90,15 +112,6 @@ pub(crate) fn model_specs(config: &ModelConfig) -> impl Iterator<Item = ParamSpe
     end_specs(config).into_iter().chain(layers)
 }
 
-/// Returns the global name and shape of each tensor of a model, whatever its layout.
-pub(crate) fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
-    let named = |spec: ParamSpec| {
-        let shape = spec.shape();
-        (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
-    };
-    model_specs(config).flat_map(named).collect()
-}
-
 /// Returns the bytes of activations of layer `index` on a rank.
 pub(crate) fn layer_activations(
     config: &ModelConfig,
@@ -106,11 +119,8 @@ pub(crate) fn layer_activations(
     at: &BlockShape,
 ) -> Activations {
     let stream = at.own_tokens * config.hidden as u64 * at.element;
-    // The inputs of both norms, and their outputs.
-    let mut saved = 2 * stream;
-    if at.recompute.keeps(RecomputedPart::Norm) {
-        saved += 2 * stream;
-    }
+    let saves_outputs = at.recompute.keeps(RecomputedPart::Norm);
+    let mut saved = config.norm.placement.saved_tensors(saves_outputs) * stream;
     let attention = config.attention(index).activations(at);
     let moe = config.moe_config(index);
     let feed_forward = match moe {
@@ -167,8 +177,16 @@ impl ModelConfig {
             head_dim: self.head_dim,
             qk_norm: self.qk_norm,
             norm_eps: self.norm_eps,
-            divides_by_width: self.mup.is_some(),
+            score_scale: self.score_scale(),
         })
+    }
+
+    fn score_scale(&self) -> ScoreScale {
+        match self.multipliers.attention {
+            Some(scale) => ScoreScale::Given(scale),
+            None if self.mup.is_some() => ScoreScale::Inverse,
+            None => ScoreScale::InverseRoot,
+        }
     }
 
     /// Returns how parameters are initialized and updated, by their role.
@@ -177,6 +195,7 @@ impl ModelConfig {
             init_std: self.init_std,
             width: self.mup.as_ref().map_or(1.0, |mup| mup.width),
             layers: self.layers,
+            zero_centered_norms: self.norm.zero_centered,
         }
     }
 
@@ -241,6 +260,15 @@ mod tests {
         serde_json::from_value(config).unwrap()
     }
 
+    /// Returns the global name and shape of each tensor of a model, whatever its layout.
+    fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
+        let named = |spec: ParamSpec| {
+            let shape = spec.shape();
+            (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
+        };
+        model_specs(config).flat_map(named).collect()
+    }
+
     #[test]
     fn descriptions_are_those_of_the_model() {
         let configs = [
@@ -248,6 +276,9 @@ mod tests {
             config(|model| model["tie_embeddings"] = json!(true)),
             config(|model| model["qk_norm"] = json!("full")),
             config(|model| model["qk_norm"] = json!("head")),
+            config(|model| model["qk_norm"] = json!("head_after_rope")),
+            config(|model| model["norm"] = json!({"placement": "post"})),
+            config(|model| model["norm"] = json!({"placement": "sandwich"})),
             config(|model| model["moe"]["shared_experts"] = json!(2)),
             config(|model| {
                 model["moe"] = Value::Null;

@@ -1,6 +1,6 @@
 //! Position of a rank on the axes that split parameters.
 
-use super::{parameters::Replicas, part::ModelPart, share::Share};
+use super::{part::ModelPart, replicas::Replicas, share::Share};
 use crate::process_groups::ProcessGroups;
 use parallel::Mesh;
 
@@ -42,6 +42,12 @@ impl ShardPosition {
             share(rank / slices, groups.experts.size() / slices),
             share(rank % slices, slices),
         )
+    }
+
+    /// Returns the position of a rank that splits nothing.
+    pub(crate) fn alone() -> ShardPosition {
+        let whole = Share { rank: 0, ranks: 1 };
+        ShardPosition::new(whole, whole, whole)
     }
 
     fn new(tensor: Share, expert: Share, expert_tensor: Share) -> ShardPosition {

@@ -13,6 +13,8 @@ pub(crate) struct ParameterRules {
     pub(crate) width: f64,
     /// Layers of the whole model.
     pub(crate) layers: usize,
+    /// True if norms multiply by one plus their weight.
+    pub(crate) zero_centered_norms: bool,
 }
 
 impl ParameterRules {
@@ -25,12 +27,15 @@ impl ParameterRules {
         let matrix_std = self.init_std / self.width.sqrt();
         // Smaller by the depth of the residual stream (GPT-2; also Granite's code).
         let residual_std = matrix_std / (2.0 * self.layers as f64).sqrt();
+        let vector = |init| ParameterOptions {
+            init,
+            decay: false,
+            lr_scale: 1.0,
+        };
         match spec.role {
-            Role::Norm => ParameterOptions {
-                init: Init::Ones,
-                decay: false,
-                lr_scale: 1.0,
-            },
+            Role::Norm if self.zero_centered_norms => vector(Init::Zeros),
+            Role::Norm => vector(Init::Ones),
+            Role::Bias => vector(Init::Zeros),
             Role::Vocabulary => normal(self.init_std, 1.0),
             _ if spec.writes_residual => normal(residual_std, 1.0 / self.width),
             Role::Router | Role::Matrix | Role::Expert => normal(matrix_std, 1.0 / self.width),

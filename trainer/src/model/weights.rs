@@ -2,6 +2,7 @@
 
 use super::{
     build_context::BuildContext,
+    norm::Norm,
     parameters::{Parameters, Unit},
     position::ShardPosition,
     rules::ParameterRules,
@@ -41,15 +42,23 @@ impl<'a> WeightBuilder<'a> {
 
     /// Adds this rank's part of a parameter and returns its weight.
     pub(crate) fn add(&mut self, spec: &ParamSpec) -> Weight {
-        let experts: Vec<usize> = spec.own_experts(&self.position).collect();
-        let weight = self.parameters.add(
-            self.ctx.device,
-            &spec.local_shape(&self.position),
-            spec.slices(&self.position, &experts),
-            spec.replicas(&self.position),
-            self.rules.options(spec),
-        );
+        let options = self.rules.options(spec);
+        let device = self.ctx.device;
+        let weight = self.parameters.add(device, spec, &self.position, options);
         weight.scale_uses(self.uses(spec))
+    }
+
+    /// Adds this rank's part of a norm that adds `eps` to the mean square.
+    pub(crate) fn add_norm(&mut self, spec: &ParamSpec, eps: f64) -> Norm {
+        Norm {
+            weight: self.add(spec),
+            offset: if self.rules.zero_centered_norms {
+                1.0
+            } else {
+                0.0
+            },
+            eps,
+        }
     }
 
     /// Returns how often a forward pass uses a matrix: once for each chunk of tokens.

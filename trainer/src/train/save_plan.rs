@@ -187,7 +187,10 @@ mod tests {
     use super::*;
     use crate::{
         config::ParallelConfig,
-        model::parameters::{Replicas, slice, slices_of_rows},
+        model::{
+            replicas::Replicas,
+            slices::{slice, slices_of_rows},
+        },
         replica_ranks::replica_ranks,
     };
     use parallel::{Mesh, MeshShape, own_rows};

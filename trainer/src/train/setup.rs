@@ -4,7 +4,7 @@ use super::{
     Resources, ResumeReport, StepPlan, Trainer,
     counted_tokens::check_validation,
     expert_placement::{ExpertPlacement, ExpertRows},
-    metrics_files::MetricsFiles,
+    metrics::files::MetricsFiles,
     rehearsal::rehearse,
     retention::Retention,
     run_state::CountedFrom,
@@ -15,8 +15,9 @@ use crate::{
     data::Dataset,
     join_groups::join_groups,
     model::{BuildContext, Model, ModelPart, PipelineSplit, parameters::Parameters},
-    optim::Optimizer,
+    optim::{Optimizer, StageRanks, groups::Groups},
     process_groups::ProcessGroups,
+    stage_layout::StageLayout,
 };
 use moe::{
     experts::{Fp8Weights, GemmPrecision},
@@ -113,6 +114,7 @@ impl Trainer {
             &model.parameters,
             device.as_ref(),
             all.clone(),
+            stage_ranks(&config, &mesh, world)?,
         )?;
         Ok(Trainer {
             config,
@@ -302,6 +304,16 @@ fn measure_min_tokens(
     let agreed = agree_on_break_even(all, measured)?;
     least_loaded.planner.lock().min_tokens = agreed;
     Ok(())
+}
+
+/// Returns the ranks that exchange whole matrices: those of the stage, if an optimizer needs them.
+fn stage_ranks(config: &Config, mesh: &Mesh, world: &World) -> Result<StageRanks, Error> {
+    if !Groups::new(&config.optimizer, config.train.dtype.kind()).need_matrices() {
+        return Ok(StageRanks::alone());
+    }
+    let group = world.group("whole matrices", &mesh.group(GroupKind::Stage))?;
+    let layout = StageLayout::new(&config.parallel, mesh)?;
+    Ok(StageRanks::new(group, layout))
 }
 
 fn expert_placement(

@@ -11,7 +11,14 @@ use crate::{
 impl Config {
     pub(super) fn check_model(&self, problems: &mut Problems) {
         let model = &self.model;
-        model.attention(0).problems(problems);
+        let attention = model.attention(0);
+        attention.problems(problems);
+        if model.heads > 0 {
+            let width = attention.rotary_width();
+            model
+                .rope
+                .check(model.rope_theta, width, model.layers, problems);
+        }
         if model.has_dense_layers() && model.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
         }

@@ -2,7 +2,7 @@
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
 // G key/value heads of this rank, d head width.
 
-use super::{Attention, AttentionPlan, HeadKeys};
+use super::{Attention, AttentionPlan, HeadKeys, ScoreScale};
 use crate::{
     config::layout::RecomputedPart,
     model::{
@@ -11,7 +11,8 @@ use crate::{
         build_context::BuildContext,
         core_attention::CoreAttention,
         documents::Documents,
-        norm::{norm_spec, rms_norm, split_rms_norm},
+        norm::{Norm, norm_spec},
+        rope::Rope,
         spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
         weights::WeightBuilder,
         work::Flops,
@@ -39,6 +40,8 @@ pub enum QkNorm {
     Full,
     /// One norm per head (Qwen3).
     Head,
+    /// One norm per head, after rotary embedding (Hunyuan).
+    HeadAfterRope,
 }
 
 /// The plan of grouped-query attention.
@@ -52,9 +55,7 @@ pub(crate) struct GroupedAttention {
     pub(crate) head_dim: Option<usize>,
     pub(crate) qk_norm: QkNorm,
     pub(crate) norm_eps: f64,
-    /// Divides scores by the width of a head instead of its root, as maximal update
-    /// parametrization does.
-    pub(crate) divides_by_width: bool,
+    pub(crate) score_scale: ScoreScale,
 }
 
 /// This rank's part of grouped-query attention.
@@ -63,14 +64,14 @@ struct GroupedHeads {
     key: Weight,
     value: Weight,
     output: Weight,
-    norms: Option<(Weight, Weight)>,
+    /// Norms of queries and of keys.
+    norms: Option<(Norm, Norm)>,
     heads: i64,
     /// Key and value heads that this rank computes.
     kv_heads: i64,
     /// Key and value heads that its queries use, among the computed ones.
     used_kv_heads: Range<i64>,
     head_dim: i64,
-    norm_eps: f64,
     qk_norm: QkNorm,
     /// True if ranks split key heads as they split query heads.
     splits_kv_heads: bool,
@@ -170,7 +171,7 @@ impl GroupedSpecs {
                 norm_spec(block, "query_norm", queries, of_heads(0, heads)),
                 norm_spec(block, "key_norm", keys, of_heads(0, kv_heads)),
             ]),
-            QkNorm::Head => {
+            QkNorm::Head | QkNorm::HeadAfterRope => {
                 let width = Dim::new("model.head_dim", head_dim);
                 Some(
                     ["query_norm", "key_norm"]
@@ -211,16 +212,10 @@ impl GroupedAttention {
     }
 
     fn core_attention(&self, ctx: &BuildContext, ranges: &HeadRanges) -> CoreAttention {
-        let head_dim = self.head_dim() as f64;
-        let scale = if self.divides_by_width {
-            1.0 / head_dim
-        } else {
-            1.0 / head_dim.sqrt()
-        };
         let first = ranges.needed.start;
         let kv_head = |head: i64| head / ranges.queries_per_kv - first;
         CoreAttention {
-            scale,
+            scale: self.score_scale.of_width(self.head_dim()),
             kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
             context: ctx.groups.context.clone(),
             kind: ctx.context_attention,
@@ -300,12 +295,6 @@ impl AttentionPlan for GroupedAttention {
             Quantity::new("model.kv_heads", self.kv_heads),
             "each key head must serve the same number of query heads",
         );
-        if self.heads > 0 && !self.head_dim().is_multiple_of(2) {
-            problems.add(format!(
-                "the head width {} is odd; rotary embedding turns pairs",
-                self.head_dim()
-            ));
-        }
     }
 
     fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
@@ -333,7 +322,7 @@ impl AttentionPlan for GroupedAttention {
         let key = builder.add(&specs.key);
         let value = builder.add(&specs.value);
         let norms = specs.norms.map(|norms| {
-            let [query_norm, key_norm] = norms.map(|norm| builder.add(&norm));
+            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm, self.norm_eps));
             (query_norm, key_norm)
         });
         let output = builder.add(&specs.output);
@@ -356,7 +345,6 @@ impl AttentionPlan for GroupedAttention {
             kv_heads: ranges.computed.end - first_computed,
             used_kv_heads: ranges.needed.start - first_computed..ranges.needed.end - first_computed,
             head_dim,
-            norm_eps: self.norm_eps,
             qk_norm: self.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
@@ -367,12 +355,12 @@ impl AttentionPlan for GroupedAttention {
 }
 
 impl Attention for GroupedHeads {
-    fn forward(&self, x: &Activation, batch: &BatchContext) -> Result<Tensor, Error> {
-        let BatchContext {
-            sequences,
-            rope,
-            documents,
-        } = batch;
+    fn forward(
+        &self,
+        x: &Activation,
+        batch: &BatchContext,
+        rope: Option<&Rope>,
+    ) -> Result<Tensor, Error> {
         let weights = [&self.query, &self.key, &self.value];
         let mut projected = self.tensor.column_parallel(x, |x| linears(x, &weights))?;
         let value = projected.remove(2);
@@ -380,23 +368,31 @@ impl Attention for GroupedHeads {
         let mut query = projected.remove(0);
         if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
             let group = self.tensor.group();
-            query = split_rms_norm(&query, query_norm, self.norm_eps, group)?;
+            query = query_norm.apply_split(&query, group)?;
             key = if self.splits_kv_heads {
-                split_rms_norm(&key, key_norm, self.norm_eps, group)?
+                key_norm.apply_split(&key, group)?
             } else {
-                rms_norm(&key, key_norm, self.norm_eps)?
+                key_norm.apply(&key)?
             };
         }
-        let mut query = self.split_heads(&query, *sequences, self.heads);
-        let mut key = self.split_heads(&key, *sequences, self.kv_heads);
+        let mut query = self.split_heads(&query, batch.sequences, self.heads);
+        let mut key = self.split_heads(&key, batch.sequences, self.kv_heads);
         if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
-            query = rms_norm(&query, query_norm, self.norm_eps)?;
-            key = rms_norm(&key, key_norm, self.norm_eps)?;
+            query = query_norm.apply(&query)?;
+            key = key_norm.apply(&key)?;
         }
-        let query = rope.apply(&query)?;
-        let key = rope.apply(&self.used_heads(&key))?;
-        let value = self.used_heads(&self.split_heads(&value, *sequences, self.kv_heads));
-        let mixed = self.attend(&query, &key, &value, documents.as_ref())?;
+        let mut key = self.used_heads(&key);
+        if let Some(rope) = rope {
+            query = rope.apply(&query)?;
+            key = rope.apply(&key)?;
+        }
+        if let (QkNorm::HeadAfterRope, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
+            query = query_norm.apply(&query)?;
+            key = key_norm.apply(&key)?;
+        }
+        let value = self.split_heads(&value, batch.sequences, self.kv_heads);
+        let value = self.used_heads(&value);
+        let mixed = self.attend(&query, &key, &value, batch.documents.as_ref())?;
         let merged = mixed
             .transpose(1, 2)
             .reshape([-1, self.heads * self.head_dim]);

@@ -5,6 +5,7 @@ pub(crate) mod grouped;
 use super::{
     activations::{Activations, BlockShape},
     batch::BatchContext,
+    rope::Rope,
     spec::ParamSpec,
     weights::WeightBuilder,
     work::Flops,
@@ -21,6 +22,29 @@ pub(crate) struct HeadKeys {
     pub(crate) head_dim: Option<usize>,
 }
 
+/// Factor on the products of queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum ScoreScale {
+    /// One over the root of a key's width.
+    InverseRoot,
+    /// One over the width of a key, as maximal update parametrization has it.
+    Inverse,
+    /// Given by the configuration.
+    Given(f64),
+}
+
+impl ScoreScale {
+    /// Returns the factor for keys of this width.
+    pub(crate) fn of_width(self, width: usize) -> f64 {
+        let width = width as f64;
+        match self {
+            ScoreScale::InverseRoot => 1.0 / width.sqrt(),
+            ScoreScale::Inverse => 1.0 / width,
+            ScoreScale::Given(scale) => scale,
+        }
+    }
+}
+
 /// The plan of one attention block. It alone knows the block's sizes.
 pub(crate) trait AttentionPlan {
     /// Describes the parameters of the block with this global name, in the order of use.
@@ -29,7 +53,7 @@ pub(crate) trait AttentionPlan {
     /// Returns the configuration's keys of heads with the values that unset ones stand for.
     fn head_keys(&self) -> HeadKeys;
 
-    /// Returns the width of the part of a head that rotary position embedding turns.
+    /// Returns the elements of a head of which rotary position embedding turns all or a part.
     fn rotary_width(&self) -> usize;
 
     /// Returns the most elements that a token has in one of the block's tensors, over all ranks.
@@ -53,9 +77,15 @@ pub(crate) trait AttentionPlan {
 
 /// This rank's part of an attention block.
 pub(crate) trait Attention: Send + Sync {
-    /// Maps this rank's rows `[T / ranks, D]` of a microbatch to the same shape.
+    /// Maps this rank's rows `[T / ranks, D]` of a microbatch to the same shape. Without `rope`,
+    /// queries and keys do not rotate.
     ///
     /// # Collective
     /// All ranks of the tensor group and of the context group.
-    fn forward(&self, x: &Activation, batch: &BatchContext) -> Result<Tensor, Error>;
+    fn forward(
+        &self,
+        x: &Activation,
+        batch: &BatchContext,
+        rope: Option<&Rope>,
+    ) -> Result<Tensor, Error>;
 }

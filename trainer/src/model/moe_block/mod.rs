@@ -294,10 +294,8 @@ pub(crate) fn build(
         name: name.to_string(),
         gate_up: builder.parameters.len(),
         down: builder.parameters.len() + 1,
-        specs: specs.experts,
-        position: builder.position,
     };
-    let own_experts = experts.specs.build(builder);
+    let own_experts = specs.experts.build(builder);
     let shared = specs.shared.map(|specs| specs.build(builder));
     let ctx = builder.ctx;
     let groups = ctx.groups;
