@@ -160,7 +160,6 @@ impl MoeConfig {
     }
 
     fn specs_by_part(&self, hidden: usize, block: &str) -> MoeSpecs {
-        let experts = self.expert_specs(hidden, block);
         let hidden = Dim::hidden(hidden);
         let shared = self.shared_width().map(|width| {
             let ffn = Dim::new("model.moe.shared_experts x ffn", width as u64);
@@ -168,7 +167,7 @@ impl MoeConfig {
         });
         MoeSpecs {
             router: self.router.specs(self.experts, hidden, block),
-            experts,
+            experts: self.network_specs(hidden, block),
             shared,
         }
     }
@@ -180,8 +179,11 @@ impl MoeConfig {
     }
 
     /// Returns the descriptions of the routed experts in the block with this global name.
-    pub(crate) fn expert_specs(&self, hidden: usize, block: &str) -> SwigluSpecs {
-        let hidden = Dim::hidden(hidden);
+    pub(crate) fn expert_specs(&self, hidden: usize, block: &str) -> Vec<ParamSpec> {
+        self.network_specs(Dim::hidden(hidden), block).into_list()
+    }
+
+    fn network_specs(&self, hidden: Dim, block: &str) -> SwigluSpecs {
         let ffn = Dim::new("model.moe.ffn", self.ffn as u64);
         SwigluSpecs::new(block, hidden, ffn, Networks::Experts(self.experts as u64))
     }
@@ -290,12 +292,12 @@ pub(crate) fn build(
 ) -> MoeBlock {
     let specs = config.specs_by_part(hidden, name);
     let router = builder.add(&specs.router);
+    let first = builder.parameters.len();
+    let networks = specs.experts.build(builder);
     let experts = LocalExperts {
         name: name.to_string(),
-        gate_up: builder.parameters.len(),
-        down: builder.parameters.len() + 1,
+        parameters: first..builder.parameters.len(),
     };
-    let own_experts = specs.experts.build(builder);
     let shared = specs.shared.map(|specs| specs.build(builder));
     let ctx = builder.ctx;
     let groups = ctx.groups;
@@ -323,7 +325,7 @@ pub(crate) fn build(
         weights: MoeWeights {
             router,
             bias: Mutex::new(bias),
-            experts: own_experts,
+            experts: networks,
             shared,
         },
     };
