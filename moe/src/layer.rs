@@ -3,7 +3,7 @@
 use crate::{
     balance::{BalanceScope, RouterStats},
     dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch, TokensPerExpert},
-    experts::{ExpertWeights, GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent},
+    experts::{GemmPrecision, GluNetworks, grouped_glu, grouped_glu_with_lent},
     lending::weights::LentWeights,
     plan::{chunk_range, count_tokens_by_group, group_ranges},
     router::{Router, Routing},
@@ -17,18 +17,16 @@ use std::{ops::Range, sync::Arc};
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
-/// Tensors of an MoE layer. E experts in all, L on this rank, D hidden, F expert ffn, S shared ffn.
+/// Tensors of an MoE layer. E experts in all, D hidden, S shared ffn.
 pub struct MoeWeights {
     /// `[E, D]`.
     pub router: Weight,
     /// `[E]` fp32 bias of loss-free balancing, which gradients do not train.
     pub bias: Mutex<Option<Tensor>>,
-    /// `[L, 2F, D]`; a slice of F if ranks split experts.
-    pub gate_up_proj: Weight,
-    /// `[L, D, F]`; a slice of F if ranks split experts.
-    pub down_proj: Weight,
-    /// `[1, 2S, D]` and `[1, D, S]`: all shared experts as one, split like a dense layer.
-    pub shared: Option<(Weight, Weight)>,
+    /// This rank's experts; a slice of each if ranks split experts.
+    pub experts: GluNetworks,
+    /// All shared experts as one network of width S, split like a dense layer.
+    pub shared: Option<GluNetworks>,
 }
 
 /// An MoE layer, with the process groups that it works in.
@@ -198,12 +196,12 @@ impl MoeLayer {
     }
 
     fn forward_shared(&self, x_td: &Activation) -> Result<Option<Tensor>, Error> {
-        let Some((gate_up_proj, down_proj)) = &self.weights.shared else {
+        let Some(shared) = &self.weights.shared else {
             return Ok(None);
         };
         let network = |x: &Activation| {
             let rows = x.value.size()[0];
-            grouped_swiglu(x, gate_up_proj, down_proj, &[rows], self.save.experts)
+            grouped_glu(x, shared, &[rows], self.save.experts)
         };
         self.tensor.column_row_parallel(x_td, network).map(Some)
     }
@@ -263,13 +261,9 @@ impl MoeLayer {
         plan: &DispatchPlan,
         overlapped: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
     ) -> Result<RoutedOutput, Error> {
-        let MoeWeights {
-            gate_up_proj,
-            down_proj,
-            ..
-        } = &self.weights;
+        let experts_here = &self.weights.experts;
         let num_chunks = self.dispatcher.chunks();
-        let mut pending_weights = plan.fetch(gate_up_proj, down_proj)?;
+        let mut pending_weights = plan.fetch(experts_here)?;
         // All chunks are in flight before the first is computed. The results of a chunk are in
         // flight while the next one is computed.
         let chunks = self.start_chunks(x_td, weights_tk, experts, plan)?;
@@ -297,14 +291,10 @@ impl MoeLayer {
             moe_stats.computed_tokens += groups.num_rows();
             moe_stats.lent_tokens += lent_groups.num_rows();
             moe_stats.internode_bytes += self.dispatcher.internode_bytes(&dispatched);
-            let weights = ExpertWeights {
-                gate_up_proj,
-                down_proj,
-                lent: lent_weights.clone(),
-            };
-            let y_rd = grouped_swiglu_with_lent(
+            let y_rd = grouped_glu_with_lent(
                 &dispatched.rows_rd,
-                weights,
+                experts_here,
+                lent_weights.clone(),
                 &groups,
                 &self.gemm,
                 self.save.experts,
@@ -370,23 +360,13 @@ impl MoeLayer {
 
     /// Returns the figures that are known before any token is computed.
     fn new_stats(&self, plan: &DispatchPlan) -> MoeStats {
-        let MoeWeights {
-            gate_up_proj,
-            down_proj,
-            ..
-        } = &self.weights;
-        let expert_elements: i64 = [gate_up_proj, down_proj]
-            .iter()
-            .map(|weight| weight.shape()[1..].iter().product::<i64>())
-            .sum();
-        let expert_bytes = expert_elements * gate_up_proj.kind().elt_size_in_bytes() as i64;
         let lent = plan
             .lending
             .as_ref()
             .map_or(0, |lending| lending.num_lent());
         MoeStats {
             tokens_per_expert: plan.tokens_per_expert(),
-            lent_bytes: lent * expert_bytes,
+            lent_bytes: lent * self.weights.experts.bytes(),
             plan_seconds: plan.seconds,
             ..MoeStats::default()
         }

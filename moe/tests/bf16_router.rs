@@ -5,7 +5,7 @@ use moe::{
     MoeLayer, MoeWeights, Router, RoutingReplay, SavePolicy,
     balance::BalanceScope,
     dispatch::Dispatcher,
-    experts::GemmPrecision,
+    experts::{GemmPrecision, GluNetworks},
     plan::{ExpertTopology, count_tokens_per_expert},
 };
 use parallel::{Activation, Communicator, Local, Weight, tensor::TensorParallel};
@@ -48,8 +48,10 @@ fn layer(router_ed: &Tensor) -> MoeLayer {
         weights: MoeWeights {
             router: Weight::new(router_ed.shallow_clone()),
             bias: Mutex::new(None),
-            gate_up_proj: Weight::new(numbers(3, &[EXPERTS, 16, HIDDEN])),
-            down_proj: Weight::new(numbers(4, &[EXPERTS, HIDDEN, 8])),
+            experts: GluNetworks {
+                gate_up_proj: Weight::new(numbers(3, &[EXPERTS, 16, HIDDEN])),
+                down_proj: Weight::new(numbers(4, &[EXPERTS, HIDDEN, 8])),
+            },
             shared: None,
         },
     }

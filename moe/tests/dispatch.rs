@@ -8,7 +8,7 @@ use moe::{
     MoeLayer, MoeStats, MoeWeights, Router, SavePolicy,
     balance::BalanceScope,
     dispatch::{Dispatcher, Hierarchy, LeastLoaded},
-    experts::GemmPrecision,
+    experts::{GemmPrecision, GluNetworks},
     lending::least_loaded::{Imbalance, Planner},
     plan::ExpertTopology,
 };
@@ -176,8 +176,10 @@ fn build_layer(groups: &Groups, case: &Case, mode: Mode) -> MoeLayer {
         weights: MoeWeights {
             router: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),
             bias: Mutex::new(None),
-            gate_up_proj,
-            down_proj,
+            experts: GluNetworks {
+                gate_up_proj,
+                down_proj,
+            },
             shared: None,
         },
     }
@@ -187,12 +189,8 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let rank = groups.all.rank();
     let seed = rank as i64;
     let layer = build_layer(groups, case, mode);
-    let MoeWeights {
-        gate_up_proj,
-        down_proj,
-        ..
-    } = &layer.weights;
-    let weights = [(gate_up_proj.clone(), 0), (down_proj.clone(), 0)];
+    let weights = layer.weights.experts.weights().into_iter();
+    let weights: Vec<_> = weights.map(|weight| (weight.clone(), 0)).collect();
     let gradients =
         GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
     gradients.begin(1);

@@ -7,8 +7,8 @@ use super::{
     weights::WeightBuilder,
 };
 use crate::config::layout::RecomputedPart;
-use moe::experts::grouped_swiglu;
-use parallel::{Activation, Weight, tensor::TensorParallel};
+use moe::experts::{GluNetworks, grouped_glu};
+use parallel::{Activation, tensor::TensorParallel};
 use tch::Tensor;
 use torch_ext::Error;
 
@@ -69,6 +69,14 @@ impl SwigluSpecs {
         }
     }
 
+    /// Builds a rank's part of the networks.
+    pub(crate) fn build(&self, builder: &mut WeightBuilder) -> GluNetworks {
+        GluNetworks {
+            gate_up_proj: builder.add(&self.gate_up),
+            down_proj: builder.add(&self.down),
+        }
+    }
+
     /// Returns the descriptions in the order of use.
     pub(crate) fn into_list(self) -> Vec<ParamSpec> {
         vec![self.gate_up, self.down]
@@ -91,10 +99,8 @@ pub(crate) fn activations(rows: u64, hidden: u64, ffn: u64, at: &BlockShape) -> 
 
 /// A rank's part of a dense feed-forward network.
 pub(crate) struct DenseFeedForward {
-    /// `[1, 2F, D]`; of F this rank's part.
-    gate_up: Weight,
-    /// `[1, D, F]`; of F this rank's part.
-    down: Weight,
+    /// One network; of F this rank's part.
+    network: GluNetworks,
     tensor: TensorParallel,
     /// True if the gate-up output is saved for backward.
     save_gate_up: bool,
@@ -103,8 +109,7 @@ pub(crate) struct DenseFeedForward {
 impl DenseFeedForward {
     pub(crate) fn new(builder: &mut WeightBuilder, specs: &SwigluSpecs) -> DenseFeedForward {
         DenseFeedForward {
-            gate_up: builder.add(&specs.gate_up),
-            down: builder.add(&specs.down),
+            network: specs.build(builder),
             tensor: builder.ctx.groups.tensor.clone(),
             save_gate_up: builder.ctx.recompute.keeps(RecomputedPart::Experts),
         }
@@ -117,7 +122,7 @@ impl DenseFeedForward {
     pub(crate) fn forward(&self, x: &Activation) -> Result<Tensor, Error> {
         self.tensor.column_row_parallel(x, |x| {
             let tokens = x.value.size()[0];
-            grouped_swiglu(x, &self.gate_up, &self.down, &[tokens], self.save_gate_up)
+            grouped_glu(x, &self.network, &[tokens], self.save_gate_up)
         })
     }
 }

@@ -168,7 +168,6 @@ impl MoeConfig {
     }
 
     fn specs_by_part(&self, hidden: usize, block: &str) -> MoeSpecs {
-        let experts = self.expert_specs(hidden, block);
         let hidden = Dim::hidden(hidden);
         let shared = self.shared_width().map(|width| {
             let ffn = Dim::new("model.moe.shared_experts x ffn", width as u64);
@@ -176,7 +175,7 @@ impl MoeConfig {
         });
         MoeSpecs {
             router: self.router.specs(self.experts, hidden, block),
-            experts,
+            experts: self.network_specs(hidden, block),
             shared,
         }
     }
@@ -188,8 +187,11 @@ impl MoeConfig {
     }
 
     /// Returns the descriptions of the routed experts in the block with this global name.
-    pub(crate) fn expert_specs(&self, hidden: usize, block: &str) -> SwigluSpecs {
-        let hidden = Dim::hidden(hidden);
+    pub(crate) fn expert_specs(&self, hidden: usize, block: &str) -> Vec<ParamSpec> {
+        self.network_specs(Dim::hidden(hidden), block).into_list()
+    }
+
+    fn network_specs(&self, hidden: Dim, block: &str) -> SwigluSpecs {
         let ffn = Dim::new("model.moe.ffn", self.ffn as u64);
         SwigluSpecs::new(block, hidden, ffn, Networks::Experts(self.experts as u64))
     }
@@ -298,16 +300,13 @@ pub(crate) fn build(
 ) -> MoeBlock {
     let specs = config.specs_by_part(hidden, name);
     let router = builder.add(&specs.router);
+    let first = builder.parameters.len();
+    let networks = specs.experts.build(builder);
     let experts = LocalExperts {
         name: name.to_string(),
-        gate_up: builder.parameters.len(),
-        down: builder.parameters.len() + 1,
+        parameters: first..builder.parameters.len(),
     };
-    let gate_up_proj = builder.add(&specs.experts.gate_up);
-    let down_proj = builder.add(&specs.experts.down);
-    let shared = specs
-        .shared
-        .map(|specs| (builder.add(&specs.gate_up), builder.add(&specs.down)));
+    let shared = specs.shared.map(|specs| specs.build(builder));
     let ctx = builder.ctx;
     let groups = ctx.groups;
     let zeros = || ctx.device.zeros(&[config.experts as i64], Kind::Float);
@@ -334,8 +333,7 @@ pub(crate) fn build(
         weights: MoeWeights {
             router,
             bias: Mutex::new(bias),
-            gate_up_proj,
-            down_proj,
+            experts: networks,
             shared,
         },
     };
