@@ -79,11 +79,30 @@ fn multipliers() -> impl Strategy<Value = Value> {
     prop::sample::select(vec![json!({}), factors])
 }
 
-/// Random keys of the section `model` that no others depend on.
+/// Random kinds of attention, whose rotating width is 4.
+fn attentions() -> impl Strategy<Value = Value> {
+    prop::sample::select(vec![
+        json!({"grouped": {}}),
+        json!({"grouped": {"window": {"size": 5}, "output_gate": true}}),
+        json!({"grouped": {"window": {"size": 9, "layers": {"every": 2}}, "sinks": true}}),
+        json!({"grouped": {"bias": "all", "sinks": true}}),
+        json!({"grouped": {"bias": "qkv", "output_gate": true}}),
+        json!({"latent": {
+            "query_rank": 7, "kv_rank": 10, "nope_dim": 3, "rope_dim": 4, "value_dim": 5,
+        }}),
+        json!({"latent": {"kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 6}}),
+    ])
+}
+
+/// Random keys of the section `model`.
 fn variants() -> impl Strategy<Value = Value> {
     let qk_norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
-    (ropes(), norms(), qk_norms, multipliers()).prop_map(|(rope, norm, qk_norm, multipliers)| {
-        json!({"rope": rope, "norm": norm, "qk_norm": qk_norm, "multipliers": multipliers})
+    let keys = (ropes(), norms(), qk_norms, multipliers(), attentions());
+    keys.prop_map(|(rope, norm, qk_norm, multipliers, attention)| {
+        json!({
+            "rope": rope, "norm": norm, "qk_norm": qk_norm, "multipliers": multipliers,
+            "attention": attention,
+        })
     })
 }
 
@@ -138,6 +157,11 @@ fn models() -> impl Strategy<Value = Value> {
                 });
                 let keys = model.as_object_mut().unwrap();
                 keys.extend(variants.as_object().unwrap().clone());
+                if variants["attention"].get("latent").is_some() {
+                    for key in ["kv_heads", "head_dim", "qk_norm"] {
+                        keys.remove(key);
+                    }
+                }
                 json!({
                     "model": model,
                     "optimizer": optimizer,

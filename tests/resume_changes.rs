@@ -116,6 +116,7 @@ fn model_changes() -> Vec<Change> {
         change("model.norm.placement", json!("sandwich")),
         change("model.norm.zero_centered", json!(true)),
         change("model.qk_norm", json!("head")),
+        change("model.attention", json!({"grouped": {"sinks": true}})),
         change("model.tie_embeddings", json!(true)),
         change("model.init_std", json!(0.03)),
         change("model.mup.width", json!(2)),
