@@ -85,7 +85,7 @@ fn models() -> impl Strategy<Value = Value> {
     let documents = prop::option::weighted(0.3, 0u32..3);
     // Whether the label after the end of a document counts, and whether all others do.
     let masks = (any::<bool>(), any::<bool>());
-    let norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
+    let qk_norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
     let scores = any::<bool>();
     let tied = any::<bool>();
     let micro_batches = prop::sample::select(vec![1, 2]);
@@ -102,7 +102,7 @@ fn models() -> impl Strategy<Value = Value> {
         statistics,
         scores,
         tied,
-        norms,
+        qk_norms,
         micro_batches,
         0usize..2,
         (documents, masks),
