@@ -551,6 +551,33 @@ mod tests {
         serde_json::from_value(config).unwrap()
     }
 
+    #[test]
+    fn state_follows_the_optimizers() {
+        let mut config = config(json!({}), json!({}));
+        let mut memory = |optimizer: Value| {
+            config.optimizer = serde_json::from_value(optimizer).unwrap();
+            let memory = config.memory(1).unwrap().remove(0).memory;
+            (memory, config.checkpoint_bytes())
+        };
+        let (adamw, saved) = memory(json!({}));
+        let all = adamw.parameters;
+        assert_eq!(adamw.optimizer, 8 * all);
+        assert_eq!(saved, 12 * u128::from(all));
+        let (rounded, saved) = memory(json!({"state_dtype": "bf16"}));
+        assert_eq!(rounded.optimizer, 4 * all);
+        assert_eq!(saved, 8 * u128::from(all));
+        let (plain, saved) = memory(json!({"groups": [{"sgd": {"momentum": 0}}]}));
+        assert_eq!(plain.optimizer, 0);
+        assert_eq!(saved, 4 * u128::from(all));
+        let (muon, saved) = memory(json!({"groups": [{"muon": {}}]}));
+        let specs = model_specs(&config.model);
+        let matrices = specs.filter(|spec| matches!(spec.role, Role::Matrix | Role::Expert));
+        let matrices = matrices.map(|spec| spec.elements() as u64).sum::<u64>();
+        assert_eq!(muon.optimizer, 8 * all - 4 * matrices);
+        assert_eq!(saved, 12 * u128::from(all) - 4 * u128::from(matrices));
+        assert!(matrices > all / 2 && muon.transient >= adamw.transient);
+    }
+
     /// Computes each rank on its own.
     fn one_by_one(config: &Config, ranks: usize) -> Vec<RankMemory> {
         let mesh = config.mesh(0, ranks).unwrap();
