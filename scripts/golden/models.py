@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes golden files: outputs, losses and gradients of tiny Hugging Face transformers models.
 
-usage: scripts/golden/models.py [--output DIR] [NAME ...]   (default: trainer/tests/golden, all)
+usage: scripts/golden/models.py [--output DIR] [NAME ...]   (default: trainer/tests/golden/models,
+                                                            all)
 
 To add a model, add an entry to MODELS: the class and configuration of transformers, or any
 torch module whose output has `loss` and `logits`, and moerun's section `model` for the same
@@ -728,7 +729,7 @@ def run(golden):
 
 def main():
     parser = argparse.ArgumentParser(description="Writes golden files.")
-    folder = Path(__file__).parents[2] / "trainer/tests/golden"
+    folder = Path(__file__).parents[2] / "trainer/tests/golden/models"
     parser.add_argument("--output", type=Path, default=folder, help="folder of the files")
     parser.add_argument("names", nargs="*", default=sorted(MODELS), metavar="NAME")
     arguments = parser.parse_args()

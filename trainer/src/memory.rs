@@ -8,7 +8,7 @@ use crate::{
     model::{
         ModelPart, PipelineSplit, StagePart,
         activations::{Activations, BlockShape, FP32_BYTES},
-        decoder::{layer_activations, layer_specs, model_specs, stream_norm_spec, vocabulary_spec},
+        decoder::{layer_activations, model_specs, part_units},
         logits_chunk_bytes,
         position::ShardPosition,
         replicas::Replicas,
@@ -130,23 +130,8 @@ impl Config {
 impl RankSizes<'_> {
     /// Returns all parameters of `part`, in the model's order.
     fn parameters(&self, part: &ModelPart) -> Vec<ParameterShape> {
-        let model = &self.config.model;
         let position = self.position(part);
-        let shares_vocabulary = part.vocabulary.is_some();
-        let has_embedding = shares_vocabulary || part.has_first();
-        let mut units = Vec::new();
-        if has_embedding {
-            units.push(vec![vocabulary_spec(model, "embedding")]);
-        }
-        let layers = part.stages.iter().flat_map(|stage| stage.layers.clone());
-        units.extend(layers.map(|layer| layer_specs(model, layer)));
-        if part.has_last() {
-            units.push(vec![stream_norm_spec(model, "", "norm")]);
-        }
-        let has_head = shares_vocabulary || part.has_last();
-        if has_head && !(model.tie_embeddings && has_embedding) {
-            units.push(vec![vocabulary_spec(model, "head")]);
-        }
+        let units = part_units(&self.config.model, part);
         let shape = |unit: usize, spec: &ParamSpec| {
             let (rows, cols) = matrix_shape(&spec.local_shape(&position));
             ParameterShape {
@@ -548,6 +533,33 @@ mod tests {
             config["model"][key] = value.clone();
         }
         serde_json::from_value(config).unwrap()
+    }
+
+    #[test]
+    fn state_follows_the_optimizers() {
+        let mut config = config(json!({}), json!({}));
+        let mut memory = |optimizer: Value| {
+            config.optimizer = serde_json::from_value(optimizer).unwrap();
+            let memory = config.memory(1).unwrap().remove(0).memory;
+            (memory, config.checkpoint_bytes())
+        };
+        let (adamw, saved) = memory(json!({}));
+        let all = adamw.parameters;
+        assert_eq!(adamw.optimizer, 8 * all);
+        assert_eq!(saved, 12 * u128::from(all));
+        let (rounded, saved) = memory(json!({"state_dtype": "bf16"}));
+        assert_eq!(rounded.optimizer, 4 * all);
+        assert_eq!(saved, 8 * u128::from(all));
+        let (plain, saved) = memory(json!({"groups": [{"sgd": {"momentum": 0}}]}));
+        assert_eq!(plain.optimizer, 0);
+        assert_eq!(saved, 4 * u128::from(all));
+        let (muon, saved) = memory(json!({"groups": [{"muon": {}}]}));
+        let specs = model_specs(&config.model);
+        let matrices = specs.filter(|spec| matches!(spec.role, Role::Matrix | Role::Expert));
+        let matrices = matrices.map(|spec| spec.elements() as u64).sum::<u64>();
+        assert_eq!(muon.optimizer, 8 * all - 4 * matrices);
+        assert_eq!(saved, 12 * u128::from(all) - 4 * u128::from(matrices));
+        assert!(matrices > all / 2 && muon.transient >= adamw.transient);
     }
 
     /// Computes each rank on its own.

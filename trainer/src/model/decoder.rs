@@ -5,6 +5,7 @@ use super::{
     attention::{AttentionKeys, AttentionPlan, ScoreScale},
     feed_forward::{self, Networks, SwigluSpecs},
     norm::{BlockNorms, NormNames, norm_spec},
+    part::{HeadWeight, ModelPart},
     rules::ParameterRules,
     spec::{Dim, ParamSpec, Role, Split, Stack},
     work::Flops,
@@ -112,6 +113,27 @@ pub(crate) fn end_specs(config: &ModelConfig) -> Vec<ParamSpec> {
         specs.push(vocabulary_spec(config, "head"));
     }
     specs
+}
+
+/// Returns the descriptions of the parameters of `part`, by the units that are gathered together,
+/// in the order of use.
+pub(crate) fn part_units(config: &ModelConfig, part: &ModelPart) -> Vec<Vec<ParamSpec>> {
+    let ends = part.ends(config.tie_embeddings);
+    let mut units = Vec::new();
+    if ends.embedding {
+        units.push(vec![vocabulary_spec(config, "embedding")]);
+    }
+    let layers = part.stages.iter().flat_map(|stage| stage.layers.clone());
+    units.extend(layers.map(|layer| layer_specs(config, layer)));
+    if ends.norm {
+        units.push(vec![stream_norm_spec(config, "", "norm")]);
+    }
+    match ends.head {
+        HeadWeight::None | HeadWeight::Embedding => {}
+        HeadWeight::Own => units.push(vec![vocabulary_spec(config, "head")]),
+        HeadWeight::EmbeddingCopy => units.push(vec![vocabulary_spec(config, "embedding")]),
+    }
+    units
 }
 
 /// Returns the descriptions of all parameters of a model. Layers are in order.
