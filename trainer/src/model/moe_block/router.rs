@@ -72,8 +72,8 @@ impl RouterConfig {
         self.normalize.unwrap_or(top_k > 1)
     }
 
-    /// Describes the parameters in the MoE block with this global name.
-    pub(super) fn specs(&self, experts: usize, hidden: Dim, block: &str) -> ParamSpec {
+    /// Describes the parameter in the MoE block with this global name.
+    pub(super) fn spec(&self, experts: usize, hidden: Dim, block: &str) -> ParamSpec {
         ParamSpec {
             block: block.to_string(),
             part: "gate",
