@@ -134,6 +134,8 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.top_k", json!(3)),
         change("model.moe.ffn", json!(48)),
         change("model.moe.shared_experts", json!(0)),
+        change("model.moe.activation", json!({"clamped_glu": {}})),
+        change("model.moe.expert_bias", json!(true)),
         change("model.moe.router.score", json!("sigmoid")),
         change("model.moe.router.normalize", json!(false)),
         change("model.moe.router.scale", json!(2)),

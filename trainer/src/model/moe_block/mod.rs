@@ -4,6 +4,7 @@ mod experts;
 mod router;
 mod shared;
 
+pub use experts::{ClampedGluConfig, ExpertActivation};
 pub use router::RouterConfig;
 
 use super::{
@@ -50,6 +51,15 @@ pub struct MoeConfig {
     #[on_resume(refused)]
     #[schemars(range(min = 1, max = MAX_WIDTH))]
     pub ffn: usize,
+    /// Activation of the experts, shared ones included: `swiglu`, or
+    /// `{clamped_glu: {alpha: 1.702, limit: 7}}`.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub activation: ExpertActivation,
+    /// Adds biases to both products of an expert. Shared experts have none.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub expert_bias: bool,
     /// Number of shared experts, which process every token.
     #[on_resume(refused)]
     #[schemars(range(min = 0, max = MAX_EXPERTS))]
@@ -109,6 +119,8 @@ impl MoeConfig {
             experts,
             top_k,
             ffn,
+            activation: ExpertActivation::default(),
+            expert_bias: false,
             shared_experts: 0,
             router: RouterConfig::default(),
             load_balance: default_load_balance(),
@@ -139,13 +151,19 @@ impl MoeConfig {
             hidden,
             count: self.experts,
             ffn: self.ffn,
+            activation: self.activation,
+            biased: self.expert_bias,
         }
     }
 
     fn shared(&self, hidden: usize) -> Option<SharedExperts> {
         let size = self.shared_experts.saturating_mul(self.ffn) as u64;
         let width = Dim::new("model.moe.shared_experts x ffn", size);
-        (size > 0).then_some(SharedExperts { hidden, width })
+        (size > 0).then_some(SharedExperts {
+            hidden,
+            width,
+            activation: self.activation,
+        })
     }
 
     /// Returns the inner width of the part of an expert that each of `slices` ranks holds.
@@ -255,7 +273,7 @@ pub(crate) fn build(
         .spec(config.experts, Dim::hidden(hidden), name);
     let router = builder.add(&router);
     let first = builder.parameters.len();
-    let networks = config.routed(hidden).specs(name).build(builder);
+    let networks = config.routed(hidden).build(builder, name);
     let experts = LocalExperts {
         name: name.to_string(),
         parameters: first..builder.parameters.len(),

@@ -1,5 +1,6 @@
 //! The shared experts of an MoE layer, which process every token, as one network.
 
+use super::ExpertActivation;
 use crate::{
     model::{
         activations::{Activations, BlockShape},
@@ -18,6 +19,7 @@ pub(super) struct SharedExperts {
     pub(super) hidden: usize,
     /// Inner width of all of them together.
     pub(super) width: Dim,
+    pub(super) activation: ExpertActivation,
 }
 
 impl SharedExperts {
@@ -50,6 +52,9 @@ impl SharedExperts {
 
     /// Builds a rank's part in the block with this global name.
     pub(super) fn build(&self, builder: &mut WeightBuilder, block: &str) -> GluNetworks {
-        self.network_specs(block).build(builder)
+        GluNetworks {
+            activation: self.activation.glu(),
+            ..self.network_specs(block).build(builder)
+        }
     }
 }
