@@ -148,6 +148,7 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.load_balance_pool_layers", json!(true)),
         change("model.moe.z_loss", json!(0.001)),
         change("model.moe.bias_update_rate", json!(0.01)),
+        change("model.moe.router.bias", json!("trained")),
         change("model.moe.dispatch", json!("standard")).with("model.moe.least_loaded", json!({})),
         change("model.moe.least_loaded.capacity", json!(1.5)),
         change("model.moe.least_loaded.min_tokens", json!(8)),

@@ -47,6 +47,7 @@ fn layer(router_ed: &Tensor) -> MoeLayer {
         },
         weights: MoeWeights {
             router: Weight::new(router_ed.shallow_clone()),
+            router_bias: None,
             bias: Mutex::new(None),
             experts: GluNetworks::swiglu(
                 Weight::new(numbers(3, &[EXPERTS, 16, HIDDEN])),

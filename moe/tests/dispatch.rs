@@ -202,6 +202,7 @@ fn build_layer(groups: &Groups, case: &Case, mode: Mode) -> MoeLayer {
         },
         weights: MoeWeights {
             router: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),
+            router_bias: None,
             bias: Mutex::new(None),
             experts: GluNetworks {
                 biases: case

@@ -215,6 +215,7 @@ impl LayerBench {
             },
             weights: MoeWeights {
                 router: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
+                router_bias: None,
                 bias: Mutex::new(None),
                 experts: experts_here.clone(),
                 shared: None,

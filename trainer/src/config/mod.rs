@@ -55,7 +55,7 @@ pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
 pub use crate::model::{
     attention::grouped::QkNorm,
-    moe_block::{ClampedGluConfig, ExpertActivation, MoeConfig, RouterConfig},
+    moe_block::{ClampedGluConfig, ExpertActivation, MoeConfig, RouterBias, RouterConfig},
 };
 use config_derive::ResumeKeys;
 use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};

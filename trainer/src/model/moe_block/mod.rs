@@ -1,11 +1,13 @@
 //! The MoE layer of a decoder: its configuration, parameters, memory, conflicts and construction.
 
 mod experts;
+#[cfg(test)]
+mod golden;
 mod router;
 mod shared;
 
 pub use experts::{ClampedGluConfig, ExpertActivation};
-pub use router::RouterConfig;
+pub use router::{RouterBias, RouterConfig};
 
 use super::{
     activations::{Activations, BlockShape, FP32_BYTES},
@@ -26,7 +28,7 @@ use experts::RoutedExperts;
 use moe::{MoeLayer, MoeWeights, SavePolicy, balance::BalanceScope, dispatch::Dispatcher};
 use parallel::MeshShape;
 use parking_lot::Mutex;
-use router::Selection;
+use router::{RouterSpecs, Selection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use shared::SharedExperts;
@@ -139,6 +141,11 @@ impl MoeConfig {
         self.router.normalizes(self.top_k)
     }
 
+    /// Returns true if a bias that is not trained takes part in the selection of experts.
+    pub fn has_selection_bias(&self) -> bool {
+        self.bias_update_rate > 0.0 || self.router.bias == Some(RouterBias::Frozen)
+    }
+
     fn selection(&self) -> Selection {
         Selection {
             experts: self.experts,
@@ -174,7 +181,8 @@ impl MoeConfig {
     /// Returns the descriptions of the parameters of the block with this global name, in the order
     /// of use.
     pub(crate) fn specs(&self, hidden: usize, block: &str) -> Vec<ParamSpec> {
-        let mut specs = vec![self.router.spec(self.experts, Dim::hidden(hidden), block)];
+        let router = self.router.specs(self.experts, hidden, block);
+        let mut specs = router.into_list();
         specs.extend(self.expert_specs(hidden, block));
         let shared = self.shared(hidden).map(|shared| shared.specs(block));
         specs.extend(shared.unwrap_or_default());
@@ -232,6 +240,12 @@ impl MoeConfig {
     /// Adds the reasons why the section contradicts itself.
     pub(crate) fn problems(&self, problems: &mut Problems) {
         self.router.problems(self.selection(), problems);
+        if self.bias_update_rate > 0.0 && self.router.bias.is_some() {
+            problems.add(
+                "model.moe.bias_update_rate updates a bias of its own, and model.moe.router.bias \
+                 is another one: leave one of them out",
+            );
+        }
         let is_default = self.least_loaded == LeastLoadedConfig::default();
         if !is_default && !self.dispatch.least_loaded() {
             problems.add(
@@ -268,10 +282,9 @@ pub(crate) fn build(
     hidden: usize,
     config: &MoeConfig,
 ) -> MoeBlock {
-    let router = config
-        .router
-        .spec(config.experts, Dim::hidden(hidden), name);
-    let router = builder.add(&router);
+    let RouterSpecs { gate, bias } = config.router.specs(config.experts, hidden, name);
+    let router = builder.add(&gate);
+    let router_bias = bias.map(|bias| builder.add(&bias));
     let first = builder.parameters.len();
     let networks = config.routed(hidden).build(builder, name);
     let experts = LocalExperts {
@@ -283,7 +296,7 @@ pub(crate) fn build(
     let ctx = builder.ctx;
     let groups = ctx.groups;
     let zeros = || ctx.device.zeros(&[config.experts as i64], Kind::Float);
-    let bias = (config.bias_update_rate > 0.0).then(zeros);
+    let bias = config.has_selection_bias().then(zeros);
     let dispatcher = Dispatcher::new(
         groups.experts.clone(),
         config.experts,
@@ -305,6 +318,7 @@ pub(crate) fn build(
         },
         weights: MoeWeights {
             router,
+            router_bias,
             bias: Mutex::new(bias),
             experts: networks,
             shared,
