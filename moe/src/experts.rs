@@ -12,7 +12,7 @@ use crate::{
         weights::LentWeights,
     },
 };
-use kernels::{RowGroups, grouped_gemm, grouped_gemm_accumulate, swiglu, swiglu_backward};
+use kernels::{Glu, RowGroups, add_group_bias, grouped_gemm, grouped_gemm_accumulate, sum_groups};
 use parallel::{Activation, GradientSum, Weight, add_gradients};
 use tch::Tensor;
 use torch_ext::{Error, attach_backward};
@@ -53,10 +53,10 @@ impl GemmPrecision {
     ) -> Result<Tensor, Error> {
         // The weights are `[E, out, in]` in forward, and `[E, in, out]` in backward.
         let (stacks, in_backward) = match which {
-            ExpertMatrix::GateUp => (&matrices.0[0], false),
-            ExpertMatrix::Down => (&matrices.0[1], false),
-            ExpertMatrix::GateUpTransposed => (&matrices.0[0], true),
-            ExpertMatrix::DownTransposed => (&matrices.0[1], true),
+            ExpertMatrix::GateUp => (&matrices.0[GATE_UP], false),
+            ExpertMatrix::Down => (&matrices.0[DOWN], false),
+            ExpertMatrix::GateUpTransposed => (&matrices.0[GATE_UP], true),
+            ExpertMatrix::DownTransposed => (&matrices.0[DOWN], true),
         };
         // GEMMs of the model's dtype take matrices `[in, out]`, those in 8 bits `[out, in]`.
         let transpose = in_backward == matches!(self, GemmPrecision::Fp8(_));
@@ -85,20 +85,56 @@ impl GemmPrecision {
 
 /// Gated feed-forward networks: those of this rank's experts, or one of a dense layer.
 ///
-/// A network is `down(silu(gate(x)) * up(x))`, with gate and up in one matrix (GLU Variants, arXiv
-/// 2002.05202).
+/// A network is `down(activation(gate(x), up(x)))`, with gate and up in one matrix (GLU Variants,
+/// arXiv 2002.05202).
 #[derive(Clone)]
 pub struct GluNetworks {
     /// `[L, 2F, D]`: of each network the rows of gate, then those of up.
     pub gate_up_proj: Weight,
     /// `[L, D, F]`.
     pub down_proj: Weight,
+    pub biases: Option<GluBiases>,
+    pub activation: Glu,
+}
+
+/// Biases of gated feed-forward networks.
+#[derive(Clone)]
+pub struct GluBiases {
+    /// `[L, 2F, 1]`, in the order of the rows of gate-up.
+    pub gate_up: Weight,
+    /// `[L, d, 1]`, added to the columns of the result from `first_column` on. Ranks that split the
+    /// networks add up their results, so each adds a part of the bias.
+    pub down: Weight,
+    pub first_column: i64,
 }
 
 impl GluNetworks {
-    /// Returns all weights, each a stack with one tensor per network: gate-up, then down.
+    /// Returns SwiGLU networks with these matrices and without biases.
+    pub fn swiglu(gate_up_proj: Weight, down_proj: Weight) -> GluNetworks {
+        GluNetworks {
+            gate_up_proj,
+            down_proj,
+            biases: None,
+            activation: Glu::Swiglu,
+        }
+    }
+
+    /// Returns all weights, each a stack with one tensor per network: gate-up, down, and the biases
+    /// of both.
     pub fn weights(&self) -> Vec<&Weight> {
-        vec![&self.gate_up_proj, &self.down_proj]
+        let mut weights = vec![&self.gate_up_proj, &self.down_proj];
+        if let Some(biases) = &self.biases {
+            weights.extend([&biases.gate_up, &biases.down]);
+        }
+        weights
+    }
+
+    /// Returns the columns of the results `[R, D]` that the bias of down is added to.
+    fn biased_columns(&self, results: &Tensor) -> Option<Tensor> {
+        let GluBiases {
+            down, first_column, ..
+        } = self.biases.as_ref()?;
+        Some(results.narrow(1, *first_column, down.shape()[1]))
     }
 
     /// Returns the values of [`GluNetworks::weights`].
@@ -164,7 +200,11 @@ pub(crate) fn grouped_glu_with_lent(
     let matrices = computation.matrices()?;
     let (out, hidden) = tch::no_grad(|| {
         let hidden = computation.hidden(&x_rd.value, &matrices)?;
-        let out = computation.multiply(&swiglu(&hidden), &matrices, ExpertMatrix::Down)?;
+        let activation = networks.activation.forward(&hidden);
+        let out = computation.multiply(&activation, &matrices, ExpertMatrix::Down)?;
+        if let Some(columns) = networks.biased_columns(&out) {
+            add_group_bias(&columns, &matrices.bias(DOWN_BIAS), groups)?;
+        }
         Ok::<_, Error>((out, hidden))
     })?;
     computation.hidden = keep.then_some(hidden);
@@ -224,9 +264,13 @@ impl Computation {
         self.gemm.grouped(rows, matrices, which, &self.groups)
     }
 
-    /// Returns the gate-up product `[R, 2F]` of the input `x`.
+    /// Returns the gate-up product `[R, 2F]` of the input `x`, with its bias.
     fn hidden(&self, x: &Tensor, matrices: &ExpertMatrices) -> Result<Tensor, Error> {
-        self.multiply(x, matrices, ExpertMatrix::GateUp)
+        let hidden = self.multiply(x, matrices, ExpertMatrix::GateUp)?;
+        if self.networks.biases.is_some() {
+            add_group_bias(&hidden, &matrices.bias(GATE_UP_BIAS), &self.groups)?;
+        }
+        Ok(hidden)
     }
 
     /// Returns the gradient of the input `x`, and adds those of the weights to their sums.
@@ -241,12 +285,14 @@ impl Computation {
             None => self.hidden(&x, matrices)?,
         };
         let grad_activation = self.multiply(&grad_out, matrices, ExpertMatrix::DownTransposed)?;
-        let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
+        let glu = self.networks.activation;
+        let (grad_hidden, activation) = glu.backward(&grad_activation, &hidden);
         let grad_x = self.multiply(&grad_hidden, matrices, ExpertMatrix::GateUpTransposed)?;
         let operands = GradientOperands {
             x,
             grad_hidden,
             activation,
+            grad_columns: self.networks.biased_columns(&grad_out),
             grad_out,
         };
         let groups = self.groups.clone();
@@ -267,6 +313,8 @@ struct GradientOperands {
     grad_hidden: Tensor,
     activation: Tensor,
     grad_out: Tensor,
+    /// The columns of `grad_out` with a bias, if there are biases.
+    grad_columns: Option<Tensor>,
 }
 
 /// Adds the gradients of all weights to `sums`, in their order. Lent networks return theirs home.
@@ -285,11 +333,11 @@ fn add_to_sums(
             let elements = shapes.iter().map(|shape| expert_numel(shape)).sum();
             lent.add_gradients(elements, &operands.x, |all| {
                 let lent_rows = operands.after(own_groups.num_rows());
-                lent_rows.accumulate(&split_stacks(all, &shapes), &lent_groups);
+                lent_rows.accumulate(&split_stacks(all, &shapes), &lent_groups)
             })?
         }
     };
-    operands.add_own(sums, &own_groups);
+    operands.add_own(sums, &own_groups)?;
     match pending {
         Some(pending) => {
             let sums: Vec<&Tensor> = sums.iter().map(|sum| sum.tensor()).collect();
@@ -308,29 +356,64 @@ impl GradientOperands {
             grad_hidden: rest(&self.grad_hidden),
             activation: rest(&self.activation),
             grad_out: rest(&self.grad_out),
+            grad_columns: self.grad_columns.as_ref().map(rest),
         }
     }
 
-    /// Adds the gradients of the networks with these rows to the weights' sums.
-    fn add_own(&self, sums: &[&GradientSum], groups: &RowGroups) {
-        sums[1].grouped_gemm_accumulate(&self.grad_out, &self.activation, groups);
-        sums[0].grouped_gemm_accumulate(&self.grad_hidden, &self.x, groups);
+    /// Adds the gradients of this rank's networks, in `groups`, to the weights' sums.
+    fn add_own(&self, sums: &[&GradientSum], groups: &RowGroups) -> Result<(), Error> {
+        sums[DOWN].grouped_gemm_accumulate(&self.grad_out, &self.activation, groups);
+        sums[GATE_UP].grouped_gemm_accumulate(&self.grad_hidden, &self.x, groups);
+        self.add_to_biases(groups, |index| sums[index].tensor().shallow_clone())
     }
 
-    /// Adds them to tensors in fp32.
-    fn accumulate(&self, sums: &[Tensor], groups: &RowGroups) {
-        grouped_gemm_accumulate(&sums[1], &self.grad_out, &self.activation, groups);
-        grouped_gemm_accumulate(&sums[0], &self.grad_hidden, &self.x, groups);
+    /// Adds the gradients of lent networks, in `groups`, to sums in fp32.
+    fn accumulate(&self, sums: &[Tensor], groups: &RowGroups) -> Result<(), Error> {
+        grouped_gemm_accumulate(&sums[DOWN], &self.grad_out, &self.activation, groups);
+        grouped_gemm_accumulate(&sums[GATE_UP], &self.grad_hidden, &self.x, groups);
+        self.add_to_biases(groups, |index| sums[index].shallow_clone())
+    }
+
+    /// Adds the gradients of the biases, if there are any, to the tensors that `sum` returns.
+    fn add_to_biases(
+        &self,
+        groups: &RowGroups,
+        sum: impl Fn(usize) -> Tensor,
+    ) -> Result<(), Error> {
+        let Some(grad_columns) = &self.grad_columns else {
+            return Ok(());
+        };
+        let of_groups = |rows: &Tensor| rows.narrow(0, 0, groups.num_rows());
+        let sum = |index: usize| sum(index).squeeze_dim(-1);
+        sum_groups(&sum(GATE_UP_BIAS), &of_groups(&self.grad_hidden), groups)?;
+        sum_groups(&sum(DOWN_BIAS), &of_groups(grad_columns), groups)
     }
 }
+
+/// Indices among [`GluNetworks::weights`].
+const GATE_UP: usize = 0;
+const DOWN: usize = 1;
+const GATE_UP_BIAS: usize = 2;
+const DOWN_BIAS: usize = 3;
 
 /// Weights of the networks that a rank computes: stacks of its own, then lent ones, of each of
 /// [`GluNetworks::weights`].
 struct ExpertMatrices(Vec<Vec<Tensor>>);
 
+impl ExpertMatrices {
+    /// Returns the bias of each network, `[E, N]`.
+    fn bias(&self, index: usize) -> Tensor {
+        match self.0[index].as_slice() {
+            [own] => own.squeeze_dim(-1),
+            stacks => Tensor::cat(stacks, 0).squeeze_dim(-1),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kernels::ClampedGlu;
     use parallel::{Accelerator, Cpu, GradientBuckets, Replication};
     use tch::Kind;
 
@@ -363,10 +446,7 @@ mod tests {
         let mut x = random(&[5, hidden]).set_requires_grad(true);
         let probe = random(&[5, hidden]);
         let [gate_up_proj, down_proj] = values.each_ref().map(|value| Weight::new(value.copy()));
-        let networks = GluNetworks {
-            gate_up_proj,
-            down_proj,
-        };
+        let networks = GluNetworks::swiglu(gate_up_proj, down_proj);
         let gradients = gradient_buckets(&networks);
         let mut run = |keep| {
             gradients.begin(1);
@@ -420,15 +500,73 @@ mod tests {
     }
 
     #[test]
+    fn biases_and_a_clamped_activation_have_the_gradients_of_autograd() {
+        let glu = ClampedGlu {
+            alpha: 1.5,
+            limit: 0.4,
+        };
+        let hidden = 6i64;
+        let ffn = 5i64;
+        let counts = [3i64, 0, 2];
+        let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
+        let shapes = [
+            [3, 2 * ffn, hidden],
+            [3, hidden, ffn],
+            [3, 2 * ffn, 1],
+            [3, 4, 1],
+        ];
+        let values = shapes.each_ref().map(|shape| random(shape));
+        let [gate_up_proj, down_proj, gate_up, down] =
+            values.each_ref().map(|value| Weight::new(value.copy()));
+        let networks = GluNetworks {
+            biases: Some(GluBiases {
+                gate_up,
+                down,
+                first_column: 1,
+            }),
+            activation: Glu::Clamped(glu),
+            ..GluNetworks::swiglu(gate_up_proj, down_proj)
+        };
+        let gradients = gradient_buckets(&networks);
+        let mut x = random(&[5, hidden]).set_requires_grad(true);
+        let probe = random(&[5, hidden]);
+        let ours = grouped_glu(&Activation::kept(&x), &networks, &counts, false).unwrap();
+        (&ours * &probe).sum(Kind::Float).backward();
+        let grad_x = x.grad().copy();
+        x.zero_grad();
+        let values = values.map(|value| value.set_requires_grad(true));
+        let mut outs = Vec::new();
+        for (expert, start, len) in [(0, 0, 3), (2, 3, 2)] {
+            let [gate_up_proj, down_proj, gate_up, down] =
+                values.each_ref().map(|value| value.select(0, expert));
+            let rows = x.narrow(0, start, len);
+            let halves = (rows.matmul(&gate_up_proj.tr()) + gate_up.tr()).chunk(2, -1);
+            let gate = halves[0].clamp_max(0.4);
+            let up = halves[1].clamp(-0.4, 0.4);
+            let activation = (&gate * 1.5).sigmoid() * gate * (up + 1.0);
+            let bias = down.tr().constant_pad_nd([1, 1]);
+            outs.push(activation.matmul(&down_proj.tr()) + bias);
+        }
+        let plain = Tensor::cat(&outs, 0);
+        (&plain * &probe).sum(Kind::Float).backward();
+        assert!(ours.allclose(&plain, 1e-5, 1e-6, false));
+        assert!(grad_x.allclose(&x.grad(), 1e-5, 1e-6, false));
+        for (index, value) in values.iter().enumerate() {
+            let grad = gradients.gradient(index).view_as(value);
+            assert!(grad.allclose(&value.grad(), 1e-5, 1e-6, false), "{index}");
+        }
+    }
+
+    #[test]
     fn fp8_gives_nearly_the_same_gradients() {
         let hidden = 32i64;
         let ffn = 16i64;
         let counts = [30i64, 0, 18];
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let networks = GluNetworks {
-            gate_up_proj: Weight::new(random(&[3, 2 * ffn, hidden])),
-            down_proj: Weight::new(random(&[3, hidden, ffn])),
-        };
+        let networks = GluNetworks::swiglu(
+            Weight::new(random(&[3, 2 * ffn, hidden])),
+            Weight::new(random(&[3, hidden, ffn])),
+        );
         let gradients = gradient_buckets(&networks);
         let mut x = random(&[48, hidden]).set_requires_grad(true);
         let probe = random(&[48, hidden]);
@@ -463,10 +601,7 @@ mod tests {
     #[test]
     fn backward_works_without_rows() {
         let weight = |shape: &[i64]| Weight::new(Cpu.zeros(shape, Kind::Float).fill_(1.0));
-        let networks = GluNetworks {
-            gate_up_proj: weight(&[2, 4, 3]),
-            down_proj: weight(&[2, 3, 2]),
-        };
+        let networks = GluNetworks::swiglu(weight(&[2, 4, 3]), weight(&[2, 3, 2]));
         let gradients = gradient_buckets(&networks);
         let rows = |count| Activation::kept(&Cpu.zeros(&[count, 3], Kind::Float));
         let out = grouped_glu(&rows(0), &networks, &[0, 0], true).unwrap();

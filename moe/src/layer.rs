@@ -10,7 +10,7 @@ use crate::{
     selection_gap,
 };
 use parallel::{
-    Activation, Communicator, ReduceOp, Weight, Work, linear_f32, tensor::TensorParallel,
+    Activation, Communicator, ReduceOp, Weight, Work, add_bias, linear_f32, tensor::TensorParallel,
 };
 use parking_lot::Mutex;
 use std::{ops::Range, sync::Arc};
@@ -21,7 +21,9 @@ use torch_ext::Error;
 pub struct MoeWeights {
     /// `[E, D]`.
     pub router: Weight,
-    /// `[E]` fp32 bias of loss-free balancing, which gradients do not train.
+    /// `[E]`, added to the logits.
+    pub router_bias: Option<Weight>,
+    /// `[E]` fp32, added to the scores that select experts. Gradients do not train it.
     pub bias: Mutex<Option<Tensor>>,
     /// This rank's experts; a slice of each if ranks split experts.
     pub experts: GluNetworks,
@@ -185,7 +187,10 @@ impl MoeLayer {
         groups: &[Range<usize>],
     ) -> Result<Routing, Error> {
         // bf16 logits would be too coarse: close experts would tie.
-        let logits_te = linear_f32(x_td, &self.weights.router)?;
+        let mut logits_te = linear_f32(x_td, &self.weights.router)?;
+        if let Some(bias) = &self.weights.router_bias {
+            logits_te = add_bias(&logits_te, bias)?;
+        }
         let bias = self.weights.bias.lock();
         let bias = bias.as_ref().map(Tensor::shallow_clone);
         if recorded_experts.is_none() {

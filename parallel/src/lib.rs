@@ -83,6 +83,6 @@ pub use secure_link::Secret;
 pub use store::{SimulatedClients, StoreAccess, StoreServer, StoreTraffic};
 pub use sum::GradientSum;
 pub use weight::{
-    Contribution, DeferredGradient, Weight, add_gradients, linear, linear_f32, linears,
+    Contribution, DeferredGradient, Weight, add_bias, add_gradients, linear, linear_f32, linears,
 };
 pub use world::{World, run_on_threads};

@@ -177,10 +177,10 @@ impl LayerBench {
         let ffn = args.ffn as i64;
         let local = (experts / ranks) as i64;
         let random = |shape: &[i64]| group.device.zeros(shape, Kind::Float).uniform_(-0.05, 0.05);
-        let experts_here = GluNetworks {
-            gate_up_proj: Weight::new(random(&[local, 2 * ffn, hidden])),
-            down_proj: Weight::new(random(&[local, hidden, ffn])),
-        };
+        let experts_here = GluNetworks::swiglu(
+            Weight::new(random(&[local, 2 * ffn, hidden])),
+            Weight::new(random(&[local, hidden, ffn])),
+        );
         let weights = experts_here.weights().into_iter().rev();
         let held: Vec<_> = weights.map(|weight| (weight.clone(), 0)).collect();
         let gradients = GradientBuckets::new(
@@ -215,6 +215,7 @@ impl LayerBench {
             },
             weights: MoeWeights {
                 router: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
+                router_bias: None,
                 bias: Mutex::new(None),
                 experts: experts_here.clone(),
                 shared: None,

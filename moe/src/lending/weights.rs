@@ -81,14 +81,14 @@ impl LentWeights {
         &self,
         elements: i64,
         like: &Tensor,
-        add: impl FnOnce(&Tensor),
+        add: impl FnOnce(&Tensor) -> Result<(), Error>,
     ) -> Result<Option<PendingGradients>, Error> {
         let mut state = self.lock();
         let count = state.count;
         let sum = state
             .gradients
             .get_or_insert_with(|| Tensor::zeros([count, elements], (Kind::Float, like.device())));
-        add(sum);
+        add(sum)?;
         state.pending_chunks -= 1;
         if state.pending_chunks > 0 {
             return Ok(None);

@@ -59,7 +59,7 @@ pub use crate::model::{
         grouped::{AttentionBias, GroupedConfig, QkNorm, WindowConfig},
         latent::LatentConfig,
     },
-    moe_block::{MoeConfig, RouterConfig},
+    moe_block::{ClampedGluConfig, ExpertActivation, MoeConfig, RouterBias, RouterConfig},
 };
 use config_derive::ResumeKeys;
 use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};

@@ -71,10 +71,9 @@ impl SwigluSpecs {
 
     /// Builds a rank's part of the networks.
     pub(crate) fn build(&self, builder: &mut WeightBuilder) -> GluNetworks {
-        GluNetworks {
-            gate_up_proj: builder.add(&self.gate_up),
-            down_proj: builder.add(&self.down),
-        }
+        let gate_up_proj = builder.add(&self.gate_up);
+        let down_proj = builder.add(&self.down);
+        GluNetworks::swiglu(gate_up_proj, down_proj)
     }
 
     /// Returns the descriptions in the order of use.

@@ -48,7 +48,7 @@ impl ResumeRules<'_> {
     /// If a key differs that changes what the saved weights compute: all of them.
     pub(crate) fn check_keys(&self, path: &Path, saved: &Config) -> Result<AllowedChanges, Error> {
         let mut changes = AllowedChanges {
-            lacks_biases: !updates_biases(saved),
+            lacks_biases: !selects_with_bias(saved),
             ..AllowedChanges::default()
         };
         let mut refused = Vec::new();
@@ -121,6 +121,11 @@ fn is_accepted(key: &str, accepted: &[String]) -> bool {
         let rest = key.strip_prefix(accepted.as_str());
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
     })
+}
+
+fn selects_with_bias(config: &Config) -> bool {
+    let moe = config.model.moe.as_ref();
+    moe.is_some_and(|moe| moe.has_selection_bias())
 }
 
 fn updates_biases(config: &Config) -> bool {

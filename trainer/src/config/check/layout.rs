@@ -17,7 +17,7 @@ impl Config {
         self.check_recompute(problems);
         match &self.model.moe {
             Some(moe) => {
-                moe.layout_problems(&shape, problems);
+                moe.layout_problems(self.model.hidden, &shape, problems);
                 if moe.dispatch.hierarchical()
                     && let Some(per_node) = self.parallel.ranks_per_node
                 {

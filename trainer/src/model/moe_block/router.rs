@@ -43,6 +43,20 @@ pub struct RouterConfig {
     /// useful.
     #[on_resume(refused)]
     pub force_balance: bool,
+    /// Bias of the router, other than that of loss-free balancing (`bias_update_rate`).
+    #[on_resume(refused)]
+    pub bias: Option<RouterBias>,
+}
+
+/// A bias of the router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterBias {
+    /// Part of the scores that select experts, but not of the routing weights. It never changes: a
+    /// checkpoint brings it, or it is 0.
+    Frozen,
+    /// Part of the logits, and trained like a weight (gpt-oss).
+    Trained,
 }
 
 impl Default for RouterConfig {
@@ -55,7 +69,22 @@ impl Default for RouterConfig {
             top_groups: 1,
             even_groups: false,
             force_balance: false,
+            bias: None,
         }
+    }
+}
+
+/// Descriptions of the router's parameters.
+pub(super) struct RouterSpecs {
+    pub(super) gate: ParamSpec,
+    /// The trained bias.
+    pub(super) bias: Option<ParamSpec>,
+}
+
+impl RouterSpecs {
+    /// Returns the descriptions in the order of use.
+    pub(super) fn into_list(self) -> Vec<ParamSpec> {
+        std::iter::once(self.gate).chain(self.bias).collect()
     }
 }
 
@@ -73,15 +102,21 @@ impl RouterConfig {
     }
 
     /// Describes the parameters in the MoE block with this global name.
-    pub(super) fn specs(&self, experts: usize, hidden: Dim, block: &str) -> ParamSpec {
-        ParamSpec {
+    pub(super) fn specs(&self, experts: usize, hidden: usize, block: &str) -> RouterSpecs {
+        let experts = Dim::new("model.moe.experts", experts as u64);
+        let spec = |part, dims, role| ParamSpec {
             block: block.to_string(),
-            part: "gate",
-            dims: vec![Dim::new("model.moe.experts", experts as u64), hidden],
+            part,
+            dims,
             stack: Stack::Single,
             split: Split::Whole,
-            role: Role::Router,
+            role,
             writes_residual: false,
+        };
+        let is_trained = self.bias == Some(RouterBias::Trained);
+        RouterSpecs {
+            gate: spec("gate", vec![experts, Dim::hidden(hidden)], Role::Router),
+            bias: is_trained.then(|| spec("gate_bias", vec![experts], Role::Bias)),
         }
     }
 
