@@ -1,9 +1,10 @@
 //! Our own loops for causal attention, on the kernels of module `gemm`.
 //!
 //! The keys and values of a head are packed once, for all query heads that they serve. The loops
-//! run over blocks of queries and, for each, over blocks of keys. The scores of two blocks fit the
-//! cache. A thread works on whole key heads, so the number of threads changes no bit.
+//! run over blocks of queries and, for each, over the blocks of keys that it sees. The scores of two
+//! blocks fit the cache. A thread works on whole key heads, so the number of threads changes no bit.
 
+use super::options::AttentionOptions;
 use crate::{
     exponential::exp,
     gemm::{
@@ -26,40 +27,40 @@ const ROW: usize = KEYS + LANES;
 
 /// Returns the instruction set for these inputs if our loops support them and are the faster path.
 ///
-/// Queries are `[B, H, S, d]`, keys and values `[B, G, S, d]`.
+/// Queries are `[B, H, S, dk]`, keys `[B, G, S, dk]` and values `[B, G, S, dv]`.
 pub(super) fn supports_attention(
-    query: &Tensor,
-    key: &Tensor,
-    value: &Tensor,
+    [query, key, value]: [&Tensor; 3],
+    options: &AttentionOptions,
 ) -> Option<InstructionSet> {
     let kind = query.kind();
     let fits = |x: &Tensor| {
         let contiguous = x.stride()[3] == 1;
-        x.device() == Device::Cpu && x.kind() == kind && contiguous
+        let whole_lanes = x.size()[3] % LANES as i64 == 0;
+        x.device() == Device::Cpu && x.kind() == kind && contiguous && whole_lanes
     };
-    let [batch, heads] = sizes(key);
+    let [batch, heads, length] = sizes(key);
+    // libtorch splits a head over threads, but computes the scores outside of a window.
+    let busy_threads = batch * heads * length / options.keys_per_query(length).max(1);
     let supported = [query, key, value].into_iter().all(fits)
-        && query.size()[3] % LANES as i64 == 0
-        && batch * heads >= torch_ext::max_parallel_ranges();
+        && busy_threads >= torch_ext::max_parallel_ranges();
     instructions(kind).filter(|_| supported)
 }
 
 /// Does what [`attention`](super::attention) does, for inputs that [`supports_attention`] accepts.
 pub(super) fn attention(
     inputs: [&Tensor; 3],
-    scale: f64,
+    options: &AttentionOptions,
     instructions: InstructionSet,
 ) -> (Tensor, Tensor) {
     let kind = inputs[0].kind();
     if let Some(wide) = widened(inputs, instructions) {
-        let (out, lse) = attention(wide.each_ref(), scale, instructions);
+        let (out, lse) = attention(wide.each_ref(), options, instructions);
         return (out.to_kind(kind), lse);
     }
     let [query, key, value] = inputs;
-    let out = like(query);
-    let [batch, heads, length] = sizes(query);
-    let lse = empty_f32(query, [batch, heads, length]);
-    let task = AttentionTask::new(query, key, scale);
+    let task = AttentionTask::new(inputs, options);
+    let out = in_token_order(query, task.value_width);
+    let lse = empty_f32(query, [task.batch, task.heads, task.length]);
     let views = ForwardViews {
         query: HeadView::new(query),
         key: HeadView::new(key),
@@ -92,18 +93,22 @@ pub(super) fn attention_backward(
     inputs: [&Tensor; 3],
     out: &Tensor,
     lse: &Tensor,
-    scale: f64,
+    options: &AttentionOptions,
     instructions: InstructionSet,
 ) -> [Tensor; 3] {
     let kind = grad.kind();
     if let Some(wide) = widened(inputs, instructions) {
         let [grad, out] = [grad, out].map(|x| x.to_kind(Kind::Float));
-        let grads = attention_backward(&grad, wide.each_ref(), &out, lse, scale, instructions);
+        let grads = attention_backward(&grad, wide.each_ref(), &out, lse, options, instructions);
         return grads.map(|grad| grad.to_kind(kind));
     }
     let [query, key, value] = inputs;
-    let grads = inputs.map(like);
-    let task = AttentionTask::new(query, key, scale);
+    let task = AttentionTask::new(inputs, options);
+    let grads = [
+        in_token_order(query, task.key_width),
+        in_token_order(key, task.key_width),
+        in_token_order(value, task.value_width),
+    ];
     let views = BackwardViews {
         query: HeadView::new(query),
         key: HeadView::new(key),
@@ -139,11 +144,12 @@ fn widened(inputs: [&Tensor; 3], instructions: InstructionSet) -> Option<[Tensor
     unreadable.then(|| inputs.map(|x| x.to_kind(Kind::Float)))
 }
 
-/// Returns a tensor of the same shape with memory order `[B, S, H, d]`.
+/// Returns an uninitialized tensor `[B, H, S, width]` with the sizes of `x` `[B, H, S, d]` and memory
+/// order `[B, S, H, width]`.
 ///
 /// The next operation reads the rows of all heads of a token.
-fn like(x: &Tensor) -> Tensor {
-    let [batch, heads, length, width] = sizes(x);
+fn in_token_order(x: &Tensor, width: usize) -> Tensor {
+    let [batch, heads, length] = sizes(x);
     empty_as(x, [batch, length, heads, width]).transpose(1, 2)
 }
 
@@ -224,8 +230,13 @@ struct AttentionTask {
     heads: usize,
     kv_heads: usize,
     length: usize,
-    width: usize,
+    /// Width of a query and of a key.
+    key_width: usize,
+    /// Width of a value and of an output.
+    value_width: usize,
     scale: f32,
+    /// Number of keys that a query sees, at most `length`.
+    window: usize,
 }
 
 /// Buffers of a thread, which stay allocated.
@@ -247,17 +258,33 @@ thread_local! {
 }
 
 impl AttentionTask {
-    fn new(query: &Tensor, key: &Tensor, scale: f64) -> AttentionTask {
-        let [batch, heads, length, width] = sizes(query);
+    fn new([query, key, value]: [&Tensor; 3], options: &AttentionOptions) -> AttentionTask {
+        let [batch, heads, length, key_width] = sizes(query);
         let [_, kv_heads] = sizes(key);
+        let [_, _, _, value_width] = sizes(value);
         AttentionTask {
             batch,
             heads,
             kv_heads,
             length,
-            width,
-            scale: scale as f32,
+            key_width,
+            value_width,
+            scale: options.scale as f32,
+            window: options.keys_per_query(length),
         }
+    }
+
+    /// Returns the first keys of the blocks that a block of queries sees, multiples of `alignment`.
+    fn key_blocks(&self, queries: &Range<usize>, alignment: usize) -> impl Iterator<Item = usize> {
+        let first = (queries.start + 1).saturating_sub(self.window) / alignment * alignment;
+        (first..queries.end).step_by(KEYS)
+    }
+
+    /// Returns the part of `keys` that a query sees, relative to their start.
+    fn visible(&self, query: usize, keys: &Range<usize>) -> Range<usize> {
+        let end = (query + 1).saturating_sub(keys.start).min(keys.len());
+        let hidden = (query + 1).saturating_sub(self.window + keys.start);
+        hidden.min(end)..end
     }
 
     /// Returns a view of contiguous log-sum-exps `[B, H, S]` fp32.
@@ -465,7 +492,8 @@ unsafe fn forward<K: Kernel, T: Number>(
 ) {
     let AttentionTask {
         length,
-        width,
+        key_width,
+        value_width,
         scale,
         ..
     } = *task;
@@ -477,8 +505,8 @@ unsafe fn forward<K: Kernel, T: Number>(
         lse,
     } = views;
     let bf16 = K::PER_UNIT == 2;
-    let steps = width / K::PER_UNIT;
-    let sums = floats(&mut buffers.sums[0], QUERIES, width);
+    let steps = key_width / K::PER_UNIT;
+    let sums = floats(&mut buffers.sums[0], QUERIES, value_width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
     let rounded = reserve_units(&mut buffers.rounded[0], QUERIES * ROW / 2).cast::<Bf16>();
     let to_scores = GemmOutput {
@@ -488,7 +516,7 @@ unsafe fn forward<K: Kernel, T: Number>(
     };
     let to_sums = GemmOutput {
         data: sums,
-        row_stride: width,
+        row_stride: value_width,
         store: Store::Add,
     };
     // SAFETY: as the caller promises; the buffers have the sizes that are reserved here.
@@ -497,37 +525,39 @@ unsafe fn forward<K: Kernel, T: Number>(
             key.at(kv_head, 0),
             key.row_stride,
             length,
-            width,
+            key_width,
             &mut buffers.keys,
         );
         let values = PackedMatrix::natural::<K>(
             value.at(kv_head, 0),
             value.row_stride,
             length,
-            width,
+            value_width,
             &mut buffers.values,
         );
         for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
-                let visible = start + rows;
+                let block = start..start + rows;
                 let mut highest = [f32::NEG_INFINITY; QUERIES];
                 let mut totals = [0f32; QUERIES];
-                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
-                for first in (0..visible).step_by(KEYS) {
-                    let here = (visible - first).min(KEYS);
+                slice::from_raw_parts_mut(sums, rows * value_width).fill(0.0);
+                for first in task.key_blocks(&block, K::LINES * LANES) {
+                    let here = (block.end - first).min(KEYS);
+                    let columns = first..first + here;
                     let queries = LeftRows {
                         row: |row: usize| query.at(head, start + row).cast_const(),
                         step: 4,
                     };
-                    keys.gemm::<K>(0..steps, first..first + here, rows, queries, to_scores);
+                    keys.gemm::<K>(0..steps, columns.clone(), rows, queries, to_scores);
                     for row in 0..rows {
                         let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
-                        let valid = (start + row + 1).saturating_sub(first).min(here);
+                        let valid = task.visible(start + row, &columns);
                         let factor =
                             weights(scores, valid, scale, &mut highest[row], &mut totals[row]);
                         if factor != 1.0 {
-                            let sums = slice::from_raw_parts_mut(sums.add(row * width), width);
+                            let sums = sums.add(row * value_width);
+                            let sums = slice::from_raw_parts_mut(sums, value_width);
                             for x in sums {
                                 *x *= factor;
                             }
@@ -547,14 +577,14 @@ unsafe fn forward<K: Kernel, T: Number>(
                         step: 4,
                     };
                     let units = first / K::PER_UNIT..(first + here).div_ceil(K::PER_UNIT);
-                    values.gemm::<K>(units, 0..width, rows, weights, to_sums);
+                    values.gemm::<K>(units, 0..value_width, rows, weights, to_sums);
                 }
                 for row in 0..rows {
                     let inverse = 1.0 / totals[row];
                     let lse = lse.row::<f32>(head, start + row, 1);
                     lse[0] = highest[row] + totals[row].ln();
-                    let out = out.row::<T>(head, start + row, width);
-                    let sums = slice::from_raw_parts(sums.add(row * width), width);
+                    let out = out.row::<T>(head, start + row, value_width);
+                    let sums = slice::from_raw_parts(sums.add(row * value_width), value_width);
                     for (out, x) in out.iter_mut().zip(sums) {
                         *out = T::narrow(x * inverse);
                     }
@@ -578,20 +608,21 @@ unsafe fn round_padded(from: &[f32], to: *mut Bf16) {
     to[from.len()] = Bf16::narrow(0.0);
 }
 
-/// Replaces the first `valid` scores by `exp(score * scale - highest)`, and the others by zero.
+/// Replaces the scores in `valid` by `exp(score * scale - highest)`, and the others by zero.
 ///
 /// `highest` is the running maximum of scaled scores and `sum` the running sum of weights. Returns
 /// the factor by which the weights of earlier blocks change.
 #[inline(always)]
 fn weights(
     scores: &mut [f32],
-    valid: usize,
+    valid: Range<usize>,
     scale: f32,
     highest: &mut f32,
     total: &mut f32,
 ) -> f32 {
-    let (valid, rest) = scores.split_at_mut(valid);
-    rest.fill(0.0);
+    scores[..valid.start].fill(0.0);
+    scores[valid.end..].fill(0.0);
+    let valid = &mut scores[valid];
     if valid.is_empty() {
         return 1.0;
     }
@@ -648,7 +679,8 @@ unsafe fn backward<K: Kernel, T: Number>(
 ) {
     let AttentionTask {
         length,
-        width,
+        key_width,
+        value_width,
         scale,
         ..
     } = *task;
@@ -662,11 +694,12 @@ unsafe fn backward<K: Kernel, T: Number>(
         ..
     } = views;
     let bf16 = K::PER_UNIT == 2;
-    let steps = width / K::PER_UNIT;
+    let key_steps = key_width / K::PER_UNIT;
+    let value_steps = value_width / K::PER_UNIT;
     let [sums, key_sums, value_sums] = &mut buffers.sums;
-    let sums = floats(sums, QUERIES, width);
-    let key_sums = floats(key_sums, length, width);
-    let value_sums = floats(value_sums, length, width);
+    let sums = floats(sums, QUERIES, key_width);
+    let key_sums = floats(key_sums, length, key_width);
+    let value_sums = floats(value_sums, length, value_width);
     let scores = floats(&mut buffers.scores, QUERIES, ROW);
     let grad_scores = floats(&mut buffers.grad_scores, QUERIES, ROW);
     let [weight_pairs, grad_score_pairs, rounded] = &mut buffers.rounded;
@@ -684,7 +717,7 @@ unsafe fn backward<K: Kernel, T: Number>(
     };
     let to_sums = GemmOutput {
         data: sums,
-        row_stride: width,
+        row_stride: key_width,
         store: Store::Add,
     };
     // SAFETY: as the caller promises; the buffers have the sizes that are reserved here.
@@ -695,71 +728,73 @@ unsafe fn backward<K: Kernel, T: Number>(
             key_rows,
             key.row_stride,
             length,
-            width,
+            key_width,
             &mut buffers.keys,
         );
         let values = PackedMatrix::transposed::<K>(
             value_rows,
             value.row_stride,
             length,
-            width,
+            value_width,
             &mut buffers.values,
         );
         let natural_keys = PackedMatrix::natural::<K>(
             key_rows,
             key.row_stride,
             length,
-            width,
+            key_width,
             &mut buffers.natural_keys,
         );
-        slice::from_raw_parts_mut(key_sums, length * width).fill(0.0);
-        slice::from_raw_parts_mut(value_sums, length * width).fill(0.0);
+        slice::from_raw_parts_mut(key_sums, length * key_width).fill(0.0);
+        slice::from_raw_parts_mut(value_sums, length * value_width).fill(0.0);
         for head in task.query_heads(kv_head) {
             for start in (0..length).step_by(QUERIES) {
                 let rows = (length - start).min(QUERIES);
-                let visible = start + rows;
+                let block = start..start + rows;
                 let queries = PackedMatrix::natural::<K>(
                     query.at(head, start),
                     query.row_stride,
                     rows,
-                    width,
+                    key_width,
                     &mut buffers.queries,
                 );
                 let grads = PackedMatrix::natural::<K>(
                     grad.at(head, start),
                     grad.row_stride,
                     rows,
-                    width,
+                    value_width,
                     &mut buffers.grads,
                 );
                 // D in the paper: the dot products of the rows of the output and its gradient.
                 let delta: [f32; QUERIES] = std::array::from_fn(|row| {
                     if row < rows {
-                        let out = out.row::<T>(head, start + row, width);
-                        dot(out, grad.row::<T>(head, start + row, width))
+                        let out = out.row::<T>(head, start + row, value_width);
+                        dot(out, grad.row::<T>(head, start + row, value_width))
                     } else {
                         0.0
                     }
                 });
-                slice::from_raw_parts_mut(sums, rows * width).fill(0.0);
-                for first in (0..visible).step_by(KEYS) {
-                    let here = (visible - first).min(KEYS);
+                slice::from_raw_parts_mut(sums, rows * key_width).fill(0.0);
+                for first in task.key_blocks(&block, K::LINES * LANES) {
+                    let here = (block.end - first).min(KEYS);
                     let columns = first..first + here;
                     let query_rows = LeftRows {
                         row: |row: usize| query.at(head, start + row).cast_const(),
                         step: 4,
                     };
-                    keys.gemm::<K>(0..steps, columns.clone(), rows, query_rows, to_scores);
+                    let steps = 0..key_steps;
+                    keys.gemm::<K>(steps, columns.clone(), rows, query_rows, to_scores);
                     let grad_rows = LeftRows {
                         row: |row: usize| grad.at(head, start + row).cast_const(),
                         step: 4,
                     };
-                    values.gemm::<K>(0..steps, columns, rows, grad_rows, to_grad_scores);
+                    let steps = 0..value_steps;
+                    values.gemm::<K>(steps, columns.clone(), rows, grad_rows, to_grad_scores);
                     for (row, &delta) in delta[..rows].iter().enumerate() {
                         let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let grad_scores =
                             slice::from_raw_parts_mut(grad_scores.add(row * ROW), here);
-                        let valid = (start + row + 1).saturating_sub(first).min(here);
+                        let valid = task.visible(start + row, &columns);
                         let of_row = RowScalars {
                             scale,
                             lse: lse.row::<f32>(head, start + row, 1)[0],
@@ -787,12 +822,13 @@ unsafe fn backward<K: Kernel, T: Number>(
                         row: |row: usize| grad_score_rows.add(row * ROW * K::SIZE),
                         step: 4,
                     };
-                    natural_keys.gemm::<K>(units, 0..width, rows, left, to_sums);
+                    natural_keys.gemm::<K>(units, 0..key_width, rows, left, to_sums);
                     let units = 0..rows.div_ceil(K::PER_UNIT);
                     for (columns, right, sums) in [
                         (weight_columns, &grads, value_sums),
                         (grad_score_columns, &queries, key_sums),
                     ] {
+                        let width = right.columns;
                         let left = LeftRows {
                             row: |key: usize| columns.add(key).cast::<u8>().cast_const(),
                             step: ROW * 4,
@@ -806,16 +842,23 @@ unsafe fn backward<K: Kernel, T: Number>(
                     }
                 }
                 for row in 0..rows {
-                    let sums = slice::from_raw_parts(sums.add(row * width), width);
-                    narrow(sums, views.grad_query.row::<T>(head, start + row, width));
+                    let sums = slice::from_raw_parts(sums.add(row * key_width), key_width);
+                    narrow(
+                        sums,
+                        views.grad_query.row::<T>(head, start + row, key_width),
+                    );
                 }
             }
         }
         for row in 0..length {
-            let key_sums = slice::from_raw_parts(key_sums.add(row * width), width);
-            narrow(key_sums, views.grad_key.row::<T>(kv_head, row, width));
-            let value_sums = slice::from_raw_parts(value_sums.add(row * width), width);
-            narrow(value_sums, views.grad_value.row::<T>(kv_head, row, width));
+            let key_sums = slice::from_raw_parts(key_sums.add(row * key_width), key_width);
+            narrow(key_sums, views.grad_key.row::<T>(kv_head, row, key_width));
+            let value_sums = value_sums.add(row * value_width);
+            let value_sums = slice::from_raw_parts(value_sums, value_width);
+            narrow(
+                value_sums,
+                views.grad_value.row::<T>(kv_head, row, value_width),
+            );
         }
     }
 }
@@ -828,22 +871,25 @@ struct RowScalars {
     delta: f32,
 }
 
-/// Replaces the first `valid` scores by weights, and the gradients of these weights by those of the
+/// Replaces the scores in `valid` by weights, and the gradients of these weights by those of the
 /// scores. The other elements become zero.
 #[inline(always)]
 fn softmax_gradients(
     scores: &mut [f32],
     grad_scores: &mut [f32],
-    valid: usize,
+    valid: Range<usize>,
     scalars: RowScalars,
 ) {
     let RowScalars { scale, lse, delta } = scalars;
-    for (score, grad) in scores[..valid].iter_mut().zip(&mut grad_scores[..valid]) {
+    let seen = scores[valid.clone()].iter_mut();
+    for (score, grad) in seen.zip(&mut grad_scores[valid.clone()]) {
         *score = exp(score.mul_add(scale, -lse));
         *grad = *score * (*grad - delta) * scale;
     }
-    scores[valid..].fill(0.0);
-    grad_scores[valid..].fill(0.0);
+    for hidden in [scores, grad_scores] {
+        hidden[..valid.start].fill(0.0);
+        hidden[valid.end..].fill(0.0);
+    }
 }
 
 /// Rounds rows to bf16 and interleaves each two of them by columns. Zeros follow an odd last row.

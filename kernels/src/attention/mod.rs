@@ -1,10 +1,21 @@
-//! Causal flash attention in host memory (arXiv 2307.08691).
+//! Causal flash attention in host memory (arXiv 2307.08691), and the parts of attention elsewhere.
 //!
-//! On some processors our own loops run, which need no copies of the key heads. Elsewhere
-//! libtorch's kernel runs.
+//! On some processors our own loops run, which need no copies of the key heads and skip the keys
+//! outside of a sliding window. Elsewhere libtorch's kernel runs.
 
+mod block;
+mod heads;
 #[cfg(target_arch = "x86_64")]
 mod loops;
+mod mask;
+mod options;
+mod sinks;
+
+pub use block::{ScoreMask, block_attention, block_attention_backward};
+pub use heads::{repeat_heads, sum_repeated_heads};
+pub use mask::{added_mask, causal_part};
+pub use options::AttentionOptions;
+pub use sinks::{add_sinks, sinks_gradient};
 
 use crate::{
     profile::{Cost, span},
@@ -12,67 +23,59 @@ use crate::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// Returns causal attention `[B, H, S, d]` and the log-sum-exp of its scores `[B, H, S]` fp32.
+/// Returns causal attention `[B, H, S, dv]` and the log-sum-exp of its scores `[B, H, S]` fp32.
 ///
-/// Queries are `[B, H, S, d]`, keys and values `[B, G, S, d]`, in host memory and of one dtype.
-/// Each key head serves `H / G` consecutive query heads.
+/// Queries are `[B, H, S, dk]`, keys `[B, G, S, dk]` and values `[B, G, S, dv]`, in host memory and
+/// of one dtype. Each key head serves `H / G` consecutive query heads.
 ///
 /// # Panics
-/// If the shapes do not match.
+/// If the shapes do not match, or the window is empty.
 pub fn attention(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,
-    score_scale: f64,
+    options: &AttentionOptions,
 ) -> (Tensor, Tensor) {
-    check(query, key, value);
-    let cost = || cost(query, key, 2.0);
-    span("attention", "forward", cost, || {
-        causal_attention(query, key, value, score_scale)
-    })
+    let inputs = [query, key, value];
+    check(inputs, options);
+    let gemms = Gemms {
+        of_keys: 1.0,
+        of_values: 1.0,
+    };
+    let cost = || cost(inputs, options, &gemms);
+    span("attention", "forward", cost, || forward(inputs, options))
 }
 
-fn causal_attention(
-    query: &Tensor,
-    key: &Tensor,
-    value: &Tensor,
-    score_scale: f64,
-) -> (Tensor, Tensor) {
+fn forward(inputs: [&Tensor; 3], options: &AttentionOptions) -> (Tensor, Tensor) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(instructions) = loops::supports_attention(query, key, value) {
-        return loops::attention([query, key, value], score_scale, instructions);
+    if let Some(instructions) = loops::supports_attention(inputs, options) {
+        return loops::attention(inputs, options, instructions);
     }
-    let times = query.size()[1] / key.size()[1];
-    let [key, value] = [key, value].map(|x| repeat_heads(x, times));
-    Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-        query,
-        &key,
-        &value,
-        0.0,
-        true,
-        None::<&Tensor>,
-        score_scale,
-    )
+    let mask = window_mask(inputs[0], options);
+    block_attention(inputs, score_mask(mask.as_ref()), options.scale)
 }
 
 /// Returns the gradients of queries, keys and values, in their dtype.
 ///
-/// `grad` is the gradient of the output; `out` and `lse` are the results of [`attention`].
+/// `grad` is the gradient of the output. `out` and `lse` are the results of [`attention`], or of
+/// attention over more keys than these, such as [`add_sinks`].
 ///
 /// # Panics
-/// If the shapes do not match.
+/// If the shapes do not match, or the window is empty.
 pub fn attention_backward(
     grad: &Tensor,
-    [query, key, value]: [&Tensor; 3],
+    inputs: [&Tensor; 3],
     out: &Tensor,
     lse: &Tensor,
-    scale: f64,
+    options: &AttentionOptions,
 ) -> [Tensor; 3] {
-    check(query, key, value);
+    check(inputs, options);
+    let [query, _, value] = inputs;
+    let mut shape = query.size();
+    shape[3] = value.size()[3];
     assert!(
-        grad.size() == query.size() && out.size() == query.size(),
-        "attention: gradient or output differs from query shape {:?}",
-        query.size()
+        grad.size() == shape && out.size() == shape,
+        "attention: the shape of gradient or output is not {shape:?}"
     );
     let grad = grad.to_kind(query.kind());
     let grad = if grad.stride()[3] == 1 {
@@ -80,105 +83,91 @@ pub fn attention_backward(
     } else {
         grad.contiguous()
     };
-    let inputs = [query, key, value];
-    let cost = || cost(query, key, 5.0);
+    let gemms = Gemms {
+        of_keys: 3.0,
+        of_values: 2.0,
+    };
+    let cost = || cost(inputs, options, &gemms);
     span("attention", "backward", cost, || {
-        backward(&grad, inputs, out, lse, scale)
+        backward(&grad, inputs, out, lse, options)
     })
-}
-
-/// Returns the cost of `products` GEMMs over all pairs of a query and an earlier key.
-fn cost(query: &Tensor, key: &Tensor, products: f64) -> Cost {
-    let [_, _, length] = sizes(query);
-    let pairs = query.numel() as f64 * length as f64 / 2.0;
-    let elements = (query.numel() + key.numel()) as f64;
-    let bytes = elements * query.kind().elt_size_in_bytes() as f64;
-    Cost {
-        flops: products * 2.0 * pairs,
-        bytes: products * bytes,
-    }
 }
 
 fn backward(
     grad: &Tensor,
-    [query, key, value]: [&Tensor; 3],
+    inputs: [&Tensor; 3],
     out: &Tensor,
     lse: &Tensor,
-    scale: f64,
+    options: &AttentionOptions,
 ) -> [Tensor; 3] {
     #[cfg(target_arch = "x86_64")]
-    if let Some(instructions) = loops::supports_attention(query, key, value)
+    if let Some(instructions) = loops::supports_attention(inputs, options)
         .filter(|_| lse.is_contiguous() && out.stride()[3] == 1)
     {
-        let inputs = [query, key, value];
-        return loops::attention_backward(grad, inputs, out, lse, scale, instructions);
+        return loops::attention_backward(grad, inputs, out, lse, options, instructions);
     }
-    let times = query.size()[1] / key.size()[1];
-    let [key, value] = [key, value].map(|x| repeat_heads(x, times));
-    let (grad_query, grad_key, grad_value) =
-        Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            grad,
-            query,
-            &key,
-            &value,
-            out,
-            lse,
-            0.0,
-            true,
-            None::<&Tensor>,
-            scale,
-        );
-    let sum_heads = |grad: Tensor| {
-        if times == 1 {
-            grad
-        } else {
-            sum_repeated_heads(&grad, times).to_kind(grad.kind())
-        }
-    };
-    [grad_query, sum_heads(grad_key), sum_heads(grad_value)]
+    let mask = window_mask(inputs[0], options);
+    let mask = score_mask(mask.as_ref());
+    block_attention_backward(grad, inputs, out, lse, mask, options.scale)
+        .map(|gradient| gradient.to_kind(grad.kind()))
 }
 
-fn check(query: &Tensor, key: &Tensor, value: &Tensor) {
+/// Returns the mask `[1, 1, S, S]` of a window that hides keys from some queries.
+fn window_mask(query: &Tensor, options: &AttentionOptions) -> Option<Tensor> {
+    let length = query.size()[2];
+    let window = options.window.filter(|&window| window < length)?;
+    let all = Tensor::ones([1, 1, length, length], (Kind::Bool, query.device()));
+    Some(added_mask(&causal_part(&all, Some(window)), query.kind()))
+}
+
+fn score_mask(window_mask: Option<&Tensor>) -> ScoreMask<'_> {
+    window_mask.map_or(ScoreMask::Causal, ScoreMask::Added)
+}
+
+/// Numbers of GEMMs over all pairs of a query and a key that it sees.
+struct Gemms {
+    /// GEMMs over the width of a key.
+    of_keys: f64,
+    /// GEMMs over the width of a value.
+    of_values: f64,
+}
+
+fn cost([query, key, value]: [&Tensor; 3], options: &AttentionOptions, gemms: &Gemms) -> Cost {
+    let [batch, heads, length, key_width] = sizes(query);
+    let [_, _, _, value_width] = sizes(value);
+    let window = options.keys_per_query(length) as f64;
+    let rows = (batch * heads * length) as f64;
+    // Queries at the start of a sequence see a triangle of keys.
+    let pairs = rows * (window - window * window / (2.0 * length as f64));
+    let widths = gemms.of_keys * key_width as f64 + gemms.of_values * value_width as f64;
+    let of_keys = query.numel() + key.numel();
+    let of_values = rows * value_width as f64 + value.numel() as f64;
+    let elements = gemms.of_keys * of_keys as f64 + gemms.of_values * of_values;
+    Cost {
+        flops: 2.0 * pairs * widths,
+        bytes: elements * query.kind().elt_size_in_bytes() as f64,
+    }
+}
+
+fn check([query, key, value]: [&Tensor; 3], options: &AttentionOptions) {
     let q = query.size();
     let k = key.size();
-    let alike = k == value.size() && q.len() == 4 && [q[0], q[2], q[3]] == [k[0], k[2], k[3]];
+    let v = value.size();
+    let alike = [&q, &k, &v].iter().all(|size| size.len() == 4)
+        && [q[0], q[2], q[3]] == [k[0], k[2], k[3]]
+        && v[..3] == k[..3];
     let same_kind = query.kind() == key.kind() && query.kind() == value.kind();
     let on_host = query.device() == Device::Cpu;
     let divides = alike && k[1] > 0 && q[1] % k[1] == 0;
     assert!(
         divides && same_kind && on_host,
-        "attention: unsupported shapes, query {q:?} and key {k:?}"
+        "attention: unsupported shapes, query {q:?}, key {k:?} and value {v:?}"
     );
-}
-
-/// Repeats each key or value head for every query head it serves: `[B, G, s, d]` to
-/// `[B, G * times, s, d]`.
-pub fn repeat_heads(x: &Tensor, times: i64) -> Tensor {
-    if times == 1 {
-        return x.shallow_clone();
-    }
-    let size = x.size();
-    let batch = size[0];
-    let heads = size[1];
-    let length = size[2];
-    let width = size[3];
-    let repeated = x
-        .unsqueeze(2)
-        .expand([batch, heads, times, length, width], false);
-    repeated.reshape([batch, heads * times, length, width])
-}
-
-/// Returns the gradient of [`repeat_heads`] in fp32.
-pub fn sum_repeated_heads(grad: &Tensor, times: i64) -> Tensor {
-    let size = grad.size();
-    let batch = size[0];
-    let heads = size[1];
-    let length = size[2];
-    let width = size[3];
-    let grouped = grad
-        .to_kind(Kind::Float)
-        .view([batch, heads / times, times, length, width]);
-    grouped.sum_dim_intlist([2i64].as_slice(), false, Kind::Float)
+    let window = options.window;
+    assert!(
+        window.is_none_or(|window| window > 0),
+        "attention: empty window"
+    );
 }
 
 #[cfg(test)]
@@ -191,21 +180,30 @@ mod tests {
     use proptest::prelude::*;
     use tch::kind::FLOAT_CPU;
 
-    /// Returns attention and log-sum-exps in fp64.
+    /// Returns attention and log-sum-exps in fp64, with sinks `[H]` as logits of one more key, as
+    /// gpt-oss computes them.
     fn plain_attention(
-        query: &Tensor,
-        key: &Tensor,
-        value: &Tensor,
-        score_scale: f64,
+        [query, key, value]: [&Tensor; 3],
+        sinks: Option<&Tensor>,
+        options: &AttentionOptions,
     ) -> (Tensor, Tensor) {
         let times = query.size()[1] / key.size()[1];
         let key = key.repeat_interleave_self_int(times, 1, None);
         let value = value.repeat_interleave_self_int(times, 1, None);
-        let later = Tensor::ones([query.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
-        let scores = (query.matmul(&key.transpose(2, 3)) * score_scale)
-            .masked_fill(&later, f64::NEG_INFINITY);
-        let out = scores.softmax(-1, Kind::Double).matmul(&value);
-        (out, scores.logsumexp(LAST_DIM, false))
+        let length = query.size()[2];
+        let position = Tensor::arange(length, (Kind::Int64, Device::Cpu));
+        let distance = position.unsqueeze(1) - position.unsqueeze(0);
+        let far = distance.ge(options.window.unwrap_or(length));
+        let mut scores = (query.matmul(&key.transpose(2, 3)) * options.scale)
+            .masked_fill(&distance.lt(0).logical_or(&far), f64::NEG_INFINITY);
+        if let Some(sinks) = sinks {
+            let [batch, heads, length] = sizes(query).map(|size| size as i64);
+            let sinks = sinks.view([1, heads, 1, 1]);
+            let column = sinks.expand([batch, heads, length, 1], false);
+            scores = Tensor::cat(&[scores, column], -1);
+        }
+        let weights = scores.softmax(-1, Kind::Double).narrow(-1, 0, length);
+        (weights.matmul(&value), scores.logsumexp(LAST_DIM, false))
     }
 
     /// Returns the largest difference over the largest element of `b`, which is taken to be at
@@ -224,7 +222,11 @@ mod tests {
             kv_heads in 1i64..4,
             times in 1i64..4,
             length in prop_oneof![1i64..70, 200i64..620],
-            width in 1i64..9,
+            key_width in 1i64..9,
+            value_width in 1i64..9,
+            same_width: bool,
+            window in prop_oneof![Just(None), (1i64..700).prop_map(Some)],
+            with_sinks: bool,
             transposed: bool,
             odd: bool,
             large: bool,
@@ -232,29 +234,47 @@ mod tests {
         ) {
             tch::set_num_threads(1);
             tch::manual_seed(seed);
-            let width = if odd { 16 * width - 4 } else { 16 * width };
+            let elements = |lines: i64| if odd { 16 * lines - 4 } else { 16 * lines };
+            let width = elements(key_width);
+            let value_width = if same_width { width } else { elements(value_width) };
             let magnitude = if large { 5.0 } else { 1.0 };
-            let random = |heads: i64, kind| {
+            let random = |heads: i64, width: i64, kind| {
                 let shape = [batch, length, heads, width];
                 let x = Tensor::randn(shape, FLOAT_CPU) * magnitude;
                 let x = x.to_kind(kind).transpose(1, 2);
                 if transposed { x } else { x.contiguous() }
             };
-            let scale = 0.7 / (width as f64).sqrt();
+            let options = AttentionOptions {
+                scale: 0.7 / (width as f64).sqrt(),
+                window,
+            };
             // The error of a weight is the rounding error of its score, which grows with the score.
             let cancels = if large { 30.0 } else { 0.1 };
             for (kind, tolerance) in tolerances(2e-5, 2e-2) {
                 let tolerance = tolerance * magnitude;
                 let heads = times * kv_heads;
-                let [q, grad] = [(); 2].map(|()| random(heads, kind));
-                let [k, v] = [(); 2].map(|()| random(kv_heads, kind));
+                let [q, grad] = [width, value_width].map(|width| random(heads, width, kind));
+                let [k, v] = [width, value_width].map(|width| random(kv_heads, width, kind));
+                let sinks = Tensor::randn([heads], FLOAT_CPU) * magnitude * 2.0;
                 let wide = [&q, &k, &v].map(|x| x.to_f64().set_requires_grad(true));
-                let (expected, expected_lse) = plain_attention(&wide[0], &wide[1], &wide[2], scale);
+                let wide_sinks = sinks.to_f64().set_requires_grad(true);
+                let used_sinks = with_sinks.then_some(&wide_sinks);
+                let (expected, expected_lse) =
+                    plain_attention(wide.each_ref(), used_sinks, &options);
                 (&expected * grad.to_f64()).sum(Kind::Double).backward();
-                let (out, lse) = attention(&q, &k, &v, scale);
+                let (mut out, mut lse) = attention(&q, &k, &v, &options);
+                if with_sinks {
+                    (out, lse) = add_sinks(out, &lse, &sinks);
+                }
                 prop_assert!(off(&out, &expected.detach(), cancels) < tolerance);
                 prop_assert!(off(&lse, &expected_lse.detach(), cancels) < tolerance);
-                let grads = attention_backward(&grad, [&q, &k, &v], &out, &lse, scale);
+                if with_sinks {
+                    let ours = sinks_gradient(&grad, &out, &lse, &sinks);
+                    // A sum over all positions, each with the error of its output.
+                    let off = off(&ours, &wide_sinks.grad(), cancels);
+                    prop_assert!(off < tolerance * 4.0, "sinks {:?} {}", kind, off);
+                }
+                let grads = attention_backward(&grad, [&q, &k, &v], &out, &lse, &options);
                 for (ours, wide) in grads.iter().zip(&wide) {
                     let off = off(ours, &wide.grad(), cancels);
                     prop_assert!(off < tolerance, "{:?} {}", kind, off);
@@ -266,19 +286,22 @@ mod tests {
     #[test]
     fn the_number_of_threads_changes_no_bit() {
         let random = |heads: i64| {
-            let shape = [3, heads, 130, 32];
+            let shape = [3, heads, 330, 32];
             Tensor::randn(shape, (Kind::BFloat16, Device::Cpu))
         };
         let [q, grad] = [(); 2].map(|()| random(4));
         let [k, v] = [(); 2].map(|()| random(2));
-        let all = |threads| {
-            tch::set_num_threads(threads);
-            let (out, lse) = attention(&q, &k, &v, 0.2);
-            let [a, b, c] = attention_backward(&grad, [&q, &k, &v], &out, &lse, 0.2);
-            [out, lse, a, b, c]
-        };
-        for (one, three) in all(1).iter().zip(&all(3)) {
-            assert!(one.equal(three));
+        for window in [None, Some(40)] {
+            let options = AttentionOptions { scale: 0.2, window };
+            let all = |threads| {
+                tch::set_num_threads(threads);
+                let (out, lse) = attention(&q, &k, &v, &options);
+                let [a, b, c] = attention_backward(&grad, [&q, &k, &v], &out, &lse, &options);
+                [out, lse, a, b, c]
+            };
+            for (one, three) in all(1).iter().zip(&all(3)) {
+                assert!(one.equal(three));
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 // Shapes: B batch, s positions on this rank, H query heads, G key/value heads, d head width.
 
 use super::documents::Documents;
-use kernels::repeat_heads;
+use kernels::{AttentionOptions, repeat_heads};
 use parallel::{
     Communicator,
     context::{ContextKind, heads_to_sequence, ring_attention, sequence_to_heads},
@@ -139,15 +139,19 @@ fn shares_key_heads(device: Device, is_causal: bool) -> bool {
 
 /// Calls [`kernels::attention`] and attaches its backward.
 fn causal(query: &Tensor, key: &Tensor, value: &Tensor, scale: f64) -> Result<Tensor, Error> {
+    let options = AttentionOptions {
+        scale,
+        window: None,
+    };
     let saved = [query, key, value].map(Tensor::detach);
-    let (out, lse) = tch::no_grad(|| kernels::attention(query, key, value, scale));
+    let (out, lse) = tch::no_grad(|| kernels::attention(query, key, value, &options));
     let result = out.detach();
     let mut outputs = attach_backward(&[query, key, value], vec![out], move |grads| {
         let Some(grad) = &grads[0] else {
             return Err(Error::new("attention without a gradient"));
         };
         let saved = saved.each_ref();
-        let grads = kernels::attention_backward(grad, saved, &result, &lse, scale);
+        let grads = kernels::attention_backward(grad, saved, &result, &lse, &options);
         Ok(grads.map(Some).into())
     })?;
     Ok(outputs.remove(0))

@@ -1,0 +1,265 @@
+//! Attention between any queries and keys, on libtorch's operations.
+//!
+//! On the CPU they are its fused kernel. No fused kernel of the other devices takes a mask, gives
+//! log-sum-exps and differentiates with those of more keys, so there the scores of a tile of
+//! queries are a matrix.
+// Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, dk and dv widths.
+
+use super::heads::{repeat_heads, sum_repeated_heads};
+use crate::tensors::LAST_DIM;
+use std::ops::Range;
+use tch::{Device, Kind, Tensor};
+
+/// Number of queries per tile of unfused attention.
+const QUERY_TILE: i64 = 512;
+
+/// The keys that queries see.
+#[derive(Debug, Clone, Copy)]
+pub enum ScoreMask<'a> {
+    /// Every query sees every key.
+    None,
+    /// Query `i` sees the keys up to `i`.
+    Causal,
+    /// A tensor `[1 or B, 1, Q, K]` that is added to the scores, see
+    /// [`added_mask`](super::added_mask).
+    Added(&'a Tensor),
+}
+
+/// Returns attention `[B, H, Q, dv]` and the log-sum-exp of its scores `[B, H, Q]` fp32.
+///
+/// The inputs are queries `[B, H, Q, dk]`, keys `[B, G, K, dk]` and values `[B, G, K, dv]`. Each key
+/// head serves `H / G` consecutive query heads.
+pub fn block_attention(inputs: [&Tensor; 3], mask: ScoreMask, scale: f64) -> (Tensor, Tensor) {
+    let block = Block::new(inputs, mask, scale);
+    if block.is_on_cpu() {
+        block.forward_on_cpu()
+    } else {
+        block.unfused_forward()
+    }
+}
+
+/// Returns the gradients of queries, keys and values, in fp32 or in the dtype of the inputs.
+///
+/// `grad` is the gradient of the output. `out` and `lse` may be those of attention over more keys
+/// than these: then the gradients are this block's part.
+pub fn block_attention_backward(
+    grad: &Tensor,
+    inputs: [&Tensor; 3],
+    out: &Tensor,
+    lse: &Tensor,
+    mask: ScoreMask,
+    scale: f64,
+) -> [Tensor; 3] {
+    let block = Block::new(inputs, mask, scale);
+    let [query, key, value] = if block.is_on_cpu() {
+        block.backward_on_cpu(grad, out, lse)
+    } else {
+        block.unfused_backward(grad, out, lse)
+    };
+    let times = inputs[0].size()[1] / inputs[1].size()[1];
+    let sum_heads = |grad: Tensor| {
+        if times == 1 {
+            grad
+        } else {
+            sum_repeated_heads(&grad, times)
+        }
+    };
+    [query, sum_heads(key), sum_heads(value)]
+}
+
+/// Operands with a key and a value head per query head.
+struct Block<'a> {
+    query: &'a Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: ScoreMask<'a>,
+    scale: f64,
+}
+
+impl<'a> Block<'a> {
+    fn new([query, key, value]: [&'a Tensor; 3], mask: ScoreMask<'a>, scale: f64) -> Block<'a> {
+        let times = query.size()[1] / key.size()[1];
+        Block {
+            query,
+            key: repeat_heads(key, times),
+            value: repeat_heads(value, times),
+            mask,
+            scale,
+        }
+    }
+
+    fn is_on_cpu(&self) -> bool {
+        self.query.device() == Device::Cpu
+    }
+
+    fn is_causal(&self) -> bool {
+        matches!(self.mask, ScoreMask::Causal)
+    }
+
+    fn added_mask(&self) -> Option<&'a Tensor> {
+        match self.mask {
+            ScoreMask::Added(mask) => Some(mask),
+            ScoreMask::None | ScoreMask::Causal => None,
+        }
+    }
+
+    /// Returns the width that libtorch's kernel on the CPU computes with, which it wants to be one.
+    fn common_width(&self) -> i64 {
+        width(&self.key).max(width(&self.value))
+    }
+
+    fn forward_on_cpu(&self) -> (Tensor, Tensor) {
+        let common = self.common_width();
+        let (out, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
+            &widen(self.query, common),
+            &widen(&self.key, common),
+            &widen(&self.value, common),
+            0.0,
+            self.is_causal(),
+            self.added_mask(),
+            self.scale,
+        );
+        (narrow_width(out, width(&self.value)), lse)
+    }
+
+    fn backward_on_cpu(&self, grad: &Tensor, out: &Tensor, lse: &Tensor) -> [Tensor; 3] {
+        let common = self.common_width();
+        let (query, key, value) =
+            Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
+                &widen(grad, common),
+                &widen(self.query, common),
+                &widen(&self.key, common),
+                &widen(&self.value, common),
+                &widen(out, common),
+                lse,
+                0.0,
+                self.is_causal(),
+                self.added_mask(),
+                self.scale,
+            );
+        let key_width = width(&self.key);
+        [
+            narrow_width(query, key_width),
+            narrow_width(key, key_width),
+            narrow_width(value, width(&self.value)),
+        ]
+    }
+
+    fn unfused_forward(&self) -> (Tensor, Tensor) {
+        let value = &self.value;
+        let mut outs = Vec::new();
+        let mut lses = Vec::new();
+        for tile in self.query_tiles() {
+            let scores = self.scores(&tile);
+            let lse = scores.logsumexp(LAST_DIM, false);
+            let weights = (scores - lse.unsqueeze(-1)).exp().to_kind(value.kind());
+            outs.push(weights.matmul(value));
+            lses.push(lse);
+        }
+        (Tensor::cat(&outs, 2), Tensor::cat(&lses, 2))
+    }
+
+    fn unfused_backward(&self, grad: &Tensor, out: &Tensor, lse: &Tensor) -> [Tensor; 3] {
+        let Block {
+            query, key, value, ..
+        } = self;
+        let mut grad_query = Vec::new();
+        let mut grad_key = key.to_kind(Kind::Float).zeros_like();
+        let mut grad_value = value.to_kind(Kind::Float).zeros_like();
+        let product = grad.to_kind(Kind::Float) * out.to_kind(Kind::Float);
+        let delta = product.sum_dim_intlist(LAST_DIM, true, Kind::Float);
+        for tile in self.query_tiles() {
+            let lse = narrow(lse, &tile).unsqueeze(-1);
+            let weights = (self.scores(&tile) - lse).exp();
+            let grad = narrow(grad, &tile);
+            let weights_t = weights.transpose(2, 3);
+            grad_value += weights_t.matmul(&grad.to_kind(Kind::Float));
+            let grad_weights = grad.matmul(&value.transpose(2, 3)).to_kind(Kind::Float);
+            let grad_scores = weights * (grad_weights - narrow(&delta, &tile)) * self.scale;
+            let grad_scores = grad_scores.to_kind(query.kind());
+            grad_query.push(grad_scores.matmul(key));
+            let grad_scores_t = grad_scores.transpose(2, 3);
+            grad_key += grad_scores_t
+                .matmul(&narrow(query, &tile))
+                .to_kind(Kind::Float);
+        }
+        [Tensor::cat(&grad_query, 2), grad_key, grad_value]
+    }
+
+    /// Returns the scaled and masked scores of the queries in `tile`: `[B, H, tile, K]` in fp32.
+    fn scores(&self, tile: &Range<i64>) -> Tensor {
+        let query = narrow(self.query, tile);
+        let scores = query.matmul(&self.key.transpose(2, 3)).to_kind(Kind::Float) * self.scale;
+        match self.mask {
+            ScoreMask::None => scores,
+            ScoreMask::Causal => {
+                let shape = [query.size()[2], self.key.size()[2]];
+                let later = Tensor::ones(shape, (Kind::Bool, query.device())).triu(tile.start + 1);
+                scores.masked_fill(&later, -1e9)
+            }
+            ScoreMask::Added(mask) => scores + narrow(mask, tile).to_kind(Kind::Float),
+        }
+    }
+
+    fn query_tiles(&self) -> impl Iterator<Item = Range<i64>> + use<> {
+        let queries = self.query.size()[2];
+        let tile = move |start: i64| start..(start + QUERY_TILE).min(queries);
+        (0..queries).step_by(QUERY_TILE as usize).map(tile)
+    }
+}
+
+/// Returns the positions `part` of `x` `[B, heads, positions, ...]`.
+fn narrow(x: &Tensor, part: &Range<i64>) -> Tensor {
+    x.narrow(2, part.start, part.end - part.start)
+}
+
+fn width(x: &Tensor) -> i64 {
+    x.size()[3]
+}
+
+/// Appends zeros to rows up to a width of `common`: neither scores nor outputs change.
+fn widen(x: &Tensor, common: i64) -> Tensor {
+    match common - width(x) {
+        0 => x.shallow_clone(),
+        missing => x.constant_pad_nd([0, missing]),
+    }
+}
+
+/// Returns the first `own` elements of each row.
+fn narrow_width(x: Tensor, own: i64) -> Tensor {
+    if width(&x) == own {
+        x
+    } else {
+        x.narrow(3, 0, own)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attention::mask::{added_mask, causal_part};
+    use tch::kind::FLOAT_CPU;
+
+    #[test]
+    fn the_fused_and_the_unfused_path_agree() {
+        let random = |heads: i64, width: i64| Tensor::randn([2, heads, 600, width], FLOAT_CPU);
+        let all = Tensor::ones([1, 1, 600, 600], (Kind::Bool, Device::Cpu));
+        let added = added_mask(&causal_part(&all, Some(70)), Kind::Float);
+        for mask in [ScoreMask::None, ScoreMask::Causal, ScoreMask::Added(&added)] {
+            for [key_width, value_width] in [[8, 8], [12, 8], [8, 20]] {
+                let [query, key] = [(); 2].map(|()| random(3, key_width));
+                let [value, grad] = [(); 2].map(|()| random(3, value_width));
+                let block = Block::new([&query, &key, &value], mask, 0.4);
+                let (out, lse) = block.forward_on_cpu();
+                let (plain_out, plain_lse) = block.unfused_forward();
+                assert!(out.allclose(&plain_out, 1e-3, 1e-4, false));
+                assert!(lse.allclose(&plain_lse, 1e-4, 1e-5, false));
+                let fused = block.backward_on_cpu(&grad, &out, &lse);
+                let unfused = block.unfused_backward(&grad, &out, &lse);
+                for (fused, unfused) in fused.iter().zip(&unfused) {
+                    assert!(fused.allclose(unfused, 1e-3, 1e-4, false), "{mask:?}");
+                }
+            }
+        }
+    }
+}
