@@ -134,6 +134,8 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.top_k", json!(3)),
         change("model.moe.ffn", json!(48)),
         change("model.moe.shared_experts", json!(0)),
+        change("model.moe.shared_ffn", json!(40)).with("model.moe.shared_experts", json!(0)),
+        change("model.moe.shared_gate", json!(true)),
         change("model.moe.activation", json!({"clamped_glu": {}})),
         change("model.moe.expert_bias", json!(true)),
         change("model.moe.router.score", json!("sigmoid")),

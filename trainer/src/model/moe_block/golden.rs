@@ -153,3 +153,14 @@ fn deepseek_v2_with_groups_and_shared_experts() {
         }),
     );
 }
+
+#[test]
+fn qwen2_with_a_gated_shared_expert_of_another_width() {
+    check(
+        "qwen2",
+        json!({
+            "experts": 6, "top_k": 2, "ffn": 12, "shared_ffn": 20, "shared_gate": true,
+            "router": {"normalize": false},
+        }),
+    );
+}
