@@ -143,6 +143,8 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.router.scale", json!(2)),
         change("model.moe.router.groups", json!(4)),
         change("model.moe.router.top_groups", json!(1)),
+        change("model.moe.router.group_score", json!("top2_sum"))
+            .with("model.moe.router.top_groups", json!(1)),
         change("model.moe.router.even_groups", json!(true)),
         change("model.moe.router.force_balance", json!(true)),
         change("model.moe.load_balance", json!(0.02)),

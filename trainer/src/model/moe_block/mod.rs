@@ -148,9 +148,9 @@ impl MoeConfig {
         }
     }
 
-    /// Returns true if the routing weights of each token are scaled to a sum of 1.
-    pub fn normalizes(&self) -> bool {
-        self.router.normalizes(self.top_k)
+    /// Sets the values that unset keys stand for.
+    pub(crate) fn resolve(&mut self) {
+        self.router.resolve(self.top_k);
     }
 
     /// Returns true if a bias that is not trained takes part in the selection of experts.
