@@ -116,6 +116,7 @@ fn model_changes() -> Vec<Change> {
         change("model.norm.placement", json!("sandwich")),
         change("model.norm.zero_centered", json!(true)),
         change("model.qk_norm", json!("head")),
+        change("model.attention", json!({"grouped": {"sinks": true}})),
         change("model.tie_embeddings", json!(true)),
         change("model.init_std", json!(0.03)),
         change("model.mup.width", json!(2)),
@@ -133,6 +134,7 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.experts", json!(8)),
         change("model.moe.top_k", json!(3)),
         change("model.moe.ffn", json!(48)),
+        change("model.moe.layers", json!([0, 2])).with("model.dense_layers", json!(0)),
         change("model.moe.shared_experts", json!(0)),
         change("model.moe.shared_ffn", json!(40)).with("model.moe.shared_experts", json!(0)),
         change("model.moe.shared_gate", json!(true)),
@@ -222,6 +224,8 @@ fn run_changes(folder: &Path) -> Vec<Change> {
         change("optimizer.eps", json!(1e-5)),
         change("optimizer.weight_decay", json!(0.0)),
         change("optimizer.offload", json!(true)),
+        change("optimizer.state_dtype", json!("bf16")),
+        change("optimizer.groups", json!([{"muon": {}}])),
         change("schedule", json!({"constant": {"lr": 1e-3}})),
     ]
 }

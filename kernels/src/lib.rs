@@ -35,6 +35,7 @@ mod combine;
 mod cross_entropy;
 mod cuda;
 mod exponential;
+mod gain;
 #[cfg(target_arch = "x86_64")]
 mod gemm;
 mod glu;
@@ -72,13 +73,14 @@ pub use clamped_glu::ClampedGlu;
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
 pub use cuda::{compile_gpu_kernels, load_gpu_kernels};
+pub use gain::Gain;
 pub use glu::Glu;
 pub use group_bias::{add_group_bias, sum_groups};
 pub use matmul::{
     gemm, gemm_accumulate, gemm_f32, gemm_into, gemm_overwrite, grouped_gemm,
     grouped_gemm_accumulate, grouped_gemm_overwrite,
 };
-pub use norm::{Gain, rms_norm, rms_norm_backward};
+pub use norm::{rms_norm, rms_norm_backward};
 pub use orthogonalize::{orthogonalization_flops, orthogonalize};
 pub use quantize::quantize_rows;
 pub use rotary::apply_rotary;

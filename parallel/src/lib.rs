@@ -36,6 +36,7 @@
 
 mod affinity;
 pub mod agreement;
+mod attention_node;
 mod background;
 mod bounded_io;
 pub mod collectives;
@@ -62,6 +63,7 @@ mod weight;
 mod world;
 
 pub use affinity::{CpuAffinity, CpuTopology};
+pub use attention_node::{AttentionResult, attention_node};
 pub use bounded_io::{within, write_within};
 #[cfg(feature = "mpi")]
 pub use comm::finalize;

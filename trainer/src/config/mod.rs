@@ -54,7 +54,11 @@ pub use snapshot::{
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
 pub use crate::model::{
-    attention::grouped::QkNorm,
+    attention::{
+        AttentionConfig,
+        grouped::{AttentionBias, GroupedConfig, QkNorm, WindowConfig},
+        latent::LatentConfig,
+    },
     moe_block::{ClampedGluConfig, ExpertActivation, MoeConfig, RouterBias, RouterConfig},
 };
 use config_derive::ResumeKeys;

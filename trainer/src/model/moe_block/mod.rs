@@ -18,6 +18,7 @@ use super::{
 use crate::{
     config::{
         dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig},
+        layer_set::LayerSet,
         layout::RecomputedPart,
         limits::{MAX_EXPERTS, MAX_WIDTH},
     },
@@ -53,6 +54,12 @@ pub struct MoeConfig {
     #[on_resume(refused)]
     #[schemars(range(min = 1, max = MAX_WIDTH))]
     pub ffn: usize,
+    /// The MoE layers: `all`, a list of layer numbers, or a period such as `{every: 2, from: 1}` or
+    /// `{all_but: {every: 4, from: 3}}`. Without it, `model.dense_layers` and `model.moe_every`
+    /// decide.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub layers: Option<LayerSet>,
     /// Activation of the experts, shared ones included: `swiglu`, or
     /// `{clamped_glu: {alpha: 1.702, limit: 7}}`.
     #[on_resume(refused)]
@@ -131,6 +138,7 @@ impl MoeConfig {
             experts,
             top_k,
             ffn,
+            layers: None,
             activation: ExpertActivation::default(),
             expert_bias: false,
             shared_experts: 0,
