@@ -136,6 +136,8 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.ffn", json!(48)),
         change("model.moe.layers", json!([0, 2])).with("model.dense_layers", json!(0)),
         change("model.moe.shared_experts", json!(0)),
+        change("model.moe.shared_ffn", json!(40)).with("model.moe.shared_experts", json!(0)),
+        change("model.moe.shared_gate", json!(true)),
         change("model.moe.activation", json!({"clamped_glu": {}})),
         change("model.moe.expert_bias", json!(true)),
         change("model.moe.router.score", json!("sigmoid")),
@@ -143,6 +145,8 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.router.scale", json!(2)),
         change("model.moe.router.groups", json!(4)),
         change("model.moe.router.top_groups", json!(1)),
+        change("model.moe.router.group_score", json!("top2_sum"))
+            .with("model.moe.router.top_groups", json!(1)),
         change("model.moe.router.even_groups", json!(true)),
         change("model.moe.router.force_balance", json!(true)),
         change("model.moe.load_balance", json!(0.02)),

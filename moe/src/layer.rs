@@ -27,8 +27,15 @@ pub struct MoeWeights {
     pub bias: Mutex<Option<Tensor>>,
     /// This rank's experts; a slice of each if ranks split experts.
     pub experts: GluNetworks,
-    /// All shared experts as one network of width S, split like a dense layer.
-    pub shared: Option<GluNetworks>,
+    pub shared: Option<SharedExperts>,
+}
+
+/// Shared experts, which process every token.
+pub struct SharedExperts {
+    /// All of them as one network of width S, split like a dense layer.
+    pub network: GluNetworks,
+    /// `[1, D]`: the sigmoid of its product with a token multiplies the token's result.
+    pub gate: Option<Weight>,
 }
 
 /// An MoE layer, with the process groups that it works in.
@@ -201,14 +208,19 @@ impl MoeLayer {
     }
 
     fn forward_shared(&self, x_td: &Activation) -> Result<Option<Tensor>, Error> {
-        let Some(shared) = &self.weights.shared else {
+        let Some(SharedExperts { network, gate }) = &self.weights.shared else {
             return Ok(None);
         };
-        let network = |x: &Activation| {
+        let compute = |x: &Activation| {
             let rows = x.value.size()[0];
-            grouped_glu(x, shared, &[rows], self.save.experts)
+            grouped_glu(x, network, &[rows], self.save.experts)
         };
-        self.tensor.column_row_parallel(x_td, network).map(Some)
+        let out = self.tensor.column_row_parallel(x_td, compute)?;
+        let Some(gate) = gate else {
+            return Ok(Some(out));
+        };
+        let gate_t1 = linear_f32(x_td, gate)?.sigmoid().to_kind(out.kind());
+        Ok(Some(out * gate_t1))
     }
 
     /// Counts the routed tokens of each expert in each group, `[G, E]` fp32, over the ranks that

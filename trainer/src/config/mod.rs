@@ -124,7 +124,7 @@ impl Config {
         resolved.model.kv_heads = heads.kv_heads;
         resolved.model.head_dim = heads.head_dim;
         if let Some(moe) = &mut resolved.model.moe {
-            moe.router.normalize = Some(moe.normalizes());
+            moe.resolve();
         }
         resolved.schedule = Some(self.schedule());
         resolved

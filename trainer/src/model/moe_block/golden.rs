@@ -10,8 +10,8 @@ use crate::{
     },
     process_groups::ProcessGroups,
 };
-use moe::RoutingReplay;
-use parallel::{Activation, Cpu, GradientBuckets, Replication};
+use moe::{GroupScore, Router, RoutingReplay, Score};
+use parallel::{Activation, Cpu, GradientBuckets, Replication, Weight, linear_f32};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path};
 use tch::{Kind, Tensor};
@@ -152,4 +152,60 @@ fn deepseek_v2_with_groups_and_shared_experts() {
             "router": {"groups": 4, "top_groups": 2, "scale": 2.5, "normalize": false},
         }),
     );
+}
+
+#[test]
+fn qwen2_with_a_gated_shared_expert_of_another_width() {
+    check(
+        "qwen2",
+        json!({
+            "experts": 6, "top_k": 2, "ffn": 12, "shared_ffn": 20, "shared_gate": true,
+            "router": {"normalize": false},
+        }),
+    );
+}
+
+#[test]
+fn mistral4_with_softmax_scores_and_the_sum_of_two_per_group() {
+    check(
+        "mistral4",
+        json!({
+            "experts": 12, "top_k": 3, "ffn": 12, "shared_experts": 1,
+            "router": {
+                "groups": 4, "top_groups": 2, "group_score": "top2_sum", "scale": 2.5,
+            },
+        }),
+    );
+}
+
+/// In bf16 the product of the router and its gradients are those of fp32.
+#[test]
+fn a_bf16_router_computes_in_fp32() {
+    let golden = Golden::open("bf16-router");
+    let x = golden.tensor("input").set_requires_grad(true);
+    let weight = Weight::new(golden.tensor("weight").shallow_clone());
+    let alone = [Replication::alone()];
+    let gradients =
+        GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+    gradients.begin(1);
+    let logits = linear_f32(&Activation::kept(&x), &weight).unwrap();
+    let router = Router {
+        score: Score::Sigmoid,
+        scale: 2.5,
+        groups: 4,
+        top_groups: 2,
+        group_score: GroupScore::Top2Sum,
+        ..Router::new(12, 3)
+    };
+    let routing = router.route(&logits, None, None, &[0..40]).unwrap();
+    (&routing.weights_tk * golden.tensor("probe"))
+        .sum(Kind::Float)
+        .backward();
+    gradients.finish().unwrap();
+    assert!(routing.experts_tk.equal(golden.tensor("experts")));
+    golden.assert_close("logits", &logits.detach(), 1e-6);
+    golden.assert_close("routing_weights", &routing.weights_tk.detach(), 1e-6);
+    // Theirs are rounded to bf16 once.
+    golden.assert_close("grad_input", &x.grad(), 4e-3);
+    golden.assert_close("grad_weight", &gradients.gradient(0), 4e-3);
 }

@@ -32,7 +32,7 @@ use parking_lot::Mutex;
 use router::{RouterSpecs, Selection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use shared::SharedExperts;
+use shared::SharedPlan;
 use tch::Kind;
 
 /// Bytes of an index.
@@ -69,11 +69,21 @@ pub struct MoeConfig {
     #[on_resume(refused)]
     #[serde(default)]
     pub expert_bias: bool,
-    /// Number of shared experts, which process every token.
+    /// Number of shared experts, which process every token. Each has the width `ffn`.
     #[on_resume(refused)]
     #[schemars(range(min = 0, max = MAX_EXPERTS))]
     #[serde(default)]
     pub shared_experts: usize,
+    /// Inner width of all shared experts together, instead of `shared_experts`.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_WIDTH))]
+    #[serde(default)]
+    pub shared_ffn: Option<usize>,
+    /// Scales the shared experts' result for each token by the sigmoid of a product with the token
+    /// (Qwen2-MoE, arXiv 2407.10671).
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub shared_gate: bool,
     /// The router's rule.
     #[on_resume(section)]
     #[serde(default)]
@@ -132,6 +142,8 @@ impl MoeConfig {
             activation: ExpertActivation::default(),
             expert_bias: false,
             shared_experts: 0,
+            shared_ffn: None,
+            shared_gate: false,
             router: RouterConfig::default(),
             load_balance: default_load_balance(),
             load_balance_over: default_load_balance_over(),
@@ -144,9 +156,9 @@ impl MoeConfig {
         }
     }
 
-    /// Returns true if the routing weights of each token are scaled to a sum of 1.
-    pub fn normalizes(&self) -> bool {
-        self.router.normalizes(self.top_k)
+    /// Sets the values that unset keys stand for.
+    pub(crate) fn resolve(&mut self) {
+        self.router.resolve(self.top_k);
     }
 
     /// Returns true if a bias that is not trained takes part in the selection of experts.
@@ -171,13 +183,19 @@ impl MoeConfig {
         }
     }
 
-    fn shared(&self, hidden: usize) -> Option<SharedExperts> {
-        let size = self.shared_experts.saturating_mul(self.ffn) as u64;
-        let width = Dim::new("model.moe.shared_experts x ffn", size);
-        (size > 0).then_some(SharedExperts {
+    fn shared(&self, hidden: usize) -> Option<SharedPlan> {
+        let width = match self.shared_ffn {
+            Some(width) => Dim::new("model.moe.shared_ffn", width as u64),
+            None => {
+                let size = self.shared_experts.saturating_mul(self.ffn);
+                Dim::new("model.moe.shared_experts x ffn", size as u64)
+            }
+        };
+        (width.size > 0).then_some(SharedPlan {
             hidden,
             width,
             activation: self.activation,
+            gated: self.shared_gate,
         })
     }
 
@@ -248,6 +266,21 @@ impl MoeConfig {
     /// Adds the reasons why the section contradicts itself.
     pub(crate) fn problems(&self, problems: &mut Problems) {
         self.router.problems(self.selection(), problems);
+        if let Some(width) = self.shared_ffn
+            && self.shared_experts > 0
+        {
+            problems.add(format!(
+                "model.moe.shared_ffn {width} is the width of all shared experts together, which \
+                 model.moe.shared_experts {} also gives: leave one of them out",
+                self.shared_experts
+            ));
+        }
+        if self.shared_gate && self.shared(0).is_none() {
+            problems.add(
+                "model.moe.shared_gate scales the result of shared experts, and there are none: \
+                 give model.moe.shared_ffn, or leave shared_gate out",
+            );
+        }
         if self.bias_update_rate > 0.0 && self.router.bias.is_some() {
             problems.add(
                 "model.moe.bias_update_rate updates a bias of its own, and model.moe.router.bias \
