@@ -129,14 +129,11 @@ fn peak_memory(experiment: &Experiment, run: &str) -> u64 {
     let steps = lines
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let peaks = steps.filter_map(|step| {
-        step["rank_peak_memory"]
-            .as_array()?
-            .iter()
-            .filter_map(Value::as_u64)
-            .max()
-    });
-    peaks.max().unwrap()
+    let peak = |step: Value| {
+        let peak = &step["rank_distributions"]["peak_memory"]["largest"];
+        peak.as_f64().map(|bytes| bytes as u64)
+    };
+    steps.filter_map(peak).max().unwrap()
 }
 
 #[test]
@@ -326,9 +323,15 @@ fn npus_without_hccl_go_by_the_hosts_memory() {
     assert!(output.status.success(), "{}", text(&output));
     assert_close(&curve(&experiment, "cpu"), &curve(&experiment, "npu"), 1e-5);
     for (run, measures) in [("cpu", true), ("npu", false)] {
-        let lines = std::fs::read_to_string(experiment.path(run).join("metrics.jsonl")).unwrap();
-        for figure in ["rank_wait_ratio", "rank_pass_ms"] {
-            assert_eq!(lines.contains(figure), measures, "{figure} on {run}");
+        let times = [
+            ("metrics.jsonl", ["\"wait_ratio\"", "\"pass_ms\""]),
+            ("ranks.jsonl", ["\"rank_wait_ratio\"", "\"rank_pass_ms\""]),
+        ];
+        for (file, figures) in times {
+            let lines = std::fs::read_to_string(experiment.path(run).join(file)).unwrap();
+            for figure in figures {
+                assert_eq!(lines.contains(figure), measures, "{figure} on {run}");
+            }
         }
     }
 }

@@ -48,13 +48,44 @@ fn write_mask(folder: &Path) {
     writer.finish().unwrap();
 }
 
+/// Random properties of rotary embedding, for heads of width 4.
+fn ropes() -> impl Strategy<Value = Value> {
+    let llama3 = json!({"factor": 4.0, "low": 1.0, "high": 4.0, "original_length": 16});
+    prop::sample::select(vec![
+        json!({}),
+        json!({"fraction": 0.5, "scaling": {"linear": {"factor": 2.0}}}),
+        json!({"layers": [0, 2], "scaling": {"llama3": llama3}}),
+        json!({"scaling": {"dynamic": {"factor": 4.0, "original_length": 8}}}),
+        json!({"scaling": {"ntk_alpha": {"alpha": 100.0}}}),
+        json!({"scaling": {"yarn": {"factor": 4.0, "original_length": 8}}}),
+        json!({"scaling": {"longrope": {
+            "short": [1.0, 2.0], "long": [2.0, 4.0], "factor": 3.0, "original_length": 8,
+        }}}),
+    ])
+}
+
+/// Random norms.
+fn norms() -> impl Strategy<Value = Value> {
+    let placements = prop::sample::select(vec!["pre", "post", "sandwich"]);
+    let norms = (placements, any::<bool>());
+    norms.prop_map(|(placement, zero_centered)| {
+        json!({"placement": placement, "zero_centered": zero_centered})
+    })
+}
+
+/// Random factors in the forward pass, or none.
+fn multipliers() -> impl Strategy<Value = Value> {
+    let factors = json!({"embedding": 3.0, "residual": 0.4, "attention": 0.3, "logits": 0.7});
+    prop::sample::select(vec![json!({}), factors])
+}
+
 /// Random models and data: everything that determines the results of one rank.
 fn models() -> impl Strategy<Value = Value> {
     let statistics = prop::sample::select(vec!["sequence", "microbatch", "batch"]);
     let documents = prop::option::weighted(0.3, 0u32..3);
     // Whether the label after the end of a document counts, and whether all others do.
     let masks = (any::<bool>(), any::<bool>());
-    let norms = prop::sample::select(vec!["none", "full", "head"]);
+    let norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
     let scores = any::<bool>();
     let tied = any::<bool>();
     let micro_batches = prop::sample::select(vec![1, 2]);
@@ -66,9 +97,19 @@ fn models() -> impl Strategy<Value = Value> {
         micro_batches,
         0usize..2,
         (documents, masks),
+        (ropes(), norms(), multipliers()),
     )
         .prop_map(
-            |(over, sigmoid_scores, tied, qk_norm, micro_batch, dense_layers, data)| {
+            |(
+                over,
+                sigmoid_scores,
+                tied,
+                qk_norm,
+                micro_batch,
+                dense_layers,
+                data,
+                (rope, norm, multipliers),
+            )| {
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -83,6 +124,7 @@ fn models() -> impl Strategy<Value = Value> {
                         "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
                         "kv_heads": heads.1, "head_dim": 4, "ffn": 48, "dense_layers": dense_layers,
                         "moe": moe, "init_std": 0.1, "qk_norm": qk_norm, "tie_embeddings": tied,
+                        "rope": rope, "norm": norm, "multipliers": multipliers,
                     },
                     "micro_batch": micro_batch,
                     "eod_token": documents,

@@ -1,4 +1,4 @@
-//! Metrics of a run with more ranks than a step's line lists.
+//! Metrics of runs with few and with many ranks.
 
 use crate::agreement::{TIMEOUT, VOCAB, softmax, trainer_on, write_data};
 use parallel::run_on_threads;
@@ -6,7 +6,6 @@ use serde_json::{Value, json};
 use std::path::Path;
 use trainer::{Progress, StepMetrics, config::Config};
 
-const RANKS: usize = 66;
 const STEPS: u64 = 5;
 
 struct Silent;
@@ -21,14 +20,14 @@ impl Progress for Silent {
 }
 
 /// Two stages, of which the first has two MoE layers and the second one.
-fn config(folder: &Path) -> Config {
+fn config(folder: &Path, ranks: usize) -> Config {
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5, "log_every": 2},
-        "parallel": {"pipeline": 2, "expert": 3, "stage_layers": [2, 1]},
+        "parallel": {"pipeline": 2, "expert": 2, "stage_layers": [2, 1]},
         "model": {"vocab_size": VOCAB, "hidden": 16, "layers": 3, "heads": 2, "kv_heads": 1,
                   "moe": softmax("microbatch"), "init_std": 0.1},
         "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 8},
-        "train": {"steps": STEPS, "global_batch": RANKS, "micro_batch": 1},
+        "train": {"steps": STEPS, "global_batch": ranks, "micro_batch": 1},
         "schedule": {"constant": {"lr": 3e-3}},
         "checkpoint": {"every": 0},
         "snapshot": {"every": 0},
@@ -81,76 +80,93 @@ fn assert_distribution(found: &Value, ranks: &[(usize, f64)], digits: f64) {
     );
 }
 
-#[test]
-fn steps_have_distributions_and_some_steps_have_lists() {
+/// Lines of a run's files.
+struct Lines {
+    metrics: Vec<Value>,
+    routing: Vec<Value>,
+    ranks: Vec<Value>,
+}
+
+fn train(ranks: usize) -> Lines {
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
-    let config = config(folder.path());
-    assert_eq!(config.problems(RANKS), Vec::<String>::new());
-    run_on_threads(RANKS, TIMEOUT, move |world| {
+    let config = config(folder.path(), ranks);
+    assert_eq!(config.problems(ranks), Vec::<String>::new());
+    run_on_threads(ranks, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, config.clone());
         trainer.run(&|| false, &mut Silent).unwrap();
     });
-    let run = folder.path().join("run");
-    let steps = lines(&run.join("metrics.jsonl"));
-    let ranks = lines(&run.join("ranks.jsonl"));
-    assert_eq!(steps.len(), STEPS as usize);
-    let listed: Vec<u64> = ranks
-        .iter()
-        .map(|line| line["step"].as_u64().unwrap())
-        .collect();
-    assert_eq!(listed, [1, 2, 4, 5]);
-    let lists = [
-        "tokens_per_rank",
-        "rank_peak_memory",
-        "rank_wait_ratio",
-        "rank_pass_ms",
-    ];
-    for step in &steps {
-        assert!(lists.iter().all(|list| step[list].is_null()), "{step}");
-        assert!(
-            step.to_string().len() < 8000,
-            "{} bytes",
-            step.to_string().len()
-        );
+    let of = |file: &str| lines(&folder.path().join("run").join(file));
+    Lines {
+        metrics: of("metrics.jsonl"),
+        routing: of("routing.jsonl"),
+        ranks: of("ranks.jsonl"),
     }
-    for line in &ranks {
-        let step = &steps[line["step"].as_u64().unwrap() as usize - 1];
-        let found = &step["rank_distributions"];
-        let of_all = |key: &str| -> Vec<(usize, f64)> {
-            let values = numbers(&line[key]);
-            assert_eq!(values.len(), RANKS);
-            values.into_iter().enumerate().collect()
+}
+
+/// Compares the distributions of a step with the lists of all `ranks`.
+fn check_step(step: &Value, routing: &Value, line: &Value, ranks: usize) {
+    let found = &step["rank_distributions"];
+    let of_all = |key: &str| -> Vec<(usize, f64)> {
+        let values = numbers(&line[key]);
+        assert_eq!(values.len(), ranks);
+        values.into_iter().enumerate().collect()
+    };
+    assert_distribution(&found["peak_memory"], &of_all("rank_peak_memory"), 0.0);
+    assert_distribution(&found["peak_resident"], &of_all("rank_peak_resident"), 0.0);
+    assert_distribution(&found["wait_ratio"], &of_all("rank_wait_ratio"), 1e-8);
+    let layers = line["tokens_per_rank"].as_array().unwrap();
+    let mut largest_imbalance = 0.0;
+    for (layer, tokens) in layers.iter().enumerate() {
+        let stage = if layer < 2 {
+            0..ranks / 2
+        } else {
+            ranks / 2..ranks
         };
-        assert_distribution(&found["peak_memory"], &of_all("rank_peak_memory"), 0.0);
-        assert_distribution(&found["peak_resident"], &of_all("rank_peak_resident"), 0.0);
-        assert_distribution(&found["wait_ratio"], &of_all("rank_wait_ratio"), 1e-8);
-        for (layer, tokens) in line["tokens_per_rank"]
-            .as_array()
-            .unwrap()
+        let tokens = numbers(tokens);
+        let of_stage: Vec<(usize, f64)> = stage.map(|rank| (rank, tokens[rank])).collect();
+        let routing = &routing["layers"][layer];
+        assert_distribution(&routing["rank_tokens"], &of_stage, 0.0);
+        let largest = of_stage
             .iter()
-            .enumerate()
-        {
-            let stage = if layer < 2 {
-                0..RANKS / 2
-            } else {
-                RANKS / 2..RANKS
-            };
-            let tokens = numbers(tokens);
-            let of_stage: Vec<(usize, f64)> = stage.map(|rank| (rank, tokens[rank])).collect();
-            assert_distribution(&found["tokens"][layer], &of_stage, 0.0);
-            let largest = of_stage
-                .iter()
-                .map(|(_, tokens)| *tokens)
-                .fold(0.0, f64::max);
-            let mean = tokens.iter().sum::<f64>() / of_stage.len() as f64;
-            let imbalance = step["rank_imbalance"][layer].as_f64().unwrap();
-            assert!((imbalance - largest / mean).abs() < 1e-9, "{imbalance}");
-        }
-        let passes = line["rank_pass_ms"].as_array().unwrap().iter().enumerate();
-        let forward: Vec<(usize, f64)> = passes
-            .map(|(rank, passes)| (rank, passes["F"].as_f64().unwrap()))
-            .collect();
-        assert_distribution(&found["pass_ms"]["F"], &forward, 1e-5);
+            .map(|(_, tokens)| *tokens)
+            .fold(0.0, f64::max);
+        let mean = tokens.iter().sum::<f64>() / of_stage.len() as f64;
+        let imbalance = routing["rank_imbalance"].as_f64().unwrap();
+        assert!((imbalance - largest / mean).abs() < 1e-9, "{imbalance}");
+        largest_imbalance = f64::max(largest_imbalance, imbalance);
     }
+    assert_eq!(step["rank_imbalance"]["largest"], largest_imbalance);
+    let passes = line["rank_pass_ms"].as_array().unwrap().iter().enumerate();
+    let forward: Vec<(usize, f64)> = passes
+        .map(|(rank, passes)| (rank, passes["F"].as_f64().unwrap()))
+        .collect();
+    assert_distribution(&found["pass_ms"]["F"], &forward, 1e-5);
+}
+
+#[test]
+fn steps_have_distributions_of_one_size_and_some_steps_have_lists() {
+    let mut sizes = Vec::new();
+    for ranks in [4, 128] {
+        let lines = train(ranks);
+        assert_eq!(lines.metrics.len(), STEPS as usize);
+        let steps_of = |lines: &[Value]| -> Vec<u64> {
+            let steps = lines.iter().map(|line| line["step"].as_u64().unwrap());
+            steps.collect()
+        };
+        assert_eq!(steps_of(&lines.ranks), [1, 2, 4, 5]);
+        assert_eq!(steps_of(&lines.routing), [1, 2, 4, 5]);
+        for (line, routing) in lines.ranks.iter().zip(&lines.routing) {
+            let step = &lines.metrics[line["step"].as_u64().unwrap() as usize - 1];
+            check_step(step, routing, line, ranks);
+        }
+        for step in &lines.metrics {
+            assert!(step["tokens_per_rank"].is_null(), "{step}");
+            sizes.push(step.to_string().len());
+        }
+    }
+    let smallest = sizes.iter().min().unwrap();
+    let largest = sizes.iter().max().unwrap();
+    // Numbers differ in their digits.
+    assert!(largest - smallest < 200 && *largest < 4096, "{sizes:?}");
 }

@@ -98,7 +98,7 @@ fn its_configuration_is_refused_and_its_checkpoint_resumes() {
     // The new lines have the new names.
     let metrics = std::fs::read_to_string(experiment.path("run/metrics.jsonl")).unwrap();
     let last = metrics.lines().last().unwrap();
-    assert!(last.contains("tokens_per_rank"), "{last}");
+    assert!(last.contains("internode_bytes"), "{last}");
 }
 
 #[test]

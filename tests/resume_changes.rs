@@ -109,13 +109,22 @@ fn model_changes() -> Vec<Change> {
         change("model.dense_layers", json!(0)),
         change("model.moe_every", json!(2)),
         change("model.rope_theta", json!(20000)),
+        change("model.rope.fraction", json!(0.5)),
+        change("model.rope.scaling", json!({"linear": {"factor": 2.0}})),
+        change("model.rope.layers", json!([0, 2])),
         change("model.norm_eps", json!(1e-6)),
+        change("model.norm.placement", json!("sandwich")),
+        change("model.norm.zero_centered", json!(true)),
         change("model.qk_norm", json!("head")),
         change("model.tie_embeddings", json!(true)),
         change("model.init_std", json!(0.03)),
         change("model.mup.width", json!(2)),
         change("model.mup.embedding", json!(2)),
         change("model.mup.residual", json!(0.5)),
+        change("model.multipliers.embedding", json!(2)),
+        change("model.multipliers.residual", json!(0.5)),
+        change("model.multipliers.attention", json!(0.3)),
+        change("model.multipliers.logits", json!(0.5)),
     ]
 }
 

@@ -41,6 +41,7 @@ mod matmul;
 mod matrix;
 mod norm;
 mod number;
+mod orthogonalize;
 mod positions;
 pub mod profile;
 mod quantize;
@@ -51,6 +52,7 @@ mod row_groups;
 mod rows;
 mod softmax;
 mod squares;
+mod stochastic;
 mod swiglu;
 mod tensors;
 mod upload;
@@ -70,7 +72,8 @@ pub use matmul::{
     gemm, gemm_accumulate, gemm_f32, gemm_into, gemm_overwrite, grouped_gemm,
     grouped_gemm_accumulate, grouped_gemm_overwrite,
 };
-pub use norm::{rms_norm, rms_norm_backward};
+pub use norm::{Gain, rms_norm, rms_norm_backward};
+pub use orthogonalize::{orthogonalization_flops, orthogonalize};
 pub use quantize::quantize_rows;
 pub use rotary::apply_rotary;
 pub use router::{router, router_backward, select_experts, supports_router};
@@ -78,5 +81,6 @@ pub use routing::{RouterGradients, RouterOutput, RouterScoring};
 pub use row_groups::RowGroups;
 pub use softmax::{softmax, softmax_gradient};
 pub use squares::sum_of_squares;
+pub use stochastic::{GlobalRows, round_stochastically};
 pub use swiglu::{swiglu, swiglu_backward};
 pub use upload::upload;

@@ -75,12 +75,17 @@ pub fn gemm_overwrite(sum: &Tensor, left: &Tensor, right: &Tensor) {
 
 fn gemm_to_sum(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
     let cost = || cost(sum, left, right);
-    let operands = || vec![GemmOperands::of_tensors(sum, left, right)];
     span("gemm", "for gradients", cost, || {
-        if !try_own_gemm([sum, left, right], accumulate, operands) {
-            by_libtorch(sum, left, right, accumulate);
-        }
+        add_product(sum, left, right, accumulate)
     });
+}
+
+/// Adds the matrix product `left right` to `sum`, or writes it there, as part of another span.
+pub(crate) fn add_product(sum: &Tensor, left: &Tensor, right: &Tensor, accumulate: bool) {
+    let operands = || vec![GemmOperands::of_tensors(sum, left, right)];
+    if !try_own_gemm([sum, left, right], accumulate, operands) {
+        by_libtorch(sum, left, right, accumulate);
+    }
 }
 
 /// Multiplies each group of `rows` `[R, I]` by its own matrix and returns the products `[R, O]`.

@@ -1,4 +1,4 @@
-//! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+//! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * gain` over the last dimension.
 
 use crate::{
     cuda,
@@ -13,14 +13,38 @@ use tch::{Kind, Tensor};
 /// Elements that are summed in parallel.
 const LANES: usize = 16;
 
+/// The factor of each column: a weight, in the dtype of the rows, plus a constant. The sum is fp32.
+#[derive(Clone, Copy)]
+pub struct Gain<'a> {
+    /// `[D]`.
+    pub weight: &'a Tensor,
+    /// 1 for weights that are stored minus one (Gemma), or else 0.
+    pub offset: f32,
+}
+
+impl<'a> From<&'a Tensor> for Gain<'a> {
+    fn from(weight: &'a Tensor) -> Gain<'a> {
+        Gain {
+            weight,
+            offset: 0.0,
+        }
+    }
+}
+
+impl Gain<'_> {
+    fn wide(self) -> Tensor {
+        self.weight.to_kind(Kind::Float) + f64::from(self.offset)
+    }
+}
+
 /// Returns the normalized `x` `[.., D]`, in its dtype, and the factor of each row, `[.., 1]` fp32.
-///
-/// The weight is `[D]`.
-pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+pub fn rms_norm<'a>(x: &Tensor, gain: impl Into<Gain<'a>>, eps: f64) -> (Tensor, Tensor) {
+    let gain = gain.into();
+    let Gain { weight, offset } = gain;
     let cost = || Cost::passes(2.0, x);
     span("norm", "forward", cost, || {
         if let Some(gpu) = cuda::gpu(&[x, weight]) {
-            return cuda::rms_norm(gpu, x, weight, eps);
+            return cuda::rms_norm(gpu, x, gain, eps);
         }
         let Some(kind) = host_kind(&[x, weight]) else {
             let wide = x.to_kind(Kind::Float);
@@ -28,7 +52,12 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
             let mean = squares.mean_dim(LAST_DIM, true, Kind::Float);
             let scale = (mean + eps).rsqrt();
             let normed = (&wide * &scale).to_kind(x.kind());
-            return (normed * weight, scale);
+            let out = if offset == 0.0 {
+                normed * weight
+            } else {
+                (normed * gain.wide()).to_kind(x.kind())
+            };
+            return (out, scale);
         };
         let mut shape = x.size();
         let width = shape.pop().unwrap_or(1) as usize;
@@ -36,31 +65,30 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
         let out = x.empty_like();
         let scale = Tensor::empty(shape.as_slice(), (Kind::Float, x.device()));
         let eps = eps as f32;
-        for_kind!(
-            kind,
-            forward_on_threads(x, weight, &out, &scale, width, eps)
-        );
+        for_kind!(kind, forward_on_threads(x, gain, &out, &scale, width, eps));
         (out, scale)
     })
 }
 
-/// Returns the gradients of `x`, in its dtype, and of `weight`, in fp32.
+/// Returns the gradients of `x`, in its dtype, and of the weight, in fp32.
 ///
 /// `grad` is the gradient of the result of [`rms_norm`], and `scale` holds its row factors.
-pub fn rms_norm_backward(
+pub fn rms_norm_backward<'a>(
     grad: &Tensor,
     x: &Tensor,
     scale: &Tensor,
-    weight: &Tensor,
+    gain: impl Into<Gain<'a>>,
 ) -> (Tensor, Tensor) {
+    let gain = gain.into();
+    let weight = gain.weight;
     let cost = || Cost::passes(3.0, x);
     span("norm", "backward", cost, || {
         let fits_gpu = weight.numel() <= cuda::MAX_NORM_WIDTH;
         if let Some(gpu) = cuda::gpu(&[grad, x, weight]).filter(|_| fits_gpu) {
-            return cuda::rms_norm_backward(gpu, grad, x, scale, weight);
+            return cuda::rms_norm_backward(gpu, grad, x, scale, gain);
         }
         let Some(kind) = host_kind(&[grad, x, weight]) else {
-            return backward_by_libtorch(grad, x, scale, weight);
+            return backward_by_libtorch(grad, x, scale, gain);
         };
         let width = weight.numel();
         let out = x.empty_like();
@@ -68,26 +96,18 @@ pub fn rms_norm_backward(
         let parts = parts(scale.numel(), width);
         let shape = [parts as i64, width as i64];
         let sums = Tensor::zeros(shape, (Kind::Float, x.device()));
-        for_kind!(
-            kind,
-            backward_on_threads(grad, x, scale, weight, &out, &sums)
-        );
+        for_kind!(kind, backward_on_threads(grad, x, scale, gain, &out, &sums));
         let grad_weight = sums.sum_dim_intlist(FIRST_DIM, false, Kind::Float);
         (out, grad_weight)
     })
 }
 
-fn backward_by_libtorch(
-    grad: &Tensor,
-    x: &Tensor,
-    scale: &Tensor,
-    weight: &Tensor,
-) -> (Tensor, Tensor) {
+fn backward_by_libtorch(grad: &Tensor, x: &Tensor, scale: &Tensor, gain: Gain) -> (Tensor, Tensor) {
     let wide = grad.to_kind(Kind::Float);
     let normed = x.to_kind(Kind::Float) * scale;
     let rows: Vec<i64> = (0..grad.dim() as i64 - 1).collect();
     let grad_weight = (&wide * &normed).sum_dim_intlist(rows.as_slice(), false, Kind::Float);
-    let grad_normed = wide * weight.to_kind(Kind::Float);
+    let grad_normed = wide * gain.wide();
     let products = &grad_normed * &normed;
     let along = products.mean_dim(LAST_DIM, true, Kind::Float);
     let grad_x = (grad_normed - normed * along) * scale;
@@ -96,13 +116,14 @@ fn backward_by_libtorch(
 
 fn forward_on_threads<T: Number>(
     x: &Tensor,
-    weight: &Tensor,
+    gain: Gain,
     out: &Tensor,
     scale: &Tensor,
     width: usize,
     eps: f32,
 ) {
     let count = scale.numel();
+    let Gain { weight, offset } = gain;
     // SAFETY: `host_kind` has checked the inputs, and the caller creates the outputs.
     let [x, weight, out] = unsafe { HostData::<T>::of_all([x, weight, out]) };
     // SAFETY: as above.
@@ -113,7 +134,8 @@ fn forward_on_threads<T: Number>(
         let out = unsafe { out.rows_mut(&rows, width) };
         // SAFETY: as above.
         let scale = unsafe { scale.rows_mut(&rows, 1) };
-        forward(x, weight.rows(&(0..1), width), out, scale, eps);
+        let weight = weight.rows(&(0..1), width);
+        forward(x, Columns { weight, offset }, out, scale, eps);
     });
 }
 
@@ -121,11 +143,12 @@ fn backward_on_threads<T: Number>(
     grad: &Tensor,
     x: &Tensor,
     scale: &Tensor,
-    weight: &Tensor,
+    gain: Gain,
     out: &Tensor,
     sums: &Tensor,
 ) {
     let count = scale.numel();
+    let Gain { weight, offset } = gain;
     let width = weight.numel();
     // SAFETY: `host_kind` has checked the inputs, and the caller creates the outputs.
     let [grad, x, weight, out] = unsafe { HostData::<T>::of_all([grad, x, weight, out]) };
@@ -140,8 +163,15 @@ fn backward_on_threads<T: Number>(
         let out = unsafe { out.rows_mut(&rows, width) };
         // SAFETY: each part belongs to one thread.
         let sum = unsafe { sums.rows_mut(&(part..part + 1), width) };
-        backward(grad, x, scale, weight, out, sum);
+        backward(grad, x, scale, Columns { weight, offset }, out, sum);
     });
+}
+
+/// A [`Gain`] in host memory.
+#[derive(Clone, Copy)]
+struct Columns<'a, T> {
+    weight: &'a [T],
+    offset: f32,
 }
 
 /// Sums `term(i)` for all `i` below `width`, in an order that suits vectors.
@@ -161,11 +191,12 @@ fn sum(width: usize, term: impl Fn(usize) -> f32) -> f32 {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn forward<T: Number>(
     input: &[T],
-    weight: &[T],
+    gain: Columns<T>,
     normed_rows: &mut [T],
     scales: &mut [f32],
     epsilon: f32,
 ) {
+    let Columns { weight, offset } = gain;
     let width = weight.len();
     let rows = input
         .chunks_exact(width)
@@ -175,7 +206,7 @@ fn forward<T: Number>(
         *scales = 1.0 / (squares / width as f32 + epsilon).sqrt();
         for ((normed_rows, input), weight) in normed_rows.iter_mut().zip(input).zip(weight) {
             let normed = T::narrow(input.wide() * *scales);
-            *normed_rows = T::narrow(normed.wide() * weight.wide());
+            *normed_rows = T::narrow(normed.wide() * (weight.wide() + offset));
         }
     }
 }
@@ -185,10 +216,11 @@ fn backward<T: Number>(
     grad: &[T],
     x: &[T],
     scale: &[f32],
-    weight: &[T],
+    gain: Columns<T>,
     out: &mut [T],
     grad_weight: &mut [f32],
 ) {
+    let Columns { weight, offset } = gain;
     let width = weight.len();
     let rows = grad
         .chunks_exact(width)
@@ -196,7 +228,7 @@ fn backward<T: Number>(
         .zip(out.chunks_exact_mut(width))
         .zip(scale);
     for (((grad, x), out), &scale) in rows {
-        let product = |i: usize| grad[i].wide() * weight[i].wide() * x[i].wide();
+        let product = |i: usize| grad[i].wide() * (weight[i].wide() + offset) * x[i].wide();
         let along = sum(width, product) * scale / width as f32;
         let inputs = grad.iter().zip(x).zip(weight);
         let outputs = out.iter_mut().zip(grad_weight.iter_mut());
@@ -204,7 +236,7 @@ fn backward<T: Number>(
             let grad = grad.wide();
             let normed = x.wide() * scale;
             *grad_weight += grad * normed;
-            *out = T::narrow((grad * weight.wide() - normed * along) * scale);
+            *out = T::narrow((grad * (weight.wide() + offset) - normed * along) * scale);
         }
     }
 }
@@ -217,12 +249,12 @@ mod tests {
     #[test]
     fn it_matches_the_formula() {
         for (kind, tolerance) in tolerances(1e-5, 2e-2) {
-            for shape in [
-                &[0i64, 8] as &[i64],
-                &[1, 1],
-                &[5, 33],
-                &[3, 4, 96],
-                &[300, 64],
+            for (shape, offset) in [
+                (&[0i64, 8] as &[i64], 0.0),
+                (&[1, 1], 0.0),
+                (&[5, 33], 1.0),
+                (&[3, 4, 96], 0.0),
+                (&[300, 64], 1.0),
             ] {
                 let random = |shape: &[i64]| randn(shape, kind);
                 let width = shape[shape.len() - 1];
@@ -235,13 +267,19 @@ mod tests {
                 let squares = wide_x.square();
                 let mean = squares.mean_dim(LAST_DIM, true, Kind::Double);
                 let scale = (mean + 1e-5).rsqrt();
-                let plain = &wide_x * &scale * &wide_weight;
+                let plain = &wide_x * &scale * (&wide_weight + f64::from(offset));
                 (&plain * grad.to_f64()).sum(Kind::Double).backward();
-                let (out, scale) = rms_norm(&x, &weight, 1e-5);
-                let (grad_x, grad_weight) = rms_norm_backward(&grad, &x, &scale, &weight);
+                let gain = Gain {
+                    weight: &weight,
+                    offset,
+                };
+                let (out, scale) = rms_norm(&x, gain, 1e-5);
+                let (grad_x, grad_weight) = rms_norm_backward(&grad, &x, &scale, gain);
+                let by_libtorch = backward_by_libtorch(&grad, &x, &scale, gain);
                 for (ours, plain) in [
                     (&out, &plain.detach()),
                     (&grad_x, &wide_x.grad()),
+                    (&by_libtorch.0, &wide_x.grad()),
                     (&grad_weight, &wide_weight.grad()),
                 ] {
                     let ours = ours.to_f64();

@@ -1,6 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864) in the half-split form.
 //!
-//! Elements `i` and `i + d / 2` of a head form a pair that rotates by the angle of its position.
+//! Elements `i` and `i + n / 2` of the first `n` of a head form a pair that rotates by the angle of
+//! its position. The other elements of a head stay.
 
 use crate::{
     cuda,
@@ -13,7 +14,8 @@ use crate::{
 use multiversion::multiversion;
 use tch::{Kind, Tensor};
 
-/// Rotates `x` `[batch, heads, sequence, d]` by `cos` and `sin` `[sequence, d / 2]` of its dtype.
+/// Rotates `x` `[batch, heads, sequence, d]` by `cos` and `sin` `[sequence, n / 2]` of its dtype,
+/// for `n` up to `d`.
 ///
 /// The result has the memory layout of `x`: heads before positions, or after them.
 pub fn apply_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
@@ -51,13 +53,16 @@ pub fn apply_rotary(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 }
 
 fn by_libtorch(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
-    let halves = x.chunk(2, -1);
+    let [width, half] = [x, cos].map(|tensor| tensor.size()[tensor.dim() - 1]);
     let out = x.empty_like();
-    let rotated = out.chunk(2, -1);
-    let first = &halves[0] * cos - &halves[1] * sin;
-    rotated[0].shallow_clone().copy_(&first);
-    let second = &halves[1] * cos + &halves[0] * sin;
-    rotated[1].shallow_clone().copy_(&second);
+    let store = |start: i64, value: &Tensor| {
+        let mut part = out.narrow(-1, start, value.size()[value.dim() - 1]);
+        part.copy_(value);
+    };
+    let [first, second] = [0, half].map(|start| x.narrow(-1, start, half));
+    store(0, &(&first * cos - &second * sin));
+    store(half, &(&second * cos + &first * sin));
+    store(2 * half, &x.narrow(-1, 2 * half, width - 2 * half));
     out
 }
 
@@ -72,6 +77,7 @@ fn on_threads<T: Number>(
     order: RowPositions,
 ) {
     let [_, _, _, width] = sizes(x);
+    let [_, half] = sizes(cos);
     let count = x.numel().checked_div(width).unwrap_or(0);
     let [cos, sin] = [cos, sin].map(|table| table.to_kind(Kind::Float));
     // SAFETY: `host_kind` has checked `x`, and the caller creates `out`.
@@ -79,8 +85,9 @@ fn on_threads<T: Number>(
     // SAFETY: `host_kind` has checked the tables, which are fp32 now.
     let [cos, sin] = unsafe { HostData::<f32>::of_all([&cos, &sin]) };
     let angles = Angles {
-        cos: cos.rows(&(0..order.positions), width / 2),
-        sin: sin.rows(&(0..order.positions), width / 2),
+        half,
+        cos: cos.rows(&(0..order.positions), half),
+        sin: sin.rows(&(0..order.positions), half),
     };
     for_rows(count, width, |_, rows| {
         let mut wide = vec![0.0; ROWS * width];
@@ -89,19 +96,20 @@ fn on_threads<T: Number>(
             let x = x.rows(&rows, width);
             // SAFETY: each row belongs to one thread.
             let out = unsafe { out.rows_mut(&rows, width) };
-            rotate_rows(x, start, order, angles, &mut wide[..x.len()], out);
+            rotate_rows(x, start, order, angles, &mut wide[..x.len()], out, width);
         }
     });
 }
 
-/// The tables of the angles, `[positions, d / 2]` each.
+/// The tables of the angles, `[positions, half]` each.
 #[derive(Clone, Copy)]
 struct Angles<'a> {
+    half: usize,
     cos: &'a [f32],
     sin: &'a [f32],
 }
 
-/// Rotates rows from row number `start`, in the fp32 buffer `wide`.
+/// Rotates rows of `width` elements from row number `start`, in the fp32 buffer `wide`.
 ///
 /// Without the buffer, the loops over short bf16 rows would not compile to vector code.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
@@ -112,18 +120,18 @@ fn rotate_rows<T: Number>(
     angles: Angles,
     wide: &mut [f32],
     out: &mut [T],
+    width: usize,
 ) {
-    let Angles { cos, sin } = angles;
-    let half = cos.len() / order.positions;
+    let Angles { half, cos, sin } = angles;
     for (wide, x) in wide.iter_mut().zip(x) {
         *wide = x.wide();
     }
-    for (row, elements) in wide.chunks_exact_mut(2 * half).enumerate() {
+    for (row, elements) in wide.chunks_exact_mut(width).enumerate() {
         let at = order.of_row(start + row) * half;
         let cos = &cos[at..at + half];
         let sin = &sin[at..at + half];
         let (first, second) = elements.split_at_mut(half);
-        let pairs = first.iter_mut().zip(second);
+        let pairs = first.iter_mut().zip(&mut second[..half]);
         for ((first, second), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
             let rotated = *first * cos - *second * sin;
             *second = *second * cos + *first * sin;
@@ -146,25 +154,37 @@ mod tests {
             let random = |shape: &[i64]| randn(shape, kind);
             let cos = random(&[5, 3]);
             let sin = random(&[5, 3]);
-            // Heads after positions, heads before positions, and a view with gaps.
+            // Heads after positions, heads before positions, a view with gaps, and a head of which
+            // only the first elements turn.
             let layouts = [
                 random(&[2, 5, 4, 6]).transpose(1, 2),
                 random(&[2, 4, 5, 6]),
                 random(&[2, 5, 8, 6]).narrow(2, 1, 4).transpose(1, 2),
+                random(&[2, 5, 4, 9]).transpose(1, 2),
             ];
             for x in layouts {
                 let ours = apply_rotary(&x, &cos, &sin).to_f64();
-                let halves = x.to_f64().chunk(2, -1);
-                let [cos, sin] = [&cos, &sin].map(Tensor::to_f64);
-                let plain = [
-                    &halves[0] * &cos - &halves[1] * &sin,
-                    &halves[1] * &cos + &halves[0] * &sin,
-                ];
-                assert!(
-                    ours.allclose(&Tensor::cat(&plain, -1), tolerance, tolerance, false),
-                    "{kind:?}"
-                );
+                let close = |ours: &Tensor| {
+                    let plain = plain(&x, &cos, &sin);
+                    ours.allclose(&plain, tolerance, tolerance, false)
+                };
+                assert!(close(&ours), "{kind:?}");
+                assert!(close(&by_libtorch(&x, &cos, &sin).to_f64()), "{kind:?}");
             }
         }
+    }
+
+    /// Rotates by the formula, in fp64.
+    fn plain(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+        let [x, cos, sin] = [x, cos, sin].map(Tensor::to_f64);
+        let half = cos.size()[1];
+        let rest = x.size()[3] - 2 * half;
+        let parts = x.split_with_sizes([half, half, rest], -1);
+        let rotated = [
+            &parts[0] * &cos - &parts[1] * &sin,
+            &parts[1] * &cos + &parts[0] * &sin,
+            parts[2].shallow_clone(),
+        ];
+        Tensor::cat(&rotated, -1)
     }
 }

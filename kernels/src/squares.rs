@@ -16,10 +16,15 @@ const LANES: usize = 64;
 /// Neither the number of threads nor the alignment of memory changes a bit of it.
 pub fn sum_of_squares(x: &Tensor) -> Tensor {
     let cost = || Cost::passes(1.0, x);
-    span("norm", "of gradients", cost, || match host_kind(&[x]) {
+    span("norm", "of gradients", cost, || squares_of(x))
+}
+
+/// Does what [`sum_of_squares`] does, as part of another span.
+pub(crate) fn squares_of(x: &Tensor) -> Tensor {
+    match host_kind(&[x]) {
         Some(Kind::Float) => Tensor::from(on_threads(x)),
         _ => x.norm().to_kind(Kind::Double).square(),
-    })
+    }
 }
 
 fn on_threads(x: &Tensor) -> f64 {

@@ -181,18 +181,15 @@ impl TermLike for BarFrames {
 
 /// Formats the imbalance of experts and ranks in the worst layer, and the share of lent tokens.
 fn balance(record: &StepMetrics) -> String {
-    let Some([_, _, experts]) = record.expert_imbalance_percentiles else {
+    let Some(moe) = &record.moe else {
         return String::new();
     };
-    let mut text = format!("  imbalance {experts:.2}");
-    if let Some([_, _, ranks]) = record
-        .rank_imbalance_percentiles
-        .filter(|_| !record.has_single_rank())
-    {
-        text += &format!(", ranks {ranks:.2}");
+    let mut text = format!("  imbalance {:.2}", moe.expert_imbalance.largest);
+    if !record.has_single_rank() {
+        text += &format!(", ranks {:.2}", moe.rank_imbalance.largest);
     }
-    if record.lent_fraction() > 0.0 {
-        text += &format!(", lent {:.0}%", record.lent_fraction() * 100.0);
+    if moe.lent_fraction() > 0.0 {
+        text += &format!(", lent {:.0}%", moe.lent_fraction() * 100.0);
     }
     text
 }

@@ -1,29 +1,70 @@
 #!/usr/bin/env python3
 """Writes golden files: outputs, losses and gradients of tiny Hugging Face transformers models.
 
-usage: scripts/golden/models.py [OUTPUT]        (default: trainer/tests/golden)
+usage: scripts/golden/models.py [--output DIR] [NAME ...]   (default: trainer/tests/golden, all)
+
+To add a model, add an entry to MODELS: the class and configuration of transformers, or any
+torch module whose output has `loss` and `logits`, and moerun's section `model` for the same
+function. If a parameter has a new name, map it in NAMES, or in the entry if families differ.
+trainer/tests/golden.rs tests every file in the folder. A file is below 150 KB: choose small sizes.
 
 One safetensors file per model, with moerun's parameter names, so that the tests need no Python:
   weight/NAME, grad/NAME   every parameter and its gradient of the total loss
   after/NAME               the parameter after 3 steps of clip_grad_norm_(1.0) and AdamW, same batch
-  input_ids, logits, loss, aux_loss, total_loss, grad_norm
-  labels                   only in NAME-masked: -100 at some positions, and in all of sequence 1
-trainer/tests/golden.rs repeats the shapes. Made with torch 2.11.0 and transformers 5.23.0.
+  bias/NAME                balancing biases without gradients, unless they are zero
+  input_ids, logits, loss, total_loss, grad_norm
+  aux_loss                 only of models with a load-balancing loss
+  labels                   only of masked entries: -100 at some positions, and in all of sequence 1
+The metadata has moerun's section `model` as JSON, and the tolerance of gradients.
+Made with torch 2.11.0 and transformers 5.23.0.
 """
 
-import sys
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
+
+
+@dataclass
+class Golden:
+    """A model twice: in torch, and as moerun's section `model`."""
+
+    model_class: type
+    config: object
+    model: dict
+    # Names within a layer that only this family gives this meaning; they take precedence.
+    names: dict = field(default_factory=dict)
+    # True to train with labels of -100.
+    masked: bool = False
+    # Largest difference of a gradient, relative to its largest value.
+    tolerance: float = 1e-4
+    # Range of vectors. Norms start as ones, which would hide a missing weight.
+    vectors: tuple = (0.5, 1.5)
+    # Changes the drawn parameters of the module, in place.
+    adjust: Callable = lambda module: None
+
 
 SHAPE = dict(
     vocab_size=96,
@@ -36,8 +77,65 @@ SHAPE = dict(
     tie_word_embeddings=False,
     use_cache=False,
 )
+OURS = dict(vocab_size=96, hidden=32, layers=2, heads=4)
+# Sizes for new models. Heads are together wider than the model.
+SMALL = dict(
+    vocab_size=48,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    output_router_logits=True,
+    router_aux_loss_coef=0.01,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    use_cache=False,
+    # torch's embedding gives a padding token no gradient.
+    pad_token_id=None,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+SMALL_OURS = dict(vocab_size=48, hidden=16, layers=2, heads=4, kv_heads=2, head_dim=8)
+
+
+def moe(experts, top_k, ffn, **more):
+    """Returns a section `model.moe` with the load-balancing loss of transformers at 0.01."""
+    return dict(
+        experts=experts,
+        top_k=top_k,
+        ffn=ffn,
+        # The loss of transformers is top_k times ours, taken once over all layers.
+        load_balance=0.01 * top_k,
+        load_balance_over="microbatch",
+        load_balance_pool_layers=True,
+        **more,
+    )
+
+
+def mixtral(rope_parameters, rope):
+    """Returns a small Mixtral with these properties of rotary embedding."""
+    config = MixtralConfig(
+        **SMALL,
+        intermediate_size=12,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_theta": 1e4, **rope_parameters},
+    )
+    return Golden(MixtralForCausalLM, config, {**SMALL_OURS, "moe": moe(4, 2, 12), "rope": rope})
+
+
+LONGROPE = {"short": [1.0, 1.5, 2.0, 2.5], "long": [1.5, 3.0, 6.0, 12.0]}
+# Families in which a norm after attention has the name that others use for the one before the
+# feed-forward block.
+OUTPUT_NORMS = {
+    "post_attention_layernorm.weight": "attention_post_norm",
+    "pre_feedforward_layernorm.weight": "feed_forward_norm",
+    "post_feedforward_layernorm.weight": "feed_forward_post_norm",
+}
 MODELS = {
-    "mixtral": (
+    "mixtral": Golden(
         MixtralForCausalLM,
         MixtralConfig(
             **SHAPE,
@@ -47,8 +145,9 @@ MODELS = {
             num_experts_per_tok=2,
             rms_norm_eps=1e-5,
         ),
+        {**OURS, "kv_heads": 2, "rope_theta": 1e6, "moe": moe(4, 2, 48)},
     ),
-    "olmoe": (
+    "olmoe": Golden(
         OlmoeForCausalLM,
         OlmoeConfig(
             **SHAPE,
@@ -61,8 +160,9 @@ MODELS = {
             pad_token_id=0,
             eos_token_id=0,
         ),
+        {**OURS, "qk_norm": "full", "moe": moe(8, 3, 24, router={"normalize": False})},
     ),
-    "granite": (
+    "granite": Golden(
         GraniteMoeForCausalLM,
         GraniteMoeConfig(
             **{**SHAPE, "tie_word_embeddings": True},
@@ -76,11 +176,177 @@ MODELS = {
             attention_multiplier=1 / 8,
             logits_scaling=2.0,
         ),
+        {
+            **OURS,
+            "kv_heads": 2,
+            "tie_embeddings": True,
+            "mup": {"width": 2.0, "embedding": 12.0, "residual": 0.22},
+            "moe": moe(6, 2, 24),
+        },
+    ),
+    # Part of a head rotates, and a part of odd halves.
+    "glm4-moe": Golden(
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig(
+            **{**SMALL, "head_dim": 12},
+            attention_bias=False,
+            use_qk_norm=True,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            moe_intermediate_size=8,
+            intermediate_size=20,
+            first_k_dense_replace=1,
+            routed_scaling_factor=2.5,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.5,
+            },
+        ),
+        {
+            **SMALL_OURS,
+            "head_dim": 12,
+            "ffn": 20,
+            "dense_layers": 1,
+            "qk_norm": "head",
+            "rope_theta": 1e6,
+            "rope": {"fraction": 0.5},
+            "moe": {
+                "experts": 6,
+                "top_k": 2,
+                "ffn": 8,
+                "shared_experts": 1,
+                "load_balance": 0.0,
+                "router": {"score": "sigmoid", "scale": 2.5},
+            },
+        },
+    ),
+    # As gpt-oss, whose transition between frequencies is not rounded.
+    "yarn": mixtral(
+        {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+            "truncate": False,
+        },
+        {"scaling": {"yarn": {"factor": 8.0, "original_length": 8, "truncate": False}}},
+    ),
+    # The sequences are longer than those of pretraining.
+    "longrope": mixtral(
+        {
+            "rope_type": "longrope",
+            "short_factor": LONGROPE["short"],
+            "long_factor": LONGROPE["long"],
+            "factor": 8.0,
+            "original_max_position_embeddings": 8,
+        },
+        {"scaling": {"longrope": {**LONGROPE, "factor": 8.0, "original_length": 8}}},
+    ),
+    # One of the layers has no positions.
+    "smollm3": Golden(
+        SmolLM3ForCausalLM,
+        SmolLM3Config(**SMALL, intermediate_size=24, no_rope_layers=[1, 0]),
+        {**SMALL_OURS, "ffn": 24, "rope_theta": 2e6, "rope": {"layers": [0]}},
+    ),
+    "hunyuan": Golden(
+        HunYuanMoEV1ForCausalLM,
+        HunYuanMoEV1Config(
+            **SMALL,
+            intermediate_size=12,
+            num_experts=4,
+            moe_topk=2,
+            rope_parameters={
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "alpha": 100.0,
+                "factor": 1.0,
+            },
+        ),
+        {
+            **SMALL_OURS,
+            "qk_norm": "head_after_rope",
+            "rope": {"scaling": {"ntk_alpha": {"alpha": 100.0}}},
+            "moe": {"experts": 4, "top_k": 2, "ffn": 12, "shared_experts": 1, "load_balance": 0.0},
+        },
+    ),
+    # Multipliers without the rest of maximal update parametrization.
+    "granite-multipliers": Golden(
+        GraniteMoeForCausalLM,
+        GraniteMoeConfig(
+            **{**SMALL, "tie_word_embeddings": True, "head_dim": 4},
+            intermediate_size=12,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.3,
+            logits_scaling=6.0,
+        ),
+        {
+            **SMALL_OURS,
+            "head_dim": 4,
+            "tie_embeddings": True,
+            "multipliers": {
+                "embedding": 12.0,
+                "residual": 0.22,
+                "attention": 0.3,
+                "logits": 1 / 6,
+            },
+            "moe": moe(6, 2, 12),
+        },
+    ),
+    # Norms after the blocks, as in OLMo 2.
+    "flex-olmo": Golden(
+        FlexOlmoForCausalLM,
+        FlexOlmoConfig(
+            **SMALL,
+            intermediate_size=12,
+            num_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        ),
+        {
+            **SMALL_OURS,
+            "qk_norm": "full",
+            "rope_theta": 5e5,
+            "norm": {"placement": "post"},
+            "moe": moe(4, 2, 12, router={"normalize": False}),
+        },
+        names=OUTPUT_NORMS,
+    ),
+    # Norms before and after the blocks, and weights stored minus one, which also start near zero.
+    "gemma3": Golden(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **{**SMALL, "tie_word_embeddings": True},
+            intermediate_size=24,
+            hidden_activation="silu",
+            query_pre_attn_scalar=5,
+            layer_types=["full_attention"] * 2,
+            rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        ),
+        {
+            **SMALL_OURS,
+            "ffn": 24,
+            "qk_norm": "head",
+            "norm": {"placement": "sandwich", "zero_centered": True},
+            "multipliers": {"embedding": 4.0, "attention": 5**-0.5},
+            "tie_embeddings": True,
+        },
+        names=OUTPUT_NORMS,
+        vectors=(-0.2, 0.3),
     ),
 }
-# Models that are also trained with labels of -100.
-MASKED = ["mixtral"]
-# Names in transformers -> names in moerun, within a layer. Stacked experts are split.
+MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)
+
+# Names in transformers -> names in moerun, outside the layers.
+TOP = {
+    "model.embed_tokens.weight": "embedding",
+    "model.norm.weight": "norm",
+    "lm_head.weight": "head",
+}
+# Names in transformers -> names in moerun, within a layer.
 NAMES = {
     "input_layernorm.weight": "attention_norm",
     "post_attention_layernorm.weight": "feed_forward_norm",
@@ -90,61 +356,88 @@ NAMES = {
     "self_attn.o_proj.weight": "attention.output",
     "self_attn.q_norm.weight": "attention.query_norm",
     "self_attn.k_norm.weight": "attention.key_norm",
+    "self_attn.query_layernorm.weight": "attention.query_norm",
+    "self_attn.key_layernorm.weight": "attention.key_norm",
     "mlp.gate.weight": "moe.gate",
+    "mlp.gate.wg.weight": "moe.gate",
+    "mlp.gate.e_score_correction_bias": "moe.bias",
     "block_sparse_moe.router.weight": "moe.gate",
 }
+# Parameters with a matrix for each expert. They are split.
 STACKED = {
     "mlp.experts.gate_up_proj": "gate_up",
     "mlp.experts.down_proj": "down",
     "block_sparse_moe.experts.gate_up_proj": "gate_up",
     "block_sparse_moe.experts.down_proj": "down",
 }
-TOP = {
-    "model.embed_tokens.weight": "embedding",
-    "model.norm.weight": "norm",
-    "lm_head.weight": "head",
+# SwiGLU networks of three matrices. The rows of gate and up are joined.
+NETWORKS = {
+    "mlp": "mlp",
+    "mlp.shared_experts": "moe.shared",
+    "mlp.shared_mlp": "moe.shared",
 }
 
 
-def ours(name, tensor):
-    """Returns moerun's (name, tensor) pairs for a parameter of transformers."""
-    if name in TOP:
-        return [(TOP[name], tensor)]
-    _, _, layer, rest = name.split(".", 3)
-    if rest in STACKED:
-        return [
-            (f"layers.{layer}.moe.experts.{e}.{STACKED[rest]}", part)
-            for e, part in enumerate(tensor)
-        ]
-    return [(f"layers.{layer}.{NAMES[rest]}", tensor)]
+def ours(tensors, names):
+    """Returns tensors by moerun's names, from tensors by those of transformers."""
+    names = {**NAMES, **names}
+    out = {}
+    for name, tensor in tensors.items():
+        if name in TOP:
+            out[TOP[name]] = tensor
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        layer = f"layers.{layer}"
+        network, _, part = rest.removesuffix("_proj.weight").rpartition(".")
+        if rest in names:
+            out[f"{layer}.{names[rest]}"] = tensor
+        elif rest in STACKED:
+            for expert, matrix in enumerate(tensor):
+                out[f"{layer}.moe.experts.{expert}.{STACKED[rest]}"] = matrix
+        elif part == "gate":
+            up = tensors[name.replace(".gate_proj.", ".up_proj.")]
+            out[f"{layer}.{NETWORKS[network]}.gate_up"] = torch.cat([tensor, up])
+        elif part == "down":
+            out[f"{layer}.{NETWORKS[network]}.down"] = tensor
+        elif part != "up":
+            raise KeyError(f"{name} has no name in moerun")
+    return out
 
 
-def golden(model_class, config, masked):
+def run(golden):
+    """Trains a model and returns the tensors of its file."""
     torch.manual_seed(0)
+    config = golden.config
     config._attn_implementation = "eager"
-    model = model_class(config).float()
-    # Norms start as ones, which would hide a missing weight.
-    for parameter in model.parameters():
+    model = golden.model_class(config).float()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
         if parameter.dim() == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            torch.nn.init.uniform_(parameter, *golden.vectors)
         else:
             torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        golden.adjust(model)
     ids = torch.randint(0, config.vocab_size, (3, 16))
     out = {"input_ids": ids}
     labels = ids
-    if masked:
+    if golden.masked:
         labels = ids.masked_fill(torch.rand(ids.shape) < 0.4, -100)
         labels[1] = -100
         out["labels"] = labels
-    put = lambda kind, name, tensor: out.update(
-        {f"{kind}/{n}": t.detach().clone().contiguous() for n, t in ours(name, tensor)}
-    )
-    for name, parameter in model.named_parameters():
-        put("weight", name, parameter)
+
+    def put(kind, tensors):
+        for name, tensor in ours(tensors, golden.names).items():
+            out[f"{kind}/{name}"] = tensor.detach().clone().contiguous()
+
+    put("weight", trained)
+    state = [*model.named_parameters(), *model.named_buffers()]
+    biases = {n: b for n, b in state if n.endswith("bias") and n not in trained}
+    put("bias", {name: bias for name, bias in biases.items() if bias.any()})
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
         ],
         lr=1e-2,
         betas=(0.9, 0.95),
@@ -155,34 +448,40 @@ def golden(model_class, config, masked):
         result = model(input_ids=ids, labels=labels)
         result.loss.backward()
         if step == 0:
-            for name, parameter in model.named_parameters():
-                put("grad", name, parameter.grad)
+            put("grad", {name: parameter.grad for name, parameter in trained.items()})
             out["logits"] = result.logits.detach().clone()
-            out["aux_loss"] = result.aux_loss.detach().reshape(1)
             out["total_loss"] = result.loss.detach().reshape(1)
-            out["loss"] = (
-                (result.loss - config.router_aux_loss_coef * result.aux_loss).detach().reshape(1)
-            )
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            out["loss"] = out["total_loss"].clone()
+            aux_loss = getattr(result, "aux_loss", None)
+            if aux_loss is not None:
+                out["aux_loss"] = aux_loss.detach().reshape(1)
+                weighted = config.router_aux_loss_coef * aux_loss
+                out["loss"] = (result.loss - weighted).detach().reshape(1)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         if step == 0:
             out["grad_norm"] = norm.reshape(1)
         optimizer.step()
-    for name, parameter in model.named_parameters():
-        put("after", name, parameter)
+    put("after", trained)
     return out
 
 
-target = Path(
-    sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "trainer/tests/golden"
-)
-target.mkdir(parents=True, exist_ok=True)
-cases = [(name, *MODELS[name], False) for name in MODELS]
-cases += [(f"{name}-masked", *MODELS[name], True) for name in MASKED]
-for name, model_class, config, masked in cases:
-    tensors = golden(model_class, config, masked)
-    save_file(tensors, target / f"{name}.safetensors")
-    print(
-        f"{name}: {len(tensors)} tensors, loss {tensors['loss'].item():.6f}, "
-        f"aux {tensors['aux_loss'].item():.6f}, "
-        f"grad norm {tensors['grad_norm'].item():.6f}"
-    )
+def main():
+    parser = argparse.ArgumentParser(description="Writes golden files.")
+    folder = Path(__file__).parents[2] / "trainer/tests/golden"
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the files")
+    parser.add_argument("names", nargs="*", default=sorted(MODELS), metavar="NAME")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name in arguments.names:
+        golden = MODELS[name]
+        tensors = run(golden)
+        metadata = {"model": json.dumps(golden.model), "tolerance": str(golden.tolerance)}
+        path = arguments.output / f"{name}.safetensors"
+        save_file(tensors, path, metadata)
+        path.chmod(0o644)
+        shown = [n for n in ("loss", "aux_loss", "grad_norm") if n in tensors]
+        values = ", ".join(f"{n} {tensors[n].item():.6f}" for n in shown)
+        print(f"{name}: {len(tensors)} tensors, {values}")
+
+
+main()

@@ -127,7 +127,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         let mut moved = 0;
         let step = |_| {
             let (record, _) = trainer.train_step(false).unwrap();
-            lent_tokens += record.lent_tokens.iter().sum::<u64>();
+            lent_tokens += record.moe.map_or(0, |moe| moe.lent_tokens.total);
             moved += record.moved_experts.unwrap_or(0);
             [
                 record.loss,

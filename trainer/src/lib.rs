@@ -55,13 +55,16 @@ pub mod config;
 pub mod data;
 mod error;
 mod inference;
+mod join_groups;
 pub mod lines;
 mod memory;
 mod model;
 mod optim;
 mod problems;
 mod process_groups;
+mod replica_ranks;
 mod scalars;
+mod stage_layout;
 mod train;
 
 pub use bench::copy_timer::CopyTimer;
@@ -70,16 +73,20 @@ pub use error::Error;
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::{EqualRanks, RankMemory};
-pub use model::parameters::{Parameter, Parameters, Replicas};
+pub use model::parameters::{Parameter, Parameters};
+pub use model::replicas::Replicas;
+pub use model::role::Role;
 pub use model::{
     AuxLosses, BuildContext, ForwardOutput, Losses, Model, ModelPart, ParameterCount,
     PipelineSplit, Share, StagePart, split_layers,
 };
-pub use optim::Optimizer;
+pub use optim::muon::{AdjustLr, MuonConfig};
+pub use optim::{Optimizer, StageRanks};
 pub use process_groups::ProcessGroups;
-pub use train::metrics::{
-    DroppedLines, Progress, RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine,
-    SnapshotMetrics, StepMetrics, ValidationMetrics,
+pub use train::metrics::records::{
+    DroppedLines, LayerDistribution, LayerMetrics, LayerTotal, MoeMetrics, Progress,
+    RankDistribution, RankDistributions, RankLine, RankLists, RoutingLine, SnapshotMetrics,
+    StepMetrics, ValidationMetrics,
 };
 pub use train::snapshots::KeeperAccess;
 pub use train::{

@@ -10,11 +10,13 @@ use crate::{
         activations::{Activations, BlockShape, FP32_BYTES},
         decoder::{layer_activations, layer_specs, stream_norm_spec, vocabulary_spec},
         logits_chunk_bytes,
-        parameters::Replicas,
         position::ShardPosition,
+        replicas::Replicas,
+        role::Role,
         spec::ParamSpec,
     },
-    process_groups::zero_rank_and_size,
+    optim::groups::Groups,
+    replica_ranks::zero_rank_and_size,
 };
 use parallel::{
     BucketPlan, Mesh, context::ContextKind, matrix_shape, own_rows, pipeline::simulate::simulate,
@@ -45,9 +47,9 @@ pub struct RankMemory {
     pub weights: u64,
     /// Gradients during a step.
     pub gradients: u64,
-    /// Moments, and fp32 masters of a bf16 model. Zero with `optimizer.offload`.
+    /// Optimizer state, and fp32 masters of a bf16 model. Zero with `optimizer.offload`.
     pub optimizer: u64,
-    /// Moments and fp32 masters that `optimizer.offload` keeps in host memory. Not part of
+    /// Optimizer state and fp32 masters that `optimizer.offload` keeps in host memory. Not part of
     /// [`RankMemory::total`].
     pub host: u64,
     /// Microbatches whose activations exist at once.
@@ -70,6 +72,7 @@ struct ParameterShape {
     rows: u64,
     cols: u64,
     replicas: Replicas,
+    role: Role,
     /// Number of the unit that is gathered together.
     unit: usize,
 }
@@ -147,6 +150,7 @@ impl RankSizes<'_> {
                 rows: rows as u64,
                 cols: cols as u64,
                 replicas: spec.replicas(&position),
+                role: spec.role,
                 unit,
             }
         };
@@ -157,7 +161,7 @@ impl RankSizes<'_> {
     }
 
     fn position(&self, part: &ModelPart) -> ShardPosition {
-        ShardPosition::on_mesh(&self.mesh).with_part(&self.config.model, part)
+        ShardPosition::on_mesh(&self.mesh).with_part(self.config.model.tie_embeddings, part)
     }
 
     /// Returns the rows of embedding and output layer on this rank.
@@ -244,6 +248,14 @@ impl Shards<'_> {
     /// Returns all elements that this rank updates.
     fn updated(&self) -> u64 {
         self.shapes.iter().map(|s| self.own_elements(s)).sum()
+    }
+
+    /// Returns the bytes of the optimizer's state.
+    fn state_bytes(&self) -> u64 {
+        let groups = Groups::new(&self.config.optimizer, self.config.train.dtype.kind());
+        let of_shape =
+            |shape: &ParameterShape| self.own_elements(shape) * groups.state_bytes(shape.role);
+        self.shapes.iter().map(of_shape).sum()
     }
 
     /// Returns the bytes of the experts' weights in 8 bits, for forward and for backward.
@@ -454,15 +466,15 @@ impl RankSizes<'_> {
         let parameters = shards.updated();
         // In fp32 the weights are the masters, unless those are in host memory.
         let is_offloaded = self.config.optimizer.offload && self.config.run.device != "cpu";
-        let moments = 2 * FP32_BYTES * parameters;
-        let moments_and_masters = 3 * FP32_BYTES * parameters;
+        let state = shards.state_bytes();
+        let state_and_masters = state + FP32_BYTES * parameters;
         let has_masters = self.element != FP32_BYTES;
         let optimizer = if is_offloaded {
             0
         } else if has_masters {
-            moments_and_masters
+            state_and_masters
         } else {
-            moments
+            state
         };
         let activations = self.activations(&held.part);
         RankMemory {
@@ -471,7 +483,7 @@ impl RankSizes<'_> {
             weights: shards.weight_bytes() + shards.rounded_bytes(),
             gradients: shards.gradient_bytes(),
             optimizer,
-            host: if is_offloaded { moments_and_masters } else { 0 },
+            host: if is_offloaded { state_and_masters } else { 0 },
             microbatches_in_flight: in_flight,
             activations: (activations.saved as f64 * in_flight) as u64,
             transient: shards.gathered_weight_bytes()

@@ -145,7 +145,7 @@ mod tests {
             "rms_norm",
             block,
             shared,
-            &arguments![&x, &x, &out, &scale, 1, 64, 1e-5f32],
+            &arguments![&x, &x, 0.0f32, &out, &scale, 1, 64, 1e-5f32],
         );
     }
 
@@ -216,7 +216,7 @@ mod tests {
     #[should_panic(expected = "division by zero or overflow at rotary.cu")]
     fn a_division_by_zero_is_refused() {
         let [x, table, out] = [64, 32, 64].map(zeros);
-        let arguments = arguments![&x, &table, &table, &out, 1, 32, 0, 1];
+        let arguments = arguments![&x, &table, &table, &out, 1, 32, 64, 0, 1];
         launch("apply_rotary", block(32, 1), 0, &arguments);
     }
 }

@@ -4,7 +4,10 @@ use super::launch::{
     BLOCKS_PER_MULTIPROCESSOR, BlockShape, Gpu, KernelLaunch, MAX_SHARED, THREADS, Variant,
     arguments,
 };
-use crate::tensors::{FIRST_DIM, empty_f32};
+use crate::{
+    norm::Gain,
+    tensors::{FIRST_DIM, empty_f32},
+};
 use tch::{Kind, Tensor};
 
 /// A warp processes rows of up to this many packs; a block processes longer rows.
@@ -32,12 +35,8 @@ fn block(variant: Variant, width: usize) -> BlockShape {
     }
 }
 
-pub(crate) fn rms_norm(
-    gpu: &dyn Gpu,
-    input: &Tensor,
-    weight: &Tensor,
-    eps: f64,
-) -> (Tensor, Tensor) {
+pub(crate) fn rms_norm(gpu: &dyn Gpu, input: &Tensor, gain: Gain, eps: f64) -> (Tensor, Tensor) {
+    let Gain { weight, offset } = gain;
     let width = weight.numel();
     let rows = input.numel().checked_div(width).unwrap_or(0);
     let mut shape = input.size();
@@ -47,7 +46,7 @@ pub(crate) fn rms_norm(
     let scale = Tensor::empty(shape.as_slice(), (Kind::Float, input.device()));
     let variant = Variant::of(&[input, weight, &out], width);
     let block = block(variant, width);
-    let arguments = arguments![input, weight, &out, &scale, rows, width, eps as f32];
+    let arguments = arguments![input, weight, offset, &out, &scale, rows, width, eps as f32];
     let launch = KernelLaunch {
         name: "rms_norm",
         variant,
@@ -66,8 +65,9 @@ pub(crate) fn rms_norm_backward(
     grad: &Tensor,
     x: &Tensor,
     scale: &Tensor,
-    weight: &Tensor,
+    gain: Gain,
 ) -> (Tensor, Tensor) {
+    let Gain { weight, offset } = gain;
     let rows = scale.numel();
     let width = weight.numel();
     let out = x.empty_like();
@@ -78,7 +78,7 @@ pub(crate) fn rms_norm_backward(
         .div_ceil(block.rows)
         .min(BLOCKS_PER_MULTIPROCESSOR * gpu.multiprocessors());
     let partial = empty_f32(x, [blocks, width]);
-    let arguments = arguments![grad, x, scale, weight, &out, &partial, rows, width];
+    let arguments = arguments![grad, x, scale, weight, offset, &out, &partial, rows, width];
     let launch = KernelLaunch {
         name: "rms_norm_backward",
         variant,
@@ -121,7 +121,7 @@ mod tests {
         let width = MAX_NORM_WIDTH as i64 + 4;
         let x = Tensor::ones([1, width], tch::kind::FLOAT_CPU);
         let scale = Tensor::ones([1, 1], tch::kind::FLOAT_CPU);
-        let _ = rms_norm_backward(&gpu, &x, &x, &scale, &x.get(0));
+        let _ = rms_norm_backward(&gpu, &x, &x, &scale, Gain::from(&x.get(0)));
     }
 
     proptest! {
@@ -130,6 +130,7 @@ mod tests {
         fn it_matches_the_formula(
             rows in 0i64..50,
             width in widths(),
+            offset in prop_oneof![Just(0.0f32), Just(1.0)],
             input: TestInput,
         ) {
             let (gpu, _) = test_gpu();
@@ -141,10 +142,11 @@ mod tests {
             let wide_weight = wide(&weight);
             let mean = wide_x.square().mean_dim(LAST_DIM, true, Kind::Double);
             let factor = (mean + 1e-5).rsqrt();
-            let plain = &wide_x * factor * &wide_weight;
+            let plain = &wide_x * factor * (&wide_weight + f64::from(offset));
             (&plain * grad.to_f64()).sum(Kind::Double).backward();
-            let (out, scale) = rms_norm(gpu, &x, &weight, 1e-5);
-            let (grad_x, grad_weight) = rms_norm_backward(gpu, &grad, &x, &scale, &weight);
+            let gain = Gain { weight: &weight, offset };
+            let (out, scale) = rms_norm(gpu, &x, gain, 1e-5);
+            let (grad_x, grad_weight) = rms_norm_backward(gpu, &grad, &x, &scale, gain);
             let tolerance = if input.bf16 { 2e-2 } else { 2e-5 };
             close(&out, &plain, tolerance)?;
             close(&grad_x, &wide_x.grad(), 4.0 * tolerance)?;

@@ -2,13 +2,10 @@
 
 use serde_json::Value;
 
-/// Returns the largest value over the ranks of a figure in a step's metrics, such as `peak_memory`:
-/// they list it for each rank, or have its distribution.
+/// Returns the largest value over the ranks of a figure in a step's metrics, such as `peak_memory`.
 pub(super) fn largest_of_ranks(step: &Value, figure: &str) -> f64 {
-    let listed = step[format!("rank_{figure}")].as_array();
-    let listed = listed.into_iter().flatten().filter_map(Value::as_f64);
-    let distributed = step["rank_distributions"][figure]["largest"].as_f64();
-    listed.chain(distributed).fold(0.0, f64::max)
+    let largest = &step["rank_distributions"][figure]["largest"];
+    largest.as_f64().unwrap_or(0.0)
 }
 
 /// Returns the upper median. Panics without values.

@@ -79,12 +79,13 @@ fn measure_in(
                 losses[which] = record.as_ref().map_or(f64::NAN, |record| record.loss);
                 if let Some(record) = record.filter(|_| round > 0) {
                     measured.seconds.push(seconds);
-                    let lists = record.rank_lists.context("--step lists at most 64 ranks")?;
-                    let layers = &lists.tokens_per_rank;
-                    let routed = |rank: usize| layers.iter().map(|layer| layer[rank] as f64).sum();
+                    // Rank 0, which prints, has the figures of each rank.
+                    let lines = record.ranks.iter();
+                    let layers = lines.flat_map(|line| &line.lists.tokens_per_rank);
+                    let routed = |rank: usize| layers.clone().map(|layer| layer[rank] as f64).sum();
                     measured.routed_tokens = (0..ranks).map(routed).collect();
                     measured.peak = group.gather(group.device.memory()?.peak as f64)?;
-                    measured.lent = record.lent_bytes.iter().sum::<u64>() as f64;
+                    measured.lent = record.moe.map_or(0.0, |moe| moe.lent_bytes.total as f64);
                 }
             }
             let difference = (losses[1] - losses[0]).abs() / losses[0];
@@ -134,7 +135,7 @@ fn experiment(
     }
     let sequences = (args.tokens / SEQUENCE).max(1);
     let config = json!({
-        "run": {"dir": folder.join("run"), "device": "cpu"},
+        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1},
         "parallel": {"expert": args.ranks},
         "model": {
             "vocab_size": VOCAB, "hidden": args.hidden, "layers": 2, "heads": 8, "kv_heads": 4,

@@ -2,7 +2,7 @@
 
 use super::{
     figures::{largest_of_ranks, median, round},
-    runner::{train, with_temp_dir, write_tokens},
+    runner::{lines, train, with_temp_dir, write_tokens},
 };
 use crate::cli::PipelineArgs;
 use anyhow::{Context, Result, anyhow};
@@ -36,7 +36,8 @@ struct PipelineTimes {
 }
 
 impl PipelineTimes {
-    fn add(&mut self, schedule: &Schedule, step: &Value) {
+    /// Adds a step and its figures of each rank.
+    fn add(&mut self, schedule: &Schedule, step: &Value, ranks: &Value) {
         let mib = |bytes: f64| bytes / f64::from(1 << 20);
         self.step_ms.extend(step["step_ms"].as_f64());
         self.memory_mib
@@ -44,7 +45,7 @@ impl PipelineTimes {
         self.resident_mib
             .push(mib(largest_of_ranks(step, "peak_resident")));
         self.wait_ratio.push(largest_of_ranks(step, "wait_ratio"));
-        let times = PassTimes::new(schedule, step);
+        let times = PassTimes::new(schedule, ranks);
         self.passes_ms.push(times.measured_ms);
         self.predicted_ms.push(times.predicted_ms);
         self.loss = step["loss"].as_f64().unwrap_or(f64::NAN);
@@ -75,8 +76,9 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
                 .map_err(|error| anyhow!(error))?
                 .schedule;
             // The first step also allocates the memory that later ones reuse.
-            for step in &train(folder, &config, 2, Some(1))?[1..] {
-                measured.add(&schedule, step);
+            let steps = train(folder, &config, 2, Some(1))?;
+            for (step, ranks) in steps.iter().zip(&lines(folder, "ranks.jsonl")?).skip(1) {
+                measured.add(&schedule, step, ranks);
             }
         }
     }
@@ -116,7 +118,7 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
 
 fn experiment(args: &PipelineArgs, folder: &Path) -> Value {
     json!({
-        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
+        "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1},
         "parallel": {"pipeline": 2, "schedule": "1f1b"},
         "model": {
             "vocab_size": args.vocab, "hidden": 256, "layers": 4, "heads": 8, "kv_heads": 4,
@@ -138,16 +140,17 @@ struct PassTimes {
 }
 
 impl PassTimes {
-    fn new(schedule: &Schedule, step: &Value) -> PassTimes {
+    /// Simulates `schedule` from the figures of each rank in one step.
+    fn new(schedule: &Schedule, ranks: &Value) -> PassTimes {
         let mean_ms = |rank: usize, kind: PassKind| {
-            let passes = &step["rank_pass_ms"][rank];
+            let passes = &ranks["rank_pass_ms"][rank];
             passes[kind.name()].as_f64().unwrap_or(0.0)
         };
         let order = &schedule.order;
         let measured = order.ranks.iter().enumerate().map(|(rank, passes)| {
             let busy: f64 = passes.iter().map(|pass| mean_ms(rank, pass.kind)).sum();
             // A rank is busy or waits.
-            busy / (1.0 - step["rank_wait_ratio"][rank].as_f64().unwrap_or(0.0))
+            busy / (1.0 - ranks["rank_wait_ratio"][rank].as_f64().unwrap_or(0.0))
         });
         let costs = costs(order.ranks.len(), mean_ms);
         PassTimes {

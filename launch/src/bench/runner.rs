@@ -59,17 +59,23 @@ pub(super) fn train(
         .output()
         .context("cannot start moerun train")?;
     refuse_failure("moerun train", &output)?;
-    let metrics = run.join("metrics.jsonl");
-    let text = std::fs::read_to_string(&metrics)
-        .with_context(|| format!("cannot read {}", metrics.display()))?;
-    let lines = text
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let steps: Vec<Value> = lines.filter(|line| line["step_ms"].is_number()).collect();
+    let mut steps = lines(folder, "metrics.jsonl")?;
+    steps.retain(|line| line["step_ms"].is_number());
     if steps.len() < 2 {
-        bail!("{} has fewer than two steps", metrics.display());
+        bail!("the run has fewer than two steps");
     }
     Ok(steps)
+}
+
+/// Returns the lines of a file of the last run that [`train`] started, such as `ranks.jsonl`.
+pub(super) fn lines(folder: &Path, file: &str) -> Result<Vec<Value>> {
+    let path = folder.join("run").join(file);
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let lines = text.lines();
+    Ok(lines
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
 }
 
 /// Runs a baseline's shell command and returns the JSON object in the last line of its output.

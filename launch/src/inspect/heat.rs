@@ -192,6 +192,7 @@ mod tests {
         let line = |step, tokens_per_expert| RoutingLine {
             step,
             tokens_per_expert,
+            layers: Vec::new(),
         };
         let lines = [
             line(1, vec![vec![4, 0]]),

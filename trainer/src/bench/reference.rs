@@ -9,7 +9,7 @@ use crate::{
         decoder::{layer_specs, vocabulary_spec},
         spec::{ParamSpec, Role},
     },
-    optim::Optimizer,
+    optim::{Optimizer, StageRanks},
     process_groups::ProcessGroups,
 };
 use kernels::profile::{Cost, span};
@@ -167,12 +167,12 @@ impl ReferenceShape {
         gemms
     }
 
-    /// Returns the FLOPs of a step by the usual formula (arXiv 2204.02311, appendix B): six for
-    /// each weight that a token meets, and attention as if every position saw every other.
+    /// Returns the FLOPs of a step by the usual formula (arXiv 2204.02311, appendix B).
     pub fn model_flops(&self) -> f64 {
-        let width = (self.layers * self.hidden) as f64;
-        let pairs = (self.sequence * self.tokens()) as f64;
-        self.gemm_flops() + 12.0 * width * pairs
+        let per_token = self
+            .model_config(false)
+            .flops_per_token(self.sequence as usize);
+        per_token * self.tokens() as f64
     }
 
     /// Returns the FLOPs of GEMMs with weights: forward, and backward twice as many.
@@ -235,15 +235,15 @@ impl ReferenceStep {
         let weights: Vec<_> = parameters.map(|p| (p.weight.clone(), 0)).collect();
         let single = [Replication::alone()];
         let gradients = GradientBuckets::new(&weights, &single, 25 << 20, true, device.as_ref())?;
-        let settings = OptimizerConfig {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            weight_decay: 0.1,
-            offload: false,
-        };
         let world = Arc::new(Local::new(0, "bench"));
-        let optimizer = Optimizer::new(&settings, 1.0, &model.parameters, device.as_ref(), world)?;
+        let optimizer = Optimizer::new(
+            &OptimizerConfig::default(),
+            1.0,
+            &model.parameters,
+            device.as_ref(),
+            world,
+            StageRanks::alone(),
+        )?;
         tch::manual_seed(1);
         let inputs = device
             .zeros(&[shape.batch, shape.sequence], Kind::Int64)

@@ -4,12 +4,14 @@
 
 mod batch;
 mod check;
-mod dispatch;
-mod layer_set;
-mod layout;
+pub(crate) mod dispatch;
+pub(crate) mod dtype;
+pub(crate) mod layer_set;
+pub(crate) mod layout;
 pub(crate) mod limits;
 mod mesh;
 mod model;
+mod multipliers;
 mod optimizer;
 mod pipeline_plan;
 mod protection;
@@ -21,16 +23,23 @@ mod snapshot;
 mod warnings;
 mod words;
 
+pub use crate::model::{
+    norm::{NormConfig, NormPlacement},
+    rope::RopeConfig,
+    rope_scaling::RopeScaling,
+};
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
+pub use dtype::Dtype;
 pub use layer_set::{AllBut, LayerPeriod, LayerSet};
 pub use layout::{
     ParallelConfig, RecomputeConfig, RecomputedPart, ScheduleChoice, VocabularyLayout,
 };
 pub(crate) use limits::MAX_ESTIMATED_LAYERS;
-pub use model::{ModelConfig, MoeConfig, MupConfig, QkNorm, RouterConfig};
-pub use optimizer::OptimizerConfig;
+pub use model::{ModelConfig, MupConfig};
+pub use multipliers::MultipliersConfig;
+pub use optimizer::{GroupConfig, OptimizerConfig};
 pub use pipeline_plan::PipelinePlan;
 pub use ranges::{NumberRange, resolve_schema, schema};
 pub(crate) use renamed::rename_old_keys;
@@ -44,6 +53,10 @@ pub use snapshot::{
 };
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
+pub use crate::model::{
+    attention::grouped::QkNorm,
+    moe_block::{MoeConfig, RouterConfig},
+};
 use config_derive::ResumeKeys;
 use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};
 use schemars::JsonSchema;
@@ -70,7 +83,7 @@ pub struct Config {
     /// Number of steps, batch sizes and precision.
     #[on_resume(section)]
     pub train: TrainConfig,
-    /// Constants of AdamW.
+    /// The optimizer: AdamW, unless `groups` name others.
     #[on_resume(section)]
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -103,8 +116,9 @@ impl Config {
     /// decide them.
     pub fn resolved(&self) -> Config {
         let mut resolved = self.clone();
-        resolved.model.kv_heads = Some(self.model.kv_heads());
-        resolved.model.head_dim = Some(self.model.head_dim());
+        let heads = self.model.attention(0).head_keys();
+        resolved.model.kv_heads = heads.kv_heads;
+        resolved.model.head_dim = heads.head_dim;
         if let Some(moe) = &mut resolved.model.moe {
             moe.router.normalize = Some(moe.normalizes());
         }
@@ -307,27 +321,6 @@ pub struct TrainConfig {
     #[schemars(range(min = 0.0))]
     #[serde(default = "unit")]
     pub grad_clip: f64,
-}
-
-/// Precision of the model's arithmetic.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// 32-bit floating point.
-    #[default]
-    Fp32,
-    /// bfloat16, with fp32 master weights, gradients and optimizer state.
-    Bf16,
-}
-
-impl Dtype {
-    /// Returns the kind of the model's tensors.
-    pub fn kind(self) -> tch::Kind {
-        match self {
-            Dtype::Fp32 => tch::Kind::Float,
-            Dtype::Bf16 => tch::Kind::BFloat16,
-        }
-    }
 }
 
 /// Checkpoints on disk.

@@ -1,9 +1,11 @@
 //! The section `model`: the architecture.
 
-use super::dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig};
-use super::limits::{MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
+use super::limits::{MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
+use super::multipliers::MultipliersConfig;
+use crate::model::{
+    attention::grouped::QkNorm, moe_block::MoeConfig, norm::NormConfig, rope::RopeConfig,
+};
 use config_derive::ResumeKeys;
-use moe::{Score, balance::BalanceScope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -62,11 +64,19 @@ pub struct ModelConfig {
     #[schemars(range(min = 1.0, max = 1e15))]
     #[serde(default = "default_rope_theta")]
     pub rope_theta: f64,
+    /// Other properties of rotary position embedding.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub rope: RopeConfig,
     /// Term added to the mean square in RMSNorm.
     #[on_resume(refused)]
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_norm_eps")]
     pub norm_eps: f64,
+    /// Other properties of RMSNorm.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub norm: NormConfig,
     /// RMSNorm of queries and keys.
     #[on_resume(refused)]
     #[serde(default)]
@@ -84,6 +94,10 @@ pub struct ModelConfig {
     #[on_resume(section)]
     #[serde(default)]
     pub mup: Option<MupConfig>,
+    /// Constant factors in the forward pass.
+    #[on_resume(section)]
+    #[serde(default)]
+    pub multipliers: MultipliersConfig,
 }
 
 impl ModelConfig {
@@ -101,23 +115,33 @@ impl ModelConfig {
             moe_every: default_moe_every(),
             moe: None,
             rope_theta: default_rope_theta(),
+            rope: RopeConfig::default(),
             norm_eps: default_norm_eps(),
+            norm: NormConfig::default(),
             qk_norm: QkNorm::default(),
             tie_embeddings: false,
             init_std: default_init_std(),
             mup: None,
+            multipliers: MultipliersConfig::default(),
         }
     }
 
-    /// Returns the number of key and value heads.
-    pub fn kv_heads(&self) -> usize {
-        self.kv_heads.unwrap_or(self.heads)
+    /// Returns the factor on the embedding's output.
+    pub fn embedding_factor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.embedding);
+        mup * self.multipliers.embedding
     }
 
-    /// Returns the width of a head.
-    pub fn head_dim(&self) -> usize {
-        let heads = self.heads.max(1);
-        self.head_dim.unwrap_or(self.hidden / heads)
+    /// Returns the factor on the output of each block.
+    pub fn residual_factor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.residual);
+        mup * self.multipliers.residual
+    }
+
+    /// Returns the number by which output logits are divided.
+    pub fn logits_divisor(&self) -> f64 {
+        let mup = self.mup.as_ref().map_or(1.0, |mup| mup.width);
+        mup / self.multipliers.logits
     }
 
     /// Returns the MoE section if this layer is an MoE layer.
@@ -137,158 +161,6 @@ impl ModelConfig {
         (0..self.layers)
             .filter(|&layer| self.moe_config(layer).is_some())
             .count()
-    }
-}
-
-/// RMSNorm of queries and keys.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum QkNorm {
-    /// No norm.
-    #[default]
-    None,
-    /// One norm over all heads together (OLMoE).
-    Full,
-    /// One norm per head (Qwen3).
-    Head,
-}
-
-/// MoE layers.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
-#[serde(deny_unknown_fields)]
-pub struct MoeConfig {
-    /// Number of experts per layer, without shared ones.
-    #[on_resume(refused)]
-    #[schemars(range(min = 1, max = MAX_EXPERTS))]
-    pub experts: usize,
-    /// Number of experts that the router chooses for each token.
-    #[on_resume(refused)]
-    #[schemars(range(min = 1, max = MAX_EXPERTS))]
-    pub top_k: usize,
-    /// Inner width of an expert.
-    #[on_resume(refused)]
-    #[schemars(range(min = 1, max = MAX_WIDTH))]
-    pub ffn: usize,
-    /// Number of shared experts, which process every token.
-    #[on_resume(refused)]
-    #[schemars(range(min = 0, max = MAX_EXPERTS))]
-    #[serde(default)]
-    pub shared_experts: usize,
-    /// The router's rule.
-    #[on_resume(section)]
-    #[serde(default)]
-    pub router: RouterConfig,
-    /// Weight of the load-balancing loss. The loss itself is 1 per layer at perfect balance; that
-    /// of Hugging Face transformers is `top_k` times as large.
-    #[on_resume(reported)]
-    #[schemars(range(min = 0.0, max = 1e6))]
-    #[serde(default = "default_load_balance")]
-    pub load_balance: f64,
-    /// Tokens over which the load-balancing loss measures balance.
-    #[on_resume(reported)]
-    #[serde(default = "default_load_balance_over")]
-    pub load_balance_over: BalanceScope,
-    /// Computes the load-balancing loss once, from statistics averaged over layers, as Hugging Face
-    /// transformers does.
-    #[on_resume(reported)]
-    #[serde(default)]
-    pub load_balance_pool_layers: bool,
-    /// Weight of the router z-loss (arXiv 2202.08906).
-    #[on_resume(reported)]
-    #[schemars(range(min = 0.0, max = 1e6))]
-    #[serde(default)]
-    pub z_loss: f64,
-    /// Step size of the bias of loss-free balancing (arXiv 2408.15664). 0 disables it.
-    #[on_resume(reported)]
-    #[schemars(range(min = 0.0, max = 10.0))]
-    #[serde(default)]
-    pub bias_update_rate: f64,
-    /// Transfer of routed tokens to their experts.
-    #[on_resume(free)]
-    #[serde(default)]
-    pub dispatch: Dispatch,
-    /// Parameters of least-loaded dispatch.
-    #[on_resume(section)]
-    #[serde(default)]
-    pub least_loaded: LeastLoadedConfig,
-    /// Placement of experts by load. Without this section they stay on their ranks.
-    #[on_resume(section)]
-    #[serde(default)]
-    pub placement: Option<PlacementConfig>,
-}
-
-impl MoeConfig {
-    /// Returns a section with these sizes and the defaults of all other keys.
-    pub fn new(experts: usize, top_k: usize, ffn: usize) -> MoeConfig {
-        MoeConfig {
-            experts,
-            top_k,
-            ffn,
-            shared_experts: 0,
-            router: RouterConfig::default(),
-            load_balance: default_load_balance(),
-            load_balance_over: default_load_balance_over(),
-            load_balance_pool_layers: false,
-            z_loss: 0.0,
-            bias_update_rate: 0.0,
-            dispatch: Dispatch::default(),
-            least_loaded: LeastLoadedConfig::default(),
-            placement: None,
-        }
-    }
-
-    /// Returns true if the routing weights of each token are scaled to a sum of 1.
-    pub fn normalizes(&self) -> bool {
-        self.router.normalize.unwrap_or(self.top_k > 1)
-    }
-}
-
-/// The router's rule.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
-#[serde(deny_unknown_fields, default)]
-pub struct RouterConfig {
-    /// Function from logits to scores.
-    #[on_resume(refused)]
-    pub score: Score,
-    /// Scales the routing weights of each token to a sum of 1. By default true, except with
-    /// `top_k: 1`: the weight of a single expert would always be 1, and the router could not learn
-    /// from the loss.
-    #[on_resume(refused)]
-    pub normalize: Option<bool>,
-    /// Factor on the routing weights.
-    #[on_resume(refused)]
-    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
-    pub scale: f64,
-    /// Number of groups that the experts are divided into.
-    #[on_resume(refused)]
-    #[schemars(range(min = 1, max = MAX_EXPERTS))]
-    pub groups: usize,
-    /// Number of groups from which a token may choose (DeepSeek-V3, arXiv 2412.19437).
-    #[on_resume(refused)]
-    #[schemars(range(min = 1, max = MAX_EXPERTS))]
-    pub top_groups: usize,
-    /// Chooses the same number of experts in each group (MoGE, arXiv 2505.21411): the load of
-    /// groups is then even.
-    #[on_resume(refused)]
-    pub even_groups: bool,
-    /// Chooses experts round-robin instead of by score, so that all have the same load. For
-    /// benchmarks only: routing weights still follow the scores, but the model learns nothing
-    /// useful.
-    #[on_resume(refused)]
-    pub force_balance: bool,
-}
-
-impl Default for RouterConfig {
-    fn default() -> RouterConfig {
-        RouterConfig {
-            score: Score::Softmax,
-            normalize: None,
-            scale: 1.0,
-            groups: 1,
-            top_groups: 1,
-            even_groups: false,
-            force_balance: false,
-        }
     }
 }
 
@@ -330,14 +202,6 @@ fn default_norm_eps() -> f64 {
 
 fn default_init_std() -> f64 {
     0.02
-}
-
-fn default_load_balance() -> f64 {
-    0.01
-}
-
-fn default_load_balance_over() -> BalanceScope {
-    BalanceScope::Sequence
 }
 
 fn unit() -> f64 {

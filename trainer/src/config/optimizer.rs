@@ -1,34 +1,113 @@
-//! The section `optimizer`: constants of AdamW.
+//! The section `optimizer`: the optimizer of each parameter, and its constants.
 
+use super::dtype::Dtype;
+use crate::{
+    model::role::Role,
+    optim::{
+        adamw::{Adamw, AdamwConfig},
+        muon::MuonConfig,
+        rule::Rule,
+        sgd::SgdConfig,
+    },
+};
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use tch::Kind;
 
-/// Constants of AdamW.
+/// The optimizer: AdamW, unless `groups` name others.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerConfig {
-    /// Decay rate of the first moment.
+    /// Decay rate of AdamW's first moment.
     #[on_resume(reported)]
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     pub beta1: f64,
-    /// Decay rate of the second moment.
+    /// Decay rate of AdamW's second moment.
     #[on_resume(reported)]
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     pub beta2: f64,
-    /// Term added to the denominator of the update.
+    /// Term added to the denominator of AdamW's update.
     #[on_resume(reported)]
     #[schemars(range(min = 1e-15, max = 1.0))]
     pub eps: f64,
-    /// Decoupled weight decay of matrices and embeddings. Norms have none.
+    /// Decoupled weight decay of AdamW and Muon, on matrices and embeddings. Norms and biases have
+    /// none.
     #[on_resume(reported)]
     #[schemars(range(min = 0.0, max = 10.0))]
     pub weight_decay: f64,
-    /// Keeps moments and master weights in host memory and updates them there (ZeRO-Offload,
-    /// arXiv 2101.06840). A GPU or NPU then holds 12 bytes less per bf16 parameter and 8 bytes less
-    /// per fp32 parameter, and steps take longer. Without effect on CPUs.
+    /// Keeps optimizer state and master weights in host memory and updates them there (ZeRO-Offload,
+    /// arXiv 2101.06840). With AdamW, a GPU or NPU then holds 12 bytes less per bf16 parameter and 8
+    /// bytes less per fp32 parameter, and steps take longer. Without effect on CPUs.
     #[on_resume(free)]
     pub offload: bool,
+    /// Precision of the optimizer's state: moments and momentum. `bf16` takes half of the memory.
+    /// Updates then compute in fp32 and round the new state stochastically.
+    #[on_resume(reported)]
+    pub state_dtype: Dtype,
+    /// Optimizers by the roles of parameters. AdamW updates all that no group does, with the
+    /// constants above: `[{muon: {}}]` is Muon for the matrices of attention, feed-forward layers
+    /// and experts, and AdamW for the rest. A resume with other groups is refused unless it is
+    /// accepted; state that the checkpoint lacks then starts from zero.
+    #[on_resume(refused)]
+    pub groups: Vec<GroupConfig>,
+}
+
+/// Parameters with an optimizer of their own: exactly one of `adamw`, `muon` and `sgd`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GroupConfig {
+    /// Roles of the parameters. By default `matrix` and `expert` with Muon, and otherwise all that
+    /// no other group updates.
+    pub roles: Option<Vec<Role>>,
+    /// Factor on the learning rate of the schedule.
+    #[schemars(range(max = 1e3), extend("exclusiveMinimum" = 0))]
+    pub lr_scale: f64,
+    /// AdamW.
+    pub adamw: Option<AdamwConfig>,
+    /// Muon: orthogonalized momentum, for matrices.
+    pub muon: Option<MuonConfig>,
+    /// Stochastic gradient descent with momentum.
+    pub sgd: Option<SgdConfig>,
+}
+
+impl Default for GroupConfig {
+    fn default() -> GroupConfig {
+        GroupConfig {
+            roles: None,
+            lr_scale: 1.0,
+            adamw: None,
+            muon: None,
+            sgd: None,
+        }
+    }
+}
+
+impl GroupConfig {
+    /// Returns the optimizers that the group names, for a model that computes in `kind`. A valid
+    /// group has one.
+    pub(crate) fn rules(&self, config: &OptimizerConfig, kind: Kind) -> Vec<Arc<dyn Rule>> {
+        let adamw = self.adamw.as_ref();
+        let adamw = adamw.map(|keys| Arc::new(keys.resolve(&config.adamw())) as Arc<dyn Rule>);
+        let muon = self.muon.as_ref();
+        let muon = muon.map(|keys| Arc::new(keys.resolve(config.weight_decay, kind)) as _);
+        let sgd = self.sgd.as_ref();
+        let sgd = sgd.map(|keys| Arc::new(keys.clone()) as _);
+        [adamw, muon, sgd].into_iter().flatten().collect()
+    }
+}
+
+impl OptimizerConfig {
+    /// Returns AdamW with the section's constants.
+    pub(crate) fn adamw(&self) -> Adamw {
+        Adamw {
+            beta1: self.beta1,
+            beta2: self.beta2,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+        }
+    }
 }
 
 impl Default for OptimizerConfig {
@@ -39,6 +118,8 @@ impl Default for OptimizerConfig {
             eps: 1e-8,
             weight_decay: 0.1,
             offload: false,
+            state_dtype: Dtype::Fp32,
+            groups: Vec::new(),
         }
     }
 }

@@ -128,7 +128,11 @@ impl Config {
             Some(algorithm) => VocabularyCosts::from_logits(algorithm, head / ranks as f64),
             None => VocabularyCosts::default(),
         };
-        let of_stage: Vec<f64> = layers.iter().map(|&layers| layers as f64).collect();
+        let mut costs = self.model.layer_costs().into_iter();
+        let of_stage: Vec<f64> = layers
+            .iter()
+            .map(|&layers| costs.by_ref().take(layers).sum())
+            .collect();
         Costs {
             forward: of_stage.clone(),
             backward_input: of_stage.clone(),

@@ -1,6 +1,6 @@
 //! Memory of a block's activations, as blocks describe it.
 
-use crate::config::RecomputeConfig;
+use crate::config::layout::RecomputeConfig;
 use parallel::MeshShape;
 
 /// Bytes of an fp32 number.

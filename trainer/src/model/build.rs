@@ -2,19 +2,20 @@
 
 use super::{
     Model, Stage, VocabularyWeight,
-    attention::Attention,
     build_context::BuildContext,
-    decoder::{dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
+    decoder::{block_norm_specs, dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
     feed_forward::DenseFeedForward,
     layer::{FeedForward, Layer},
     moe_block,
+    norm::{BlockNorms, Norm, NormNames},
     parameters::Unit,
     part::{ModelPart, StagePart},
+    position::ShardPosition,
     rope::Rope,
     weights::WeightBuilder,
 };
 use crate::config::{ModelConfig, RecomputedPart};
-use parallel::{Weight, context::positions};
+use parallel::context::positions;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
 
@@ -23,7 +24,23 @@ impl Model {
     /// and experts that belong to this rank.
     pub fn new(config: &ModelConfig, part: ModelPart, ctx: &BuildContext) -> Model {
         kernels::profile::wait_for_device_of(&ctx.device.empty(&[0], Kind::Float));
-        let mut builder = Builder(WeightBuilder::new(config, &part, ctx));
+        let position = ShardPosition::in_groups(ctx.groups).with_part(config.tie_embeddings, &part);
+        let context = &ctx.groups.context;
+        let positions = positions(
+            ctx.context_attention,
+            ctx.sequence_length,
+            context.rank(),
+            context.size(),
+        );
+        let width = config.rope.width(config.attention(0).rotary_width());
+        let frequencies = config
+            .rope
+            .frequencies(config.rope_theta, width, ctx.sequence_length);
+        let mut builder = Builder {
+            weights: WeightBuilder::new(config.parameter_rules(), position, ctx),
+            config,
+            rope: Arc::new(Rope::new(ctx.device, &positions, &frequencies)),
+        };
         let shares_vocabulary = part.vocabulary.is_some();
         let has_embedding = shares_vocabulary || part.has_first();
         let embedding = has_embedding.then(|| builder.vocabulary_weight("embedding"));
@@ -42,19 +59,7 @@ impl Model {
             _ => builder.vocabulary_weight("head"),
         });
 
-        let WeightBuilder {
-            parameters,
-            position,
-            ..
-        } = builder.0;
-        let context = &ctx.groups.context;
-        let positions = positions(
-            ctx.context_attention,
-            ctx.sequence_length,
-            context.rank(),
-            context.size(),
-        );
-        let rope = Rope::new(ctx.device, &positions, config.head_dim(), config.rope_theta);
+        let parameters = builder.weights.parameters;
         let splits_sequences = context.size() > 1;
         let positions =
             splits_sequences.then(|| ctx.device.upload(&Tensor::from_slice(&positions)));
@@ -65,7 +70,6 @@ impl Model {
             embedding,
             stages,
             head,
-            rope: Arc::new(rope),
             tensor: ctx.groups.tensor.clone(),
             rows: position.vocabulary.part(config.vocab_size),
             positions,
@@ -74,37 +78,52 @@ impl Model {
 }
 
 /// Builds the parts of a model, in the order of use.
-struct Builder<'a>(WeightBuilder<'a>);
+struct Builder<'a> {
+    weights: WeightBuilder<'a>,
+    config: &'a ModelConfig,
+    rope: Arc<Rope>,
+}
 
 impl Builder<'_> {
     fn vocabulary_weight(&mut self, name: &'static str) -> VocabularyWeight {
-        let first = self.0.parameters.len();
-        let weight = self.0.add(&vocabulary_spec(self.0.config, name));
+        let first = self.weights.parameters.len();
+        let weight = self.weights.add(&vocabulary_spec(self.config, name));
         VocabularyWeight {
             weight,
-            unit: self.0.unit_from(first),
+            unit: self.weights.unit_from(first),
         }
     }
 
-    fn norm(&mut self, block: &str, part: &'static str) -> Weight {
-        self.0.add(&stream_norm_spec(self.0.config, block, part))
+    fn final_norm(&mut self) -> (Norm, Arc<Unit>) {
+        let first = self.weights.parameters.len();
+        let spec = stream_norm_spec(self.config, "", "norm");
+        let norm = self.weights.add_norm(&spec, self.config.norm_eps);
+        (norm, self.weights.unit_from(first))
     }
 
-    fn final_norm(&mut self) -> (Weight, Arc<Unit>) {
-        let first = self.0.parameters.len();
-        let weight = self.norm("", "norm");
-        (weight, self.0.unit_from(first))
+    /// Builds a block of the layer with this global name, and the norms around it.
+    fn with_norms<T>(
+        &mut self,
+        layer: &str,
+        names: NormNames,
+        build: impl FnOnce(&mut Self) -> T,
+    ) -> (T, BlockNorms<Norm>) {
+        let BlockNorms { input, output } = block_norm_specs(self.config, layer, names);
+        let input = input.map(|spec| self.weights.add_norm(&spec, self.config.norm_eps));
+        let block = build(self);
+        let output = output.map(|spec| self.weights.add_norm(&spec, self.config.norm_eps));
+        (block, BlockNorms { input, output })
     }
 
     fn stage(&mut self, part: &StagePart) -> Stage {
-        let config = self.0.config;
+        let config = self.config;
         let has_moe = |index: &usize| config.moe_config(*index).is_some();
         let moe_layers_before = |layer: usize| (0..layer).filter(has_moe).count();
         let mut layers = Vec::new();
         for index in part.layers.clone() {
-            let first = self.0.parameters.len();
+            let first = self.weights.parameters.len();
             let layer = self.layer(index);
-            layers.push((Arc::new(layer), self.0.unit_from(first)));
+            layers.push((Arc::new(layer), self.weights.unit_from(first)));
         }
         Stage {
             layers,
@@ -114,31 +133,46 @@ impl Builder<'_> {
     }
 
     fn layer(&mut self, index: usize) -> Layer {
-        let config = self.0.config;
+        let config = self.config;
         let name = layer_name(index);
-        let attention_norm = self.norm(&name, "attention_norm");
-        let attention = Attention::new(&mut self.0, &format!("{name}.attention"));
-        let feed_forward_norm = self.norm(&name, "feed_forward_norm");
-        let feed_forward = match config.moe_config(index) {
-            None => {
-                let specs = dense_specs(config, &name);
-                FeedForward::Dense(DenseFeedForward::new(&mut self.0, &specs))
-            }
-            Some(moe) => {
-                let block = moe_block::build(&mut self.0, &format!("{name}.moe"), moe);
-                FeedForward::Moe(Box::new(block))
-            }
-        };
-        let recompute = &self.0.ctx.recompute;
+        let (attention, attention_norms) = self.with_norms(&name, NormNames::ATTENTION, |this| {
+            config
+                .attention(index)
+                .build(&mut this.weights, &format!("{name}.attention"))
+        });
+        let (feed_forward, feed_forward_norms) =
+            self.with_norms(&name, NormNames::FEED_FORWARD, |this| {
+                this.feed_forward(index, &name)
+            });
+        let recompute = &self.weights.ctx.recompute;
         Layer {
-            attention_norm,
             attention,
-            feed_forward_norm,
+            attention_norms,
             feed_forward,
-            norm_eps: config.norm_eps,
-            residual: config.mup.as_ref().map_or(1.0, |mup| mup.residual),
+            feed_forward_norms,
+            rope: config
+                .rope
+                .layers
+                .contains(index)
+                .then(|| self.rope.clone()),
+            residual: config.residual_factor(),
             save_norms: recompute.keeps(RecomputedPart::Norm),
             save_activations: !recompute.recomputes_layer(index),
+        }
+    }
+
+    fn feed_forward(&mut self, index: usize, layer: &str) -> FeedForward {
+        let config = self.config;
+        match config.moe_config(index) {
+            None => {
+                let specs = dense_specs(config, layer);
+                FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
+            }
+            Some(moe) => {
+                let name = format!("{layer}.moe");
+                let block = moe_block::build(&mut self.weights, &name, config.hidden, moe);
+                FeedForward::Moe(Box::new(block))
+            }
         }
     }
 }

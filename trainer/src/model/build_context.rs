@@ -1,10 +1,10 @@
 //! Everything that a model is built from besides its shape.
 
 use crate::{
-    config::{Config, Dtype, RecomputeConfig},
+    config::{dtype::Dtype, layout::RecomputeConfig},
     process_groups::ProcessGroups,
 };
-use moe::experts::{Fp8Weights, GemmPrecision};
+use moe::experts::GemmPrecision;
 use parallel::{Accelerator, context::ContextKind};
 
 /// Device, process groups and numeric choices of a [`Model`](crate::Model).
@@ -30,30 +30,6 @@ pub struct BuildContext<'a> {
 }
 
 impl<'a> BuildContext<'a> {
-    /// Reads the context of a training run from its configuration.
-    pub fn from_config(
-        config: &Config,
-        device: &'a dyn Accelerator,
-        groups: &'a ProcessGroups,
-    ) -> BuildContext<'a> {
-        let expert_gemm = if config.train.fp8_experts {
-            GemmPrecision::Fp8(Fp8Weights::default())
-        } else {
-            GemmPrecision::Model
-        };
-        BuildContext {
-            sequence_length: config.data.sequence_length,
-            dtype: config.train.dtype,
-            expert_gemm,
-            seed: config.run.seed,
-            device,
-            groups,
-            context_attention: config.parallel.context_attention,
-            recompute: config.parallel.recompute.clone(),
-            offload: config.optimizer.offload && !device.computes_on_host(),
-        }
-    }
-
     /// Returns the context of one rank that saves all activations, with seed 0.
     pub fn single_rank(
         sequence_length: usize,

@@ -2,11 +2,12 @@
 
 use super::{
     activations::{Activations, BlockShape},
-    attention::{self, AttentionSpecs},
+    attention::{AttentionPlan, ScoreScale, grouped::GroupedAttention},
     feed_forward::{self, Networks, SwigluSpecs},
-    moe_block::{self, MoeSpecs},
-    norm::norm_spec,
+    norm::{BlockNorms, NormNames, norm_spec},
+    rules::ParameterRules,
     spec::{Dim, ParamSpec, Role, Split, Stack},
+    work::Flops,
 };
 use crate::config::{ModelConfig, RecomputedPart};
 
@@ -31,7 +32,7 @@ pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> Param
         part,
         dims: vec![
             Dim::new("model.vocab_size", config.vocab_size as u64),
-            Dim::hidden(config),
+            Dim::hidden(config.hidden),
         ],
         stack: Stack::Single,
         split: Split::Vocabulary,
@@ -42,27 +43,55 @@ pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> Param
 
 /// Returns the description of a norm over the residual stream.
 pub(crate) fn stream_norm_spec(config: &ModelConfig, block: &str, part: &'static str) -> ParamSpec {
-    norm_spec(block, part, Dim::hidden(config), Split::Whole)
+    norm_spec(block, part, Dim::hidden(config.hidden), Split::Whole)
+}
+
+/// Returns the descriptions of the norms around a block of the layer with this global name.
+pub(crate) fn block_norm_specs(
+    config: &ModelConfig,
+    layer: &str,
+    names: NormNames,
+) -> BlockNorms<ParamSpec> {
+    BlockNorms::specs(
+        config.norm.placement,
+        layer,
+        names,
+        Dim::hidden(config.hidden),
+    )
 }
 
 /// Returns the description of the network of a dense layer with this global name.
 pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
     let ffn = Dim::new("model.ffn", config.ffn.unwrap_or(0) as u64);
     let block = format!("{layer}.mlp");
-    SwigluSpecs::new(&block, Dim::hidden(config), ffn, Networks::Dense)
+    SwigluSpecs::new(&block, Dim::hidden(config.hidden), ffn, Networks::Dense)
 }
 
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
-    let mut specs = vec![stream_norm_spec(config, &layer, "attention_norm")];
-    specs.extend(AttentionSpecs::new(config, &format!("{layer}.attention")).into_list());
-    specs.push(stream_norm_spec(config, &layer, "feed_forward_norm"));
-    specs.extend(match config.moe_config(index) {
-        None => dense_specs(config, &layer).into_list(),
-        Some(moe) => MoeSpecs::new(config, moe, &format!("{layer}.moe")).into_list(),
-    });
+    let attention = config.attention(index).specs(&format!("{layer}.attention"));
+    let feed_forward = feed_forward_specs(config, index);
+    let mut specs = Vec::new();
+    for (names, block) in [
+        (NormNames::ATTENTION, attention),
+        (NormNames::FEED_FORWARD, feed_forward),
+    ] {
+        let norms = block_norm_specs(config, &layer, names);
+        specs.extend(norms.input);
+        specs.extend(block);
+        specs.extend(norms.output);
+    }
     specs
+}
+
+/// Returns the descriptions of the parameters of layer `index`'s feed-forward network or MoE layer.
+fn feed_forward_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
+    let layer = layer_name(index);
+    match config.moe_config(index) {
+        None => dense_specs(config, &layer).into_list(),
+        Some(moe) => moe.specs(config.hidden, &format!("{layer}.moe")),
+    }
 }
 
 /// Returns the descriptions of the parameters outside the layers.
@@ -83,15 +112,6 @@ pub(crate) fn model_specs(config: &ModelConfig) -> impl Iterator<Item = ParamSpe
     end_specs(config).into_iter().chain(layers)
 }
 
-/// Returns the global name and shape of each tensor of a model, whatever its layout.
-pub(crate) fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
-    let named = |spec: ParamSpec| {
-        let shape = spec.shape();
-        (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
-    };
-    model_specs(config).flat_map(named).collect()
-}
-
 /// Returns the bytes of activations of layer `index` on a rank.
 pub(crate) fn layer_activations(
     config: &ModelConfig,
@@ -99,12 +119,9 @@ pub(crate) fn layer_activations(
     at: &BlockShape,
 ) -> Activations {
     let stream = at.own_tokens * config.hidden as u64 * at.element;
-    // The inputs of both norms, and their outputs.
-    let mut saved = 2 * stream;
-    if at.recompute.keeps(RecomputedPart::Norm) {
-        saved += 2 * stream;
-    }
-    let attention = attention::activations(config, at);
+    let saves_outputs = at.recompute.keeps(RecomputedPart::Norm);
+    let mut saved = config.norm.placement.saved_tensors(saves_outputs) * stream;
+    let attention = config.attention(index).activations(at);
     let moe = config.moe_config(index);
     let feed_forward = match moe {
         None => {
@@ -112,13 +129,13 @@ pub(crate) fn layer_activations(
             let hidden = config.hidden as u64;
             feed_forward::activations(at.tokens, hidden, columns as u64, at)
         }
-        Some(moe) => moe_block::activations(config, moe, at),
+        Some(moe) => moe.activations(config.hidden, at),
     };
     saved += attention.saved + feed_forward.saved;
     let transient = attention.transient.max(feed_forward.transient);
     if at.recompute.recomputes_layer(index) {
         Activations {
-            saved: stream + moe.map_or(0, |moe| moe_block::replay_bytes(moe, at)),
+            saved: stream + moe.map_or(0, |moe| moe.replay_bytes(at)),
             transient: transient + saved,
         }
     } else {
@@ -151,16 +168,73 @@ impl ModelConfig {
         count
     }
 
+    /// Returns the plan of the attention of layer `_layer`.
+    pub(crate) fn attention(&self, _layer: usize) -> Box<dyn AttentionPlan> {
+        Box::new(GroupedAttention {
+            hidden: self.hidden,
+            heads: self.heads,
+            kv_heads: self.kv_heads.unwrap_or(self.heads),
+            head_dim: self.head_dim,
+            qk_norm: self.qk_norm,
+            norm_eps: self.norm_eps,
+            score_scale: self.score_scale(),
+        })
+    }
+
+    fn score_scale(&self) -> ScoreScale {
+        match self.multipliers.attention {
+            Some(scale) => ScoreScale::Given(scale),
+            None if self.mup.is_some() => ScoreScale::Inverse,
+            None => ScoreScale::InverseRoot,
+        }
+    }
+
+    /// Returns how parameters are initialized and updated, by their role.
+    pub(crate) fn parameter_rules(&self) -> ParameterRules {
+        ParameterRules {
+            init_std: self.init_std,
+            width: self.mup.as_ref().map_or(1.0, |mup| mup.width),
+            layers: self.layers,
+            zero_centered_norms: self.norm.zero_centered,
+        }
+    }
+
+    /// Returns the FLOPs of a token in layer `index`, in sequences of `length` tokens.
+    pub(crate) fn layer_flops(&self, index: usize, length: usize) -> Flops {
+        let mut specs = feed_forward_specs(self, index);
+        specs.retain(|spec| spec.dims.len() > 1);
+        let feed_forward = Flops::of_weights(active_elements(self, &specs));
+        self.attention(index).flops(length) + feed_forward
+    }
+
+    /// Returns the FLOPs of a token in the output layer.
+    pub(crate) fn head_flops(&self) -> Flops {
+        Flops::of_weights(vocabulary_spec(self, "head").elements())
+    }
+
+    /// Returns the FLOPs of a token in a step, forward and backward (arXiv 2204.02311, appendix B):
+    /// attention counts as if every position of a sequence of `length` tokens, or of its window,
+    /// saw every other.
+    pub fn flops_per_token(&self, length: usize) -> f64 {
+        let layers = (0..self.layers).map(|index| self.layer_flops(index, length));
+        let total = layers.fold(self.head_flops(), |sum, layer| sum + layer);
+        total.step()
+    }
+
+    /// Returns the forward cost of each layer, in units of a mean layer's GEMMs.
+    pub(crate) fn layer_costs(&self) -> Vec<f64> {
+        let weights = |index| self.layer_flops(index, 0).weights;
+        let costs: Vec<f64> = (0..self.layers).map(weights).collect();
+        let mean = costs.iter().sum::<f64>() / self.layers.max(1) as f64;
+        costs.iter().map(|cost| cost / mean.max(1.0)).collect()
+    }
+
     /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.
     pub fn head_cost_in_layers(&self) -> f64 {
-        let matrices = |index: usize| {
-            let mut specs = layer_specs(self, index);
-            specs.retain(|spec| spec.role != Role::Norm);
-            active_elements(self, &specs)
-        };
-        let sum = (0..self.layers).map(matrices).sum::<u128>() as f64;
+        let weights = |index| self.layer_flops(index, 0).weights;
+        let sum = (0..self.layers).map(weights).sum::<f64>();
         let mean = sum / self.layers.max(1) as f64;
-        vocabulary_spec(self, "head").elements() as f64 / mean.max(1.0)
+        self.head_flops().weights / mean.max(1.0)
     }
 }
 
@@ -186,6 +260,15 @@ mod tests {
         serde_json::from_value(config).unwrap()
     }
 
+    /// Returns the global name and shape of each tensor of a model, whatever its layout.
+    fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<i64>)> {
+        let named = |spec: ParamSpec| {
+            let shape = spec.shape();
+            (0..spec.matrices() as usize).map(move |expert| (spec.name(expert), shape.clone()))
+        };
+        model_specs(config).flat_map(named).collect()
+    }
+
     #[test]
     fn descriptions_are_those_of_the_model() {
         let configs = [
@@ -193,6 +276,9 @@ mod tests {
             config(|model| model["tie_embeddings"] = json!(true)),
             config(|model| model["qk_norm"] = json!("full")),
             config(|model| model["qk_norm"] = json!("head")),
+            config(|model| model["qk_norm"] = json!("head_after_rope")),
+            config(|model| model["norm"] = json!({"placement": "post"})),
+            config(|model| model["norm"] = json!({"placement": "sandwich"})),
             config(|model| model["moe"]["shared_experts"] = json!(2)),
             config(|model| {
                 model["moe"] = Value::Null;

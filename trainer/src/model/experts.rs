@@ -1,8 +1,7 @@
 //! The experts that a rank holds, and their global names.
 
-use super::{feed_forward::SwigluSpecs, parameters::Parameters, position::ShardPosition};
+use super::parameters::Parameters;
 use moe::dispatch::Dispatcher;
-use std::ops::Range;
 
 /// A rank's part of the experts of one MoE layer: two parameters, in which experts follow each
 /// other.
@@ -13,16 +12,9 @@ pub(crate) struct LocalExperts {
     pub(crate) gate_up: usize,
     /// Index of the down parameter.
     pub(crate) down: usize,
-    pub(crate) specs: SwigluSpecs,
-    pub(crate) position: ShardPosition,
 }
 
 impl LocalExperts {
-    /// Returns the physical slots of this rank's owner.
-    pub(crate) fn slots(&self) -> Range<usize> {
-        self.specs.gate_up.own_experts(&self.position)
-    }
-
     /// Sets the physical slot of each expert, for dispatch and for the names of this rank's rows.
     /// Leaves the values of the weights where they are.
     pub(crate) fn set_physical_slots(
@@ -31,11 +23,9 @@ impl LocalExperts {
         dispatcher: &Dispatcher,
         physical_slots: &[i64],
     ) {
-        let own = &experts_by_slot(physical_slots)[self.slots()];
-        let gate_up = self.specs.gate_up.slices(&self.position, own);
-        let down = self.specs.down.slices(&self.position, own);
-        parameters.get(self.gate_up).rename(gate_up);
-        parameters.get(self.down).rename(down);
+        let experts = experts_by_slot(physical_slots);
+        parameters.get(self.gate_up).set_experts(&experts);
+        parameters.get(self.down).set_experts(&experts);
         dispatcher.set_physical_slots(physical_slots.to_vec());
     }
 }

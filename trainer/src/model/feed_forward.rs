@@ -6,7 +6,7 @@ use super::{
     spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
     weights::WeightBuilder,
 };
-use crate::config::RecomputedPart;
+use crate::config::layout::RecomputedPart;
 use moe::experts::grouped_swiglu;
 use parallel::{Activation, Weight, tensor::TensorParallel};
 use tch::Tensor;

@@ -1,26 +1,31 @@
-//! One pre-norm transformer layer.
+//! One transformer layer.
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
 use super::{
-    attention::Attention, documents::Documents, feed_forward::DenseFeedForward,
-    moe_block::MoeBlock, norm::rms_norm, rope::Rope,
+    attention::Attention,
+    batch::BatchContext,
+    feed_forward::DenseFeedForward,
+    moe_block::MoeBlock,
+    norm::{BlockNorms, Norm},
+    rope::Rope,
 };
 use crate::{Error, model::parameters::Unit};
 use moe::{MoeOutput, MoeStats, RoutingReplay, balance::RouterStats};
-use parallel::{Activation, Weight, recompute::recomputed, sharding::before_backward};
+use parallel::{recompute::recomputed, sharding::before_backward};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tch::Tensor;
 
 pub(crate) struct Layer {
-    pub(crate) attention_norm: Weight,
-    pub(crate) attention: Attention,
-    pub(crate) feed_forward_norm: Weight,
+    pub(crate) attention: Box<dyn Attention>,
+    pub(crate) attention_norms: BlockNorms<Norm>,
     pub(crate) feed_forward: FeedForward,
-    pub(crate) norm_eps: f64,
+    pub(crate) feed_forward_norms: BlockNorms<Norm>,
+    /// `None` if queries and keys do not rotate.
+    pub(crate) rope: Option<Arc<Rope>>,
     /// Factor on each branch before it joins the residual stream.
     pub(crate) residual: f64,
-    /// True if the norms' outputs are saved for backward.
+    /// True if the normalized inputs of attention and feed-forward are saved for backward.
     pub(crate) save_norms: bool,
     /// False if backward recomputes the whole layer from its input.
     pub(crate) save_activations: bool,
@@ -35,30 +40,27 @@ pub(crate) enum FeedForward {
 type LayerOutput = (Tensor, Option<(RouterStats, MoeStats)>);
 
 impl Layer {
-    /// Maps `x` `[T, D]`, tokens of `batch` sequences.
+    /// Maps `x` `[T, D]`, tokens of the microbatch `batch`.
     ///
     /// # Collective
     /// All ranks that work on the layer.
     pub(crate) fn forward(
         self: &Arc<Layer>,
         x: &Tensor,
-        batch: i64,
-        rope: &Arc<Rope>,
-        documents: Option<&Arc<Documents>>,
+        batch: &BatchContext,
     ) -> Result<LayerOutput, Error> {
         if self.save_activations {
             let replay = RoutingReplay::default();
-            return Ok(self.compute(x, batch, rope, documents, &replay)?);
+            return Ok(self.compute(x, batch, &replay)?);
         }
         // Statistics without a gradient leave the recomputed function through this variable.
         let aux_output = Arc::new(Mutex::new(None));
         let aux_sink = aux_output.clone();
         let layer = self.clone();
-        let rope = rope.clone();
-        let documents = documents.cloned();
+        let batch = batch.clone();
         let replay = RoutingReplay::default();
         let mut outputs = recomputed(&[x], move |x| {
-            let (out, stats) = layer.compute(&x[0], batch, &rope, documents.as_ref(), &replay)?;
+            let (out, stats) = layer.compute(&x[0], &batch, &replay)?;
             let Some((router_stats, moe_stats)) = stats else {
                 return Ok(vec![out]);
             };
@@ -87,18 +89,19 @@ impl Layer {
     fn compute(
         &self,
         x: &Tensor,
-        batch: i64,
-        rope: &Rope,
-        documents: Option<&Arc<Documents>>,
+        batch: &BatchContext,
         replay: &RoutingReplay,
     ) -> Result<LayerOutput, torch_ext::Error> {
-        let normed = self.normed(x, &self.attention_norm)?;
-        let branch = self.attention.forward(&normed, batch, rope, documents)?;
-        let x = self.add_branch(x, branch);
-        let normed = self.normed(&x, &self.feed_forward_norm)?;
+        let input = self.attention_norms.input(x, self.save_norms)?;
+        let branch = self
+            .attention
+            .forward(&input, batch, self.rope.as_deref())?;
+        let x = self.add_branch(x, self.attention_norms.output(branch)?);
+        let norms = &self.feed_forward_norms;
+        let input = norms.input(&x, self.save_norms)?;
         match &self.feed_forward {
             FeedForward::Dense(network) => {
-                let branch = network.forward(&normed)?;
+                let branch = norms.output(network.forward(&input)?)?;
                 Ok((self.add_branch(&x, branch), None))
             }
             FeedForward::Moe(moe) => {
@@ -106,8 +109,10 @@ impl Layer {
                     hidden_td,
                     stats,
                     moe_stats,
-                } = moe.layer.forward(&normed, batch as usize, replay)?;
-                let out = self.add_branch(&x, hidden_td);
+                } = moe
+                    .layer
+                    .forward(&input, batch.sequences as usize, replay)?;
+                let out = self.add_branch(&x, norms.output(hidden_td)?);
                 Ok((out, Some((stats, moe_stats))))
             }
         }
@@ -118,19 +123,6 @@ impl Layer {
             1.0 => x + branch,
             factor => x + branch * factor,
         }
-    }
-
-    fn normed(&self, x: &Tensor, weight: &Weight) -> Result<Activation, torch_ext::Error> {
-        let out = rms_norm(x, weight, self.norm_eps)?;
-        if self.save_norms {
-            return Ok(Activation::kept(&out));
-        }
-        let x = x.detach();
-        let weight = weight.clone();
-        let eps = self.norm_eps;
-        Ok(Activation::recomputable(out, move || {
-            rms_norm(&x, &weight, eps)
-        }))
     }
 }
 

@@ -4,7 +4,8 @@
 // them on this rank.
 
 pub(crate) mod activations;
-mod attention;
+pub(crate) mod attention;
+mod batch;
 mod build;
 mod build_context;
 mod core_attention;
@@ -17,24 +18,30 @@ mod init;
 mod layer;
 mod loss;
 pub(crate) mod moe_block;
-mod norm;
+pub(crate) mod norm;
 mod options;
 pub(crate) mod parameters;
 mod part;
 pub(crate) mod position;
-mod rope;
+pub(crate) mod replicas;
+pub(crate) mod role;
+pub(crate) mod rope;
+pub(crate) mod rope_scaling;
 mod rules;
 mod share;
+pub(crate) mod slices;
 pub(crate) mod spec;
 pub(crate) mod vocabulary;
 mod weights;
 mod window_masks;
+mod work;
 
 use crate::{
     Error,
     config::ModelConfig,
     model::parameters::{Parameters, Unit},
 };
+use batch::BatchContext;
 use embedding::embed;
 use layer::{FeedForward, Layer, with_gathered_weights};
 use loss::{VocabularyRows, cross_entropy};
@@ -42,9 +49,8 @@ use moe::{
     MoeLayer, MoeStats,
     balance::{BalanceScope, BatchTotals, RouterStats, load_balance_loss, z_loss},
 };
-use norm::rms_norm;
+use norm::Norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
-use rope::Rope;
 use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
@@ -67,7 +73,6 @@ pub struct Model {
     stages: Vec<Stage>,
     /// Set if the rank has the last stage or a share of the vocabulary.
     head: Option<VocabularyWeight>,
-    rope: Arc<Rope>,
     tensor: TensorParallel,
     /// Rows of embedding and output layer on this rank.
     rows: Range<usize>,
@@ -86,7 +91,7 @@ struct Stage {
     /// Range among the MoE layers of the model.
     moe_layers: Range<usize>,
     /// The final norm, in the last stage.
-    norm: Option<(Weight, Arc<Unit>)>,
+    norm: Option<(Norm, Arc<Unit>)>,
 }
 
 /// Output of one stage for one microbatch.
@@ -178,11 +183,15 @@ impl Model {
         documents: Option<&Arc<Documents>>,
     ) -> Result<ForwardOutput, Error> {
         let stage = &self.stages[chunk];
-        let multiplier = self.config.mup.as_ref().map_or(1.0, |mup| mup.embedding);
+        let multiplier = self.config.embedding_factor();
         let mut x = if self.part.stages[chunk].first && multiplier != 1.0 {
             x_td * multiplier
         } else {
             x_td.shallow_clone()
+        };
+        let batch = BatchContext {
+            sequences: batch,
+            documents: documents.cloned(),
         };
         let mut stats = vec![];
         let mut moe_stats = vec![];
@@ -190,9 +199,8 @@ impl Model {
         for (index, (layer, own)) in stage.layers.iter().enumerate() {
             let previous = index.checked_sub(1).and_then(unit);
             let next = unit(index + 1);
-            let (out, aux_output) = with_gathered_weights(&x, own, previous, next, |x| {
-                layer.forward(x, batch, &self.rope, documents)
-            })?;
+            let (out, aux_output) =
+                with_gathered_weights(&x, own, previous, next, |x| layer.forward(x, &batch))?;
             x = out;
             if let Some((router_stats, layer_stats)) = aux_output {
                 stats.push(router_stats);
@@ -201,10 +209,7 @@ impl Model {
         }
         if let Some((norm, own)) = &stage.norm {
             let previous = stage.layers.len().checked_sub(1).and_then(unit);
-            let eps = self.config.norm_eps;
-            (x, ()) = with_gathered_weights(&x, own, previous, None, |x| {
-                Ok((rms_norm(x, norm, eps)?, ()))
-            })?;
+            (x, ()) = with_gathered_weights(&x, own, previous, None, |x| Ok((norm.apply(x)?, ())))?;
         }
         Ok(ForwardOutput {
             hidden_td: x,
@@ -276,7 +281,7 @@ impl Model {
         LossScale {
             // Without a counted token every loss is 0, and 0 times this must not be NaN.
             factor: 1.0 / totals.counted_tokens.max(1.0),
-            logits_divisor: self.logits_divisor(),
+            logits_divisor: self.config.logits_divisor(),
         }
     }
 
@@ -315,7 +320,7 @@ impl Model {
     pub fn logits(&self, hidden_td: &Tensor) -> Tensor {
         let head = self.head.as_ref().expect("the last stage is here");
         let matrix = head.weight.value();
-        kernels::gemm(hidden_td, &matrix.tr()).to_kind(Kind::Float) / self.logits_divisor()
+        kernels::gemm(hidden_td, &matrix.tr()).to_kind(Kind::Float) / self.config.logits_divisor()
     }
 
     /// Gives each MoE layer without a loss-free balancing bias one of zeros, if `is_saved` returns
@@ -433,10 +438,6 @@ impl Model {
         for (_, moe, _) in self.local_moe_layers() {
             moe.gemm.mark_stale();
         }
-    }
-
-    fn logits_divisor(&self) -> f64 {
-        self.config.mup.as_ref().map_or(1.0, |mup| mup.width)
     }
 }
 

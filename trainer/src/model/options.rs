@@ -6,6 +6,7 @@ pub(crate) enum Init {
     /// Normal with this standard deviation.
     Normal(f64),
     Ones,
+    Zeros,
 }
 
 /// Initialization and optimization of one parameter.

@@ -1,8 +1,12 @@
 //! A model's parameters: one list that optimizer, gradient buckets and checkpoints iterate over.
 
-use crate::model::{
+use super::{
     init::normal,
     options::{Init, ParameterOptions},
+    position::ShardPosition,
+    replicas::Replicas,
+    slices::{RowSlice, row_slices, slices_in_rows},
+    spec::ParamSpec,
 };
 use checkpoint::TensorSlice;
 use parallel::{
@@ -12,40 +16,30 @@ use parking_lot::Mutex;
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// The ranks that hold the same values of a parameter, and reduce its gradient.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Replicas {
-    /// Ranks with the same part of the dense layers.
-    Dense,
-    /// All ranks of the stage, for parameters that tensor parallelism does not split.
-    Stage,
-    /// Ranks with the same part of the experts.
-    Expert,
-    /// Ranks of the first and the last stage, for an embedding that is also the output layer.
-    TiedEmbedding,
+/// Names of the rows of a parameter.
+struct RowNames {
+    /// The matrix in each physical slot, over all ranks.
+    experts_by_slot: Vec<usize>,
+    /// Global slices of the rows, in order.
+    slices: Vec<RowSlice>,
 }
 
-impl Replicas {
-    /// All kinds, in the order of their discriminants.
-    pub const ALL: [Replicas; 4] = [
-        Replicas::Dense,
-        Replicas::Stage,
-        Replicas::Expert,
-        Replicas::TiedEmbedding,
-    ];
-}
-
-/// Rows of a parameter that are a slice of a global tensor.
-#[derive(Debug, Clone)]
-pub(crate) struct RowSlice {
-    slice: TensorSlice,
-    rows: Range<i64>,
+impl RowNames {
+    fn new(spec: &ParamSpec, position: &ShardPosition, experts_by_slot: Vec<usize>) -> RowNames {
+        let own = &experts_by_slot[spec.own_experts(position)];
+        RowNames {
+            slices: row_slices(spec.slices(position, own)),
+            experts_by_slot,
+        }
+    }
 }
 
 /// One tensor of this rank, as a matrix: all dimensions but the last are rows.
 pub struct Parameter {
-    /// Global slices of its rows, in order.
-    row_slices: Mutex<Vec<RowSlice>>,
+    pub(crate) spec: ParamSpec,
+    /// Position of this rank.
+    position: ShardPosition,
+    names: Mutex<RowNames>,
     /// Value that the model computes with.
     pub weight: Weight,
     /// Rows that this rank keeps and updates.
@@ -71,8 +65,8 @@ impl Parameter {
     /// Returns the global slices of `tensor`, which has the rows `own`: the master, a moment or a
     /// gradient.
     pub fn slices(&self, tensor: &Tensor) -> Vec<(TensorSlice, Tensor)> {
-        let row_slices = self.row_slices.lock();
-        let slices = slices_in_rows(&row_slices, &self.own).map(|(slice, rows)| {
+        let names = self.names.lock();
+        let slices = slices_in_rows(&names.slices, &self.own).map(|(slice, rows)| {
             let part = tensor.narrow(0, rows.start - self.own.start, rows.end - rows.start);
             let part = part.view(slice.shape.as_slice());
             (slice, part)
@@ -80,9 +74,22 @@ impl Parameter {
         slices.collect()
     }
 
-    /// Changes the global slices of the rows and leaves the values as they are.
-    pub(crate) fn rename(&self, slices: Vec<TensorSlice>) {
-        *self.row_slices.lock() = row_slices(slices);
+    /// Returns the global slices of the rows that this rank updates.
+    pub(crate) fn own_slices(&self) -> Vec<TensorSlice> {
+        let names = self.names.lock();
+        let slices = slices_in_rows(&names.slices, &self.own);
+        slices.map(|(slice, _)| slice).collect()
+    }
+
+    /// Returns the expert in each physical slot of all ranks, or 0 alone without experts.
+    pub(crate) fn experts_by_slot(&self) -> Vec<usize> {
+        self.names.lock().experts_by_slot.clone()
+    }
+
+    /// Sets the expert in each physical slot, and with it the global slices of the rows. Leaves the
+    /// values as they are.
+    pub(crate) fn set_experts(&self, experts_by_slot: &[usize]) {
+        *self.names.lock() = RowNames::new(&self.spec, &self.position, experts_by_slot.to_vec());
     }
 
     /// Copies the master to the weight that the model computes with.
@@ -98,53 +105,6 @@ impl Parameter {
         self.has_separate_master
             .then(|| self.stored.shallow_clone())
     }
-}
-
-/// Assigns consecutive rows to slices.
-fn row_slices(slices: Vec<TensorSlice>) -> Vec<RowSlice> {
-    let mut next = 0;
-    let row_slice = |slice: TensorSlice| {
-        let rows = next..next + slice.shape[0];
-        next = rows.end;
-        RowSlice { slice, rows }
-    };
-    slices.into_iter().map(row_slice).collect()
-}
-
-/// Returns the parts of slices that lie in the rows `wanted`, with their rows.
-fn slices_in_rows(
-    row_slices: &[RowSlice],
-    wanted: &Range<i64>,
-) -> impl Iterator<Item = (TensorSlice, Range<i64>)> {
-    row_slices
-        .iter()
-        .filter_map(move |RowSlice { slice, rows }| {
-            let start = rows.start.max(wanted.start);
-            let end = rows.end.min(wanted.end);
-            if start >= end {
-                return None;
-            }
-            let mut slice = slice.clone();
-            slice.offset[0] += start - rows.start;
-            slice.shape[0] = end - start;
-            Some((slice, start..end))
-        })
-}
-
-/// Returns the parts of `slices`, which follow each other by rows, that lie in the rows `own`.
-pub(crate) fn slices_of_rows(slices: Vec<TensorSlice>, own: &Range<i64>) -> Vec<TensorSlice> {
-    let row_slices = row_slices(slices);
-    let parts = slices_in_rows(&row_slices, own);
-    parts.map(|(slice, _)| slice).collect()
-}
-
-/// Returns a slice of the tensor `name` of shape `global`: the range `along` in dimension `dim`,
-/// and all of the other dimensions.
-pub(crate) fn slice(name: &str, global: &[i64], dim: usize, along: &Range<i64>) -> TensorSlice {
-    let mut slice = TensorSlice::whole(name, global);
-    slice.offset[dim] = along.start;
-    slice.shape[dim] = along.end - along.start;
-    slice
 }
 
 /// All parameters of a rank, in the order of use in the forward pass.
@@ -194,6 +154,11 @@ impl Parameters {
         self.kind
     }
 
+    /// Returns the seed of the run.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Iterates over the parameters in the order of use.
     pub fn iter(&self) -> std::slice::Iter<'_, Parameter> {
         self.list.iter()
@@ -213,21 +178,22 @@ impl Parameters {
         self.list.is_empty()
     }
 
-    /// Adds a parameter of shape `shape` whose rows are those of `slices`, in order, and returns
-    /// its weight.
+    /// Adds the part of a parameter that the rank at `position` holds, and returns its weight.
     pub(crate) fn add(
         &mut self,
         device: &dyn Accelerator,
-        shape: &[i64],
-        slices: Vec<TensorSlice>,
-        replicas: Replicas,
+        spec: &ParamSpec,
+        position: &ShardPosition,
         options: ParameterOptions,
     ) -> Weight {
-        let row_slices = row_slices(slices);
+        let names = RowNames::new(spec, position, (0..spec.matrices() as usize).collect());
+        let shape = spec.local_shape(position);
+        let shape = shape.as_slice();
+        let replicas = spec.replicas(position);
         let (rows, cols) = matrix_shape(shape);
         debug_assert_eq!(
             rows,
-            row_slices.last().map_or(0, |row_slice| row_slice.rows.end),
+            names.slices.last().map_or(0, |slice| slice.rows.end),
             "every row belongs to a slice"
         );
         let replication = &self.replications[replicas as usize];
@@ -238,7 +204,7 @@ impl Parameters {
         let count = own.end - own.start;
         let kind = self.kind;
         let draw = |rows: &Range<i64>| {
-            let values = self.draw(&row_slices, rows, cols, options.init);
+            let values = self.draw(&names.slices, rows, cols, options.init);
             self.place(device, values)
         };
         let has_separate_master = self.offloaded || kind != Kind::Float;
@@ -259,7 +225,9 @@ impl Parameters {
         };
         let handle = weight.clone();
         self.list.push(Parameter {
-            row_slices: Mutex::new(row_slices),
+            spec: spec.clone(),
+            position: *position,
+            names: Mutex::new(names),
             weight,
             own,
             stored,
@@ -278,6 +246,7 @@ impl Parameters {
         let count = rows.end - rows.start;
         let values: Vec<f32> = match init {
             Init::Ones => vec![1.0; (count * cols) as usize],
+            Init::Zeros => vec![0.0; (count * cols) as usize],
             Init::Normal(std) => slices_in_rows(row_slices, rows)
                 .flat_map(|(slice, _)| {
                     let TensorSlice {

@@ -1,7 +1,7 @@
 //! Position of a rank on the axes that split parameters.
 
-use super::{parameters::Replicas, part::ModelPart, share::Share};
-use crate::{config::ModelConfig, process_groups::ProcessGroups};
+use super::{part::ModelPart, replicas::Replicas, share::Share};
+use crate::process_groups::ProcessGroups;
 use parallel::Mesh;
 
 /// Position of a rank on the axes that split parameters.
@@ -44,6 +44,12 @@ impl ShardPosition {
         )
     }
 
+    /// Returns the position of a rank that splits nothing.
+    pub(crate) fn alone() -> ShardPosition {
+        let whole = Share { rank: 0, ranks: 1 };
+        ShardPosition::new(whole, whole, whole)
+    }
+
     fn new(tensor: Share, expert: Share, expert_tensor: Share) -> ShardPosition {
         ShardPosition {
             tensor,
@@ -54,11 +60,12 @@ impl ShardPosition {
         }
     }
 
-    /// Returns the same position for a rank that holds `part` of the model. A tied embedding on two
-    /// ranks is one parameter with replicas at both ends of the pipeline.
-    pub(crate) fn with_part(self, config: &ModelConfig, part: &ModelPart) -> ShardPosition {
+    /// Returns the same position for a rank that holds `part` of the model. With `ties`, the
+    /// embedding is also the output layer: on two ranks it is one parameter with replicas at both
+    /// ends of the pipeline.
+    pub(crate) fn with_part(self, ties: bool, part: &ModelPart) -> ShardPosition {
         let is_split = part.has_first() != part.has_last();
-        let is_tied = config.tie_embeddings && part.vocabulary.is_none() && is_split;
+        let is_tied = ties && part.vocabulary.is_none() && is_split;
         ShardPosition {
             vocabulary: part.vocabulary.unwrap_or(self.tensor),
             vocabulary_replicas: if is_tied {

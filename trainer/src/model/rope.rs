@@ -1,14 +1,137 @@
 //! Rotary position embedding (arXiv 2104.09864) in the half-split form of Llama and HF
 //! transformers.
 //!
-//! Element `i` of a head is rotated with element `i + head_dim / 2`.
+//! Element `i` of a head is rotated with element `i + n / 2`, where the first `n` elements of the
+//! head rotate.
 
+use super::rope_scaling::{RopeScaling, Unscaled};
+use crate::{config::layer_set::LayerSet, problems::Problems};
+use config_derive::ResumeKeys;
 use kernels::apply_rotary;
 use parallel::Accelerator;
 use parking_lot::Mutex;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
+
+/// Rotary position embedding.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, ResumeKeys)]
+#[serde(deny_unknown_fields, default)]
+pub struct RopeConfig {
+    /// Part of each head that rotates, from the head's first element on (partial rotary embedding).
+    #[on_resume(refused)]
+    #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
+    pub fraction: f64,
+    /// Scaling of the frequencies for sequences longer than those of pretraining: one of `linear`,
+    /// `dynamic`, `ntk_alpha`, `llama3`, `yarn` and `longrope`. Without it there is none.
+    #[on_resume(refused)]
+    pub scaling: Option<RopeScaling>,
+    /// Layers whose queries and keys rotate. Attention in the others knows no positions (NoPE,
+    /// arXiv 2305.19466).
+    #[on_resume(refused)]
+    pub layers: LayerSet,
+}
+
+impl Default for RopeConfig {
+    fn default() -> RopeConfig {
+        RopeConfig {
+            fraction: 1.0,
+            scaling: None,
+            layers: LayerSet::ALL,
+        }
+    }
+}
+
+/// Rotation per position.
+pub(crate) struct Frequencies {
+    /// Radians of each pair, `[n / 2]`.
+    pub(crate) radians: Vec<f32>,
+    /// Factor on cosines and sines.
+    pub(crate) attention_factor: f64,
+}
+
+impl RopeConfig {
+    /// Returns the number of elements of a head of `head_dim` that rotate.
+    pub(crate) fn width(&self, head_dim: usize) -> usize {
+        (self.fraction * head_dim as f64).round() as usize
+    }
+
+    /// Returns the rotation of `width` elements of a head, in a run with sequences of `length`
+    /// tokens. It is computed in fp64 and rounded once.
+    pub(crate) fn frequencies(&self, theta: f64, width: usize, length: usize) -> Frequencies {
+        let unscaled = Unscaled { theta, width };
+        let round = |radians: f64| radians as f32;
+        match &self.scaling {
+            None => Frequencies {
+                radians: unscaled.radians().map(round).collect(),
+                attention_factor: 1.0,
+            },
+            Some(scaling) => Frequencies {
+                radians: scaling
+                    .radians(unscaled, length)
+                    .into_iter()
+                    .map(round)
+                    .collect(),
+                attention_factor: scaling.attention_factor(),
+            },
+        }
+    }
+
+    /// Returns the factor by which latent attention multiplies the scale of its softmax: 1 except
+    /// with YaRN's `mscale_all_dim` (DeepSeek-V3).
+    pub fn softmax_scale_factor(&self) -> f64 {
+        match &self.scaling {
+            Some(RopeScaling::Yarn(scaling)) => scaling.softmax_scale_factor(),
+            _ => 1.0,
+        }
+    }
+
+    /// Adds what is impossible or useless in a model of `layers` layers whose heads have `head_dim`
+    /// elements.
+    pub(crate) fn check(
+        &self,
+        theta: f64,
+        head_dim: usize,
+        layers: usize,
+        problems: &mut Problems,
+    ) {
+        if let Some(layer) = self.layers.unknown_layer(layers) {
+            problems.add(format!(
+                "model.rope.layers has layer {layer}, but model.layers is {layers} and the first \
+                 layer is 0"
+            ));
+        }
+        if !(0..layers).any(|layer| self.layers.contains(layer)) {
+            if self.scaling.is_some() || self.fraction != 1.0 {
+                problems.add(
+                    "model.rope.layers has no layer, so that model.rope.scaling and \
+                     model.rope.fraction have no effect: leave them out",
+                );
+            }
+            return;
+        }
+        let width = self.width(head_dim);
+        let fraction = self.fraction;
+        let is_whole = (fraction * head_dim as f64 - width as f64).abs() < 1e-6;
+        if fraction == 1.0 && !width.is_multiple_of(2) {
+            problems.add(format!(
+                "the head width {head_dim} is odd; rotary embedding turns pairs"
+            ));
+        } else if !is_whole || width == 0 || !width.is_multiple_of(2) {
+            let nearest = (width / 2 * 2).max(2);
+            problems.add(format!(
+                "model.rope.fraction {fraction} of the head width {head_dim} is {} elements, which \
+                 is not an even number; {} would be {nearest}",
+                fraction * head_dim as f64,
+                nearest as f64 / head_dim as f64
+            ));
+        } else if let Some(scaling) = &self.scaling {
+            scaling.check(Unscaled { theta, width }, problems);
+        }
+    }
+}
 
 /// Cosines and sines of this rank's positions.
 pub(crate) struct Rope {
@@ -18,7 +141,7 @@ pub(crate) struct Rope {
     by_kind: Mutex<HashMap<Kind, Table>>,
 }
 
-/// `[positions, head_dim / 2]` each.
+/// `[positions, n / 2]` each, with the factor on cosines and sines.
 struct Table {
     cos: Tensor,
     sin: Tensor,
@@ -40,23 +163,26 @@ impl Rope {
     pub(crate) fn new(
         device: &dyn Accelerator,
         positions: &[i64],
-        head_dim: usize,
-        theta: f64,
+        frequencies: &Frequencies,
     ) -> Rope {
-        let half = head_dim / 2;
+        let Frequencies {
+            radians,
+            attention_factor,
+        } = frequencies;
         // Single precision, as in HF transformers.
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| (1.0 / theta.powf(2.0 * i as f64 / head_dim as f64)) as f32)
-            .collect();
         let angles: Vec<f32> = positions
             .iter()
-            .flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f))
+            .flat_map(|&position| radians.iter().map(move |f| position as f32 * f))
             .collect();
-        let angles =
-            device.upload(&Tensor::from_slice(&angles).view([positions.len() as i64, half as i64]));
-        let sin = angles.sin();
+        let shape = [positions.len() as i64, radians.len() as i64];
+        let angles = device.upload(&Tensor::from_slice(&angles).view(shape));
+        let scaled = |table: Tensor| match *attention_factor {
+            1.0 => table,
+            factor => table * factor,
+        };
+        let sin = scaled(angles.sin());
         let table = Table {
-            cos: angles.cos(),
+            cos: scaled(angles.cos()),
             minus_sin: sin.neg(),
             sin,
         };
@@ -95,11 +221,23 @@ impl Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::rope_scaling::YarnScaling;
     use parallel::Cpu;
+    use serde_json::{Value, json};
+
+    fn config(value: Value) -> RopeConfig {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn rope(config: &RopeConfig, positions: &[i64], head_dim: usize) -> Rope {
+        let width = config.width(head_dim);
+        let frequencies = config.frequencies(10_000.0, width, positions.len());
+        Rope::new(&Cpu, positions, &frequencies)
+    }
 
     #[test]
     fn tables_of_a_dtype_are_made_once() {
-        let rope = Rope::new(&Cpu, &[0, 1, 2], 4, 10_000.0);
+        let rope = rope(&RopeConfig::default(), &[0, 1, 2], 4);
         let table = |kind| rope.table(2, kind);
         let first = table(Kind::BFloat16);
         assert_eq!(first.cos.data_ptr(), table(Kind::BFloat16).cos.data_ptr());
@@ -110,31 +248,179 @@ mod tests {
 
     #[test]
     fn rotation_keeps_lengths_and_its_gradient_rotates_back() {
-        let rope = Rope::new(&Cpu, &[3, 4, 5, 6, 7], 4, 10_000.0);
-        let x = Cpu
-            .empty(&[1, 2, 5, 4], Kind::Float)
-            .uniform_(-1.0, 1.0)
-            .set_requires_grad(true);
-        let y = rope.apply(&x).unwrap();
-        assert!(
-            (y.square().sum(Kind::Float) - x.square().sum(Kind::Float))
-                .double_value(&[])
-                .abs()
-                < 1e-4
-        );
-        // For y = R x, the gradient of |y|^2 / 2 is R^T R x = x.
-        (y.square().sum(Kind::Float) / 2.0).backward();
-        assert!(x.grad().allclose(&x, 1e-5, 1e-6, false));
+        let yarn = json!({"yarn": {
+            "factor": 2.0, "original_length": 64, "attention_factor": 1.5,
+        }});
+        for (config, factor) in [
+            (json!({}), 1.0),
+            (json!({"fraction": 0.5}), 1.0),
+            (json!({"scaling": yarn}), 1.5),
+        ] {
+            let rope = rope(&self::config(config), &[3, 4, 5, 6, 7], 8);
+            let x = Cpu
+                .empty(&[1, 2, 5, 8], Kind::Float)
+                .uniform_(-1.0, 1.0)
+                .set_requires_grad(true);
+            let y = rope.apply(&x).unwrap();
+            let length = |x: &Tensor| x.square().sum(Kind::Float).double_value(&[]).sqrt();
+            assert!((length(&y) - factor * length(&x)).abs() < 1e-4);
+            // For y = R x, the gradient of |y|^2 / 2 is R^T R x, the squared factor times x.
+            (y.square().sum(Kind::Float) / 2.0).backward();
+            let expected = &x * (factor * factor);
+            assert!(x.grad().allclose(&expected, 1e-5, 1e-6, false));
+        }
+    }
+
+    #[test]
+    fn pairs_turn_by_their_radians_per_position() {
         // Position 0 is not rotated; element 0 rotates with element 2 by one radian per position.
         let unit = Tensor::from_slice(&[1f32, 0., 0., 0.]).view([1, 1, 1, 4]);
-        let at = |position| {
-            Rope::new(&Cpu, &[position], 4, 10_000.0)
-                .apply(&unit)
-                .unwrap()
+        let at = |config: &RopeConfig, position| {
+            let turned = rope(config, &[position], 4).apply(&unit).unwrap();
+            Vec::<f32>::try_from(turned.flatten(0, -1)).unwrap()
         };
-        assert_eq!(at(0), unit);
-        let rotated = Vec::<f32>::try_from(at(1).flatten(0, -1)).unwrap();
+        let whole = RopeConfig::default();
+        assert_eq!(at(&whole, 0), [1.0, 0.0, 0.0, 0.0]);
+        let rotated = at(&whole, 1);
         assert!((rotated[0] - 1f32.cos()).abs() < 1e-6);
         assert!((rotated[2] - 1f32.sin()).abs() < 1e-6);
+        // Of two rotating elements, the second is the other one of the pair.
+        let rotated = at(&config(json!({"fraction": 0.5})), 1);
+        assert!((rotated[1] - 1f32.sin()).abs() < 1e-6);
+        assert_eq!(rotated[2..], [0.0, 0.0]);
+    }
+
+    /// A case of `scripts/golden/rope.py`.
+    #[derive(Deserialize)]
+    struct GoldenCase {
+        name: String,
+        rope: RopeConfig,
+        theta: f64,
+        head_dim: usize,
+        length: usize,
+        radians: Vec<f64>,
+        attention_factor: f64,
+        softmax_scale_factor: Option<f64>,
+    }
+
+    #[test]
+    fn frequencies_are_those_of_transformers() {
+        let golden = include_str!("../../tests/golden/rope.json");
+        let cases: Vec<GoldenCase> = serde_json::from_str(golden).unwrap();
+        assert!(!cases.is_empty());
+        for case in cases {
+            let GoldenCase { name, rope, .. } = &case;
+            let mut problems = Problems::default();
+            rope.check(case.theta, case.head_dim, 1, &mut problems);
+            assert_eq!(problems.into_list(), Vec::<String>::new(), "{name}");
+            let width = rope.width(case.head_dim);
+            let ours = rope.frequencies(case.theta, width, case.length);
+            assert_eq!(ours.radians.len(), case.radians.len(), "{name}");
+            for (ours, theirs) in ours.radians.iter().zip(&case.radians) {
+                // transformers computes in fp32, with an exponent as large as ln(theta).
+                let is_equal = (f64::from(*ours) - theirs).abs() < 3e-6 * theirs;
+                assert!(is_equal, "{name}: {ours} and {theirs}");
+            }
+            let factor = ours.attention_factor;
+            assert!(
+                (factor - case.attention_factor).abs() < 1e-6,
+                "{name}: {factor}"
+            );
+            if let Some(theirs) = case.softmax_scale_factor {
+                let ours = rope.softmax_scale_factor();
+                assert!((ours - theirs).abs() < 1e-6, "{name}: {ours} and {theirs}");
+            }
+        }
+    }
+
+    fn problems(value: Value) -> String {
+        let mut problems = Problems::default();
+        config(value).check(10_000.0, 12, 4, &mut problems);
+        problems.into_list().join("; ")
+    }
+
+    #[test]
+    fn possible_values_are_accepted() {
+        for value in [
+            json!({}),
+            json!({"fraction": 0.5}),
+            json!({"layers": "none"}),
+            json!({"layers": {"all_but": {"every": 4, "from": 3}}}),
+            json!({"scaling": {"llama3": {
+                "factor": 8.0, "low": 1.0, "high": 4.0, "original_length": 64,
+            }}}),
+        ] {
+            assert_eq!(problems(value), "");
+        }
+    }
+
+    #[test]
+    fn impossible_values_are_refused() {
+        let yarn = |more: Value| {
+            let mut yarn = json!({"factor": 4.0, "original_length": 64});
+            yarn.as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            json!({"scaling": {"yarn": yarn}})
+        };
+        let longrope = |more: Value| {
+            let list = [1.0; 6];
+            let mut longrope = json!({"short": list, "long": list, "original_length": 64});
+            longrope
+                .as_object_mut()
+                .unwrap()
+                .extend(more.as_object().unwrap().clone());
+            json!({"scaling": {"longrope": longrope}})
+        };
+        let llama3 = json!({"factor": 8.0, "low": 4.0, "high": 4.0, "original_length": 64});
+        for (value, problem) in [
+            (json!({"fraction": 0.3}), "would be 4"),
+            (json!({"fraction": 0.25}), "not an even number"),
+            (json!({"fraction": 0.01}), "would be 2"),
+            (json!({"layers": [4]}), "has layer 4"),
+            (json!({"layers": "none", "fraction": 0.5}), "no effect"),
+            (
+                json!({"fraction": 1.0 / 6.0, "scaling": {"ntk_alpha": {"alpha": 2.0}}}),
+                "more than 2",
+            ),
+            (json!({"scaling": {"llama3": llama3}}), "not below high"),
+            (yarn(json!({"beta_slow": 33.0})), "beta_fast above"),
+            (
+                yarn(json!({"original_length": 4, "truncate": false})),
+                "original_length 4",
+            ),
+            (yarn(json!({"mscale": 1.0})), "without mscale_all_dim"),
+            (
+                yarn(json!({"mscale": 1.0, "attention_factor": 1.0})),
+                "leave one of them out",
+            ),
+            (longrope(json!({})), "needs factor or attention_factor"),
+            (
+                longrope(json!({"factor": 1.0, "long": [1.0]})),
+                "long has 1",
+            ),
+        ] {
+            let found = problems(value.clone());
+            assert!(found.contains(problem), "{value}: {found}");
+        }
+        let odd = |config: RopeConfig| {
+            let mut problems = Problems::default();
+            config.check(10_000.0, 3, 1, &mut problems);
+            problems.into_list()
+        };
+        assert_eq!(
+            odd(RopeConfig::default()),
+            ["the head width 3 is odd; rotary embedding turns pairs"]
+        );
+        assert_eq!(odd(config(json!({"layers": "none"}))), Vec::<String>::new());
+    }
+
+    #[test]
+    fn only_yarn_changes_the_scale_of_the_softmax() {
+        assert_eq!(RopeConfig::default().softmax_scale_factor(), 1.0);
+        let yarn = json!({"factor": 40.0, "original_length": 4096, "mscale_all_dim": 1.0});
+        let yarn: YarnScaling = serde_json::from_value(yarn).unwrap();
+        // DeepSeek-V3's.
+        assert!((yarn.softmax_scale_factor() - 1.8739).abs() < 1e-4);
     }
 }

@@ -4,26 +4,20 @@ use super::{
     options::{Init, ParameterOptions},
     spec::{ParamSpec, Role},
 };
-use crate::config::ModelConfig;
 
 /// Derives the options of parameters from their descriptions.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ParameterRules {
-    init_std: f64,
-    /// Width ratio of maximal update parametrization.
-    width: f64,
-    layers: usize,
+    pub(crate) init_std: f64,
+    /// Width ratio of maximal update parametrization; 1 without it.
+    pub(crate) width: f64,
+    /// Layers of the whole model.
+    pub(crate) layers: usize,
+    /// True if norms multiply by one plus their weight.
+    pub(crate) zero_centered_norms: bool,
 }
 
 impl ParameterRules {
-    pub(crate) fn new(config: &ModelConfig) -> ParameterRules {
-        ParameterRules {
-            init_std: config.init_std,
-            width: config.mup.as_ref().map_or(1.0, |mup| mup.width),
-            layers: config.layers,
-        }
-    }
-
     pub(crate) fn options(&self, spec: &ParamSpec) -> ParameterOptions {
         let normal = |std: f64, lr_scale: f64| ParameterOptions {
             init: Init::Normal(std),
@@ -33,12 +27,15 @@ impl ParameterRules {
         let matrix_std = self.init_std / self.width.sqrt();
         // Smaller by the depth of the residual stream (GPT-2; also Granite's code).
         let residual_std = matrix_std / (2.0 * self.layers as f64).sqrt();
+        let vector = |init| ParameterOptions {
+            init,
+            decay: false,
+            lr_scale: 1.0,
+        };
         match spec.role {
-            Role::Norm => ParameterOptions {
-                init: Init::Ones,
-                decay: false,
-                lr_scale: 1.0,
-            },
+            Role::Norm if self.zero_centered_norms => vector(Init::Zeros),
+            Role::Norm => vector(Init::Ones),
+            Role::Bias => vector(Init::Zeros),
             Role::Vocabulary => normal(self.init_std, 1.0),
             _ if spec.writes_residual => normal(residual_std, 1.0 / self.width),
             Role::Router | Role::Matrix | Role::Expert => normal(matrix_std, 1.0 / self.width),

@@ -4,12 +4,8 @@
 //! the plan of memory, the names in a checkpoint, weight decay and learning-rate factors all follow
 //! from these descriptions.
 
-use super::{
-    parameters::{Replicas, slice},
-    position::ShardPosition,
-    share::Share,
-};
-use crate::config::ModelConfig;
+pub(crate) use super::role::Role;
+use super::{position::ShardPosition, replicas::Replicas, share::Share, slices::slice};
 use checkpoint::TensorSlice;
 use std::ops::Range;
 
@@ -31,8 +27,8 @@ impl Dim {
     }
 
     /// Returns the width of the residual stream.
-    pub(crate) fn hidden(config: &ModelConfig) -> Dim {
-        Dim::new("model.hidden", config.hidden as u64)
+    pub(crate) fn hidden(width: usize) -> Dim {
+        Dim::new("model.hidden", width as u64)
     }
 
     /// Returns a dimension whose size follows from that of another.
@@ -75,22 +71,6 @@ pub(crate) struct SplitDim {
     pub(crate) units: u64,
     /// Matrices that follow each other in the dimension. Each rank holds a part of each.
     pub(crate) fused: u64,
-}
-
-/// The part that a parameter plays in the model. Optimizers and maximal update parametrization
-/// treat roles differently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// Embedding and output layer.
-    Vocabulary,
-    /// Vectors that scale normalized activations.
-    Norm,
-    /// Matrices that map tokens to scores of experts.
-    Router,
-    /// Matrices of attention, dense feed-forward layers and shared experts.
-    Matrix,
-    /// Matrices of routed experts.
-    Expert,
 }
 
 /// One parameter of the model, whatever the layout.
@@ -141,6 +121,28 @@ impl ParamSpec {
     /// Returns the global shape of each matrix.
     pub(crate) fn shape(&self) -> Vec<i64> {
         self.dims.iter().map(|dim| dim.size as i64).collect()
+    }
+
+    /// Returns the dimension in which matrices follow each other, and their number.
+    pub(crate) fn fused(&self) -> SplitDim {
+        match self.split {
+            Split::Tensor(split) | Split::ExpertTensor(split) => split,
+            Split::Whole | Split::Vocabulary => SplitDim {
+                dim: 0,
+                units: 1,
+                fused: 1,
+            },
+        }
+    }
+
+    /// Returns the rows and columns of each matrix, of which several may follow each other in the
+    /// tensor. A vector has one column.
+    pub(crate) fn matrix_shape(&self) -> [i64; 2] {
+        let mut shape = self.shape();
+        shape.resize(2, 1);
+        let SplitDim { dim, fused, .. } = self.fused();
+        shape[dim] /= fused as i64;
+        [shape[0], shape[1]]
     }
 
     /// Returns the ranks that hold the same values.

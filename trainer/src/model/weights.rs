@@ -2,14 +2,13 @@
 
 use super::{
     build_context::BuildContext,
+    norm::Norm,
     parameters::{Parameters, Unit},
-    part::ModelPart,
     position::ShardPosition,
     rules::ParameterRules,
     spec::{ParamSpec, Split},
     window_masks::WindowMasks,
 };
-use crate::config::ModelConfig;
 use parallel::Weight;
 use std::sync::Arc;
 
@@ -17,7 +16,6 @@ use std::sync::Arc;
 pub(crate) struct WeightBuilder<'a> {
     pub(crate) parameters: Parameters,
     pub(crate) ctx: &'a BuildContext<'a>,
-    pub(crate) config: &'a ModelConfig,
     pub(crate) position: ShardPosition,
     /// Shared by the layers.
     pub(crate) window_masks: WindowMasks,
@@ -25,10 +23,10 @@ pub(crate) struct WeightBuilder<'a> {
 }
 
 impl<'a> WeightBuilder<'a> {
-    /// Returns a builder without parameters for a rank that holds `part` of the model.
+    /// Returns a builder without parameters for the rank at `position`.
     pub(crate) fn new(
-        config: &'a ModelConfig,
-        part: &ModelPart,
+        rules: ParameterRules,
+        position: ShardPosition,
         ctx: &'a BuildContext<'a>,
     ) -> WeightBuilder<'a> {
         WeightBuilder {
@@ -40,24 +38,31 @@ impl<'a> WeightBuilder<'a> {
                 ctx.offload,
             ),
             ctx,
-            config,
-            position: ShardPosition::in_groups(ctx.groups).with_part(config, part),
+            position,
             window_masks: WindowMasks::default(),
-            rules: ParameterRules::new(config),
+            rules,
         }
     }
 
     /// Adds this rank's part of a parameter and returns its weight.
     pub(crate) fn add(&mut self, spec: &ParamSpec) -> Weight {
-        let experts: Vec<usize> = spec.own_experts(&self.position).collect();
-        let weight = self.parameters.add(
-            self.ctx.device,
-            &spec.local_shape(&self.position),
-            spec.slices(&self.position, &experts),
-            spec.replicas(&self.position),
-            self.rules.options(spec),
-        );
+        let options = self.rules.options(spec);
+        let device = self.ctx.device;
+        let weight = self.parameters.add(device, spec, &self.position, options);
         weight.scale_uses(self.uses(spec))
+    }
+
+    /// Adds this rank's part of a norm that adds `eps` to the mean square.
+    pub(crate) fn add_norm(&mut self, spec: &ParamSpec, eps: f64) -> Norm {
+        Norm {
+            weight: self.add(spec),
+            offset: if self.rules.zero_centered_norms {
+                1.0
+            } else {
+                0.0
+            },
+            eps,
+        }
     }
 
     /// Returns how often a forward pass uses a matrix: once for each chunk of tokens.

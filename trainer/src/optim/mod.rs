@@ -1,62 +1,96 @@
-//! AdamW over fp32 master weights, with the global gradient norm and clipping.
+//! The optimizer of a run: state and updates of all parameters, gradient norm and clipping.
+//!
+//! Each optimizer is a [`rule::Rule`] in a file of its own. The parts of a run that keep, move or
+//! count state iterate over its names.
 
+pub(crate) mod adamw;
+pub(crate) mod groups;
+mod matrix_exchange;
+mod matrix_plan;
+pub(crate) mod muon;
 mod offload;
 pub(crate) mod rate_jump;
+mod rounded_state;
+mod rounding;
+pub(crate) mod rule;
 pub(crate) mod schedule;
+pub(crate) mod sgd;
 
 use crate::{
     Error,
     config::OptimizerConfig,
-    model::parameters::{Parameter, Parameters},
-    optim::offload::Offload,
+    model::{
+        parameters::{Parameter, Parameters},
+        role::Role,
+    },
     scalars::fetch_scalars,
 };
-use kernels::{AdamWUpdate, adamw, sum_of_squares};
+use groups::Groups;
+use kernels::sum_of_squares;
+use matrix_exchange::MatrixRounds;
+use offload::Offload;
 use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
+use rounded_state::{chunks, update_rows, with_wide_state};
+use rounding::Rounding;
+use rule::{MatrixRule, RowUpdate, StepScalars, Update};
 use std::sync::Arc;
-use tch::Tensor;
-use torch_ext::AdamW;
+use tch::{Kind, Tensor};
+
+pub use matrix_exchange::StageRanks;
 
 /// The optimizer's state on this rank.
 pub struct Optimizer {
-    config: OptimizerConfig,
+    groups: Groups,
     grad_clip: f64,
-    exp_avgs: Vec<Tensor>,
-    exp_avg_sqs: Vec<Tensor>,
-    groups: Vec<ParameterGroup>,
+    /// State of each parameter.
+    states: Vec<Vec<NamedState>>,
+    batches: Vec<Batch>,
     /// Set if masters are in host memory.
     offload: Option<Offload>,
     /// All ranks, which sum their parts of the squared gradient norm.
     world: Arc<dyn Communicator>,
+    stage: StageRanks,
 }
 
-/// Parameters with the same weight decay and learning-rate factor.
-struct ParameterGroup {
+/// A tensor that the optimizer keeps for a parameter, in the shape of its master.
+pub(crate) struct NamedState {
+    /// Kind of the tensor in a checkpoint.
+    pub(crate) name: &'static str,
+    pub(crate) tensor: Tensor,
+}
+
+/// Parameters that one update changes, with equal constants.
+struct Batch {
+    role: Role,
     decay: bool,
     lr_scale: f64,
     members: Vec<usize>,
+    /// The rounds of the last step, if the update needs whole matrices.
+    rounds: Option<MatrixRounds>,
 }
 
-impl ParameterGroup {
-    fn fits(&self, parameter: &Parameter) -> bool {
-        self.decay == parameter.decay && self.lr_scale == parameter.lr_scale
-    }
-}
-
-/// Groups parameters in the order in which each group's first parameter appears.
-fn parameter_groups(parameters: &Parameters) -> Vec<ParameterGroup> {
-    let mut groups: Vec<ParameterGroup> = Vec::new();
+/// Batches parameters in the order in which each batch's first parameter appears.
+fn batches(parameters: &Parameters, groups: &Groups) -> Vec<Batch> {
+    let mut batches: Vec<Batch> = Vec::new();
     for (index, parameter) in parameters.iter().enumerate() {
-        match groups.iter_mut().find(|group| group.fits(parameter)) {
-            Some(group) => group.members.push(index),
-            None => groups.push(ParameterGroup {
+        let role = parameter.spec.role;
+        let fits = |batch: &&mut Batch| {
+            groups.are_together(batch.role, role)
+                && batch.decay == parameter.decay
+                && batch.lr_scale == parameter.lr_scale
+        };
+        match batches.iter_mut().find(fits) {
+            Some(batch) => batch.members.push(index),
+            None => batches.push(Batch {
+                role,
                 decay: parameter.decay,
                 lr_scale: parameter.lr_scale,
                 members: vec![index],
+                rounds: None,
             }),
         }
     }
-    groups
+    batches
 }
 
 /// Returns the squared norm of each gradient that this rank counts, `[]` fp64 on its device.
@@ -69,7 +103,7 @@ pub(crate) fn squared_norms(parameters: &Parameters, gradients: &GradientBuckets
 }
 
 impl Optimizer {
-    /// Creates zero moments for `parameters`, in the memory of their masters.
+    /// Creates the state of `parameters`, in the memory of their masters.
     ///
     /// # Errors
     /// If there is no memory to stage gradients on the host.
@@ -79,6 +113,7 @@ impl Optimizer {
         parameters: &Parameters,
         device: &dyn Accelerator,
         world: Arc<dyn Communicator>,
+        stage: StageRanks,
     ) -> Result<Optimizer, Error> {
         let masters = || parameters.iter().map(|parameter| &parameter.master);
         let largest = masters().map(Tensor::numel).max().unwrap_or(0);
@@ -87,20 +122,35 @@ impl Optimizer {
         } else {
             None
         };
+        let groups = Groups::new(config, parameters.kind());
+        let zeros = |parameter: &Parameter| {
+            let names = groups.of(parameter.spec.role).rule.state().iter();
+            let like = &parameter.master;
+            let named = names.map(|name| NamedState {
+                name,
+                tensor: Tensor::zeros(like.size(), (groups.state_kind(), like.device())),
+            });
+            named.collect()
+        };
         Ok(Optimizer {
-            config: config.clone(),
             grad_clip,
-            exp_avgs: masters().map(Tensor::zeros_like).collect(),
-            exp_avg_sqs: masters().map(Tensor::zeros_like).collect(),
-            groups: parameter_groups(parameters),
+            states: parameters.iter().map(zeros).collect(),
+            batches: batches(parameters, &groups),
+            groups,
             offload,
             world,
+            stage,
         })
     }
 
-    /// Returns the first and the second moment of parameter `index`.
-    pub fn moments(&self, index: usize) -> (&Tensor, &Tensor) {
-        (&self.exp_avgs[index], &self.exp_avg_sqs[index])
+    /// Returns the state of parameter `index`.
+    pub(crate) fn state(&self, index: usize) -> &[NamedState] {
+        &self.states[index]
+    }
+
+    /// Returns the names of the state of parameters with this role.
+    pub(crate) fn state_names(&self, role: Role) -> &'static [&'static str] {
+        self.groups.of(role).rule.state()
     }
 
     /// Returns the norm of all gradients of the model. Each counts once, whatever the layout.
@@ -134,10 +184,13 @@ impl Optimizer {
     }
 
     /// Updates the parameters in step `step` (1 is the first) with learning rate `lr`, and clips
-    /// the gradients by their norm.
+    /// the gradients by their norm. Afterwards the gradients have no meaning.
+    ///
+    /// # Collective
+    /// All ranks of the stage.
     ///
     /// # Errors
-    /// If libtorch refuses an operation.
+    /// If libtorch refuses an operation or a collective fails.
     pub fn step(
         &mut self,
         parameters: &Parameters,
@@ -150,39 +203,81 @@ impl Optimizer {
         // As torch.nn.utils.clip_grad_norm_; the kernel divides by the scale in its own pass.
         let is_clipped = self.grad_clip > 0.0 && grad_norm > self.grad_clip;
         let scale = is_clipped.then(|| (grad_norm + 1e-6) / self.grad_clip);
-        for group in &self.groups {
+        let is_rounded = self.groups.state_kind() != Kind::Float;
+        for batch in &mut self.batches {
             let update = |&index: &usize| {
                 let parameter = parameters.get(index);
-                AdamWUpdate {
+                let state = self.states[index].iter();
+                let rounding = || Rounding::new(parameter.own_slices(), parameters.seed(), step);
+                RowUpdate {
                     master: parameter.master.shallow_clone(),
                     gradient: gradients.gradient(index),
-                    exp_avg: self.exp_avgs[index].shallow_clone(),
-                    exp_avg_sq: self.exp_avg_sqs[index].shallow_clone(),
+                    state: state.map(|state| state.tensor.shallow_clone()).collect(),
                     stored: parameter.model_dtype_copy(),
+                    rounding: is_rounded.then(rounding),
                 }
             };
-            let updates: Vec<AdamWUpdate> = group.members.iter().map(update).collect();
-            let config = self.adamw_config(group, lr);
-            match &self.offload {
-                Some(offload) => offload.update(device, &updates, config, step, scale)?,
-                None => adamw(&updates, config, step, scale)?,
+            let updates: Vec<RowUpdate> = batch.members.iter().map(update).collect();
+            let group = self.groups.of(batch.role);
+            let scalars = StepScalars {
+                step,
+                lr: lr * batch.lr_scale * group.lr_scale,
+                decays: batch.decay,
+                scale,
+            };
+            match (group.rule.update(), &self.offload) {
+                (Update::Rows(rule), Some(offload)) => {
+                    offload.update(device, rule, &updates, scalars)?;
+                }
+                (Update::Rows(rule), None) => update_rows(rule, &updates, scalars)?,
+                (Update::Matrices(rule), _) => {
+                    update_matrices(&self.stage, rule, parameters, batch, &updates, scalars)?;
+                }
             }
         }
         Ok(())
     }
+}
 
-    fn adamw_config(&self, group: &ParameterGroup, lr: f64) -> AdamW {
-        let weight_decay = if group.decay {
-            self.config.weight_decay
-        } else {
-            0.0
+/// Updates parameters by transformed matrices, which take the place of their gradients.
+///
+/// With masters in host memory, gradients and transformed matrices travel chunk by chunk, and
+/// matrices are transformed on the device.
+fn update_matrices(
+    stage: &StageRanks,
+    rule: &dyn MatrixRule,
+    parameters: &Parameters,
+    batch: &mut Batch,
+    updates: &[RowUpdate],
+    scalars: StepScalars,
+) -> Result<(), Error> {
+    for chunk in updates.iter().flat_map(chunks) {
+        let mut gradient = chunk.gradient.shallow_clone();
+        let by_master = RowUpdate {
+            gradient: gradient.to_device(chunk.master.device()),
+            ..chunk
         };
-        AdamW {
-            lr: lr * group.lr_scale,
-            beta1: self.config.beta1,
-            beta2: self.config.beta2,
-            weight_decay,
-            eps: self.config.eps,
+        with_wide_state(&by_master, |part| rule.prepare(part, scalars))?;
+        if gradient.device() != by_master.gradient.device() {
+            tch::no_grad(|| gradient.f_copy_(&by_master.gradient))?;
         }
     }
+    let known = batch.rounds.take();
+    let known = known.filter(|rounds| rounds.fits(parameters, &batch.members));
+    let rounds =
+        known.unwrap_or_else(|| MatrixRounds::new(stage, rule, parameters, &batch.members));
+    let gradients = updates.iter().map(|update| update.gradient.shallow_clone());
+    rounds.run(stage, rule, &gradients.collect::<Vec<_>>())?;
+    batch.rounds = Some(rounds);
+    for (&index, update) in batch.members.iter().zip(updates) {
+        let shape = parameters.get(index).spec.matrix_shape();
+        for chunk in chunks(update) {
+            let by_master = RowUpdate {
+                gradient: chunk.gradient.to_device(chunk.master.device()),
+                ..chunk
+            };
+            rule.apply(&by_master, shape, scalars)?;
+        }
+    }
+    Ok(())
 }

@@ -1,21 +1,21 @@
 //! Updates on the host for weights on a device (ZeRO-Offload, arXiv 2101.06840, section 4).
 //!
-//! Masters and moments never leave host memory. Gradients arrive chunk by chunk through pinned
+//! Masters and optimizer state never leave host memory. Gradients arrive chunk by chunk through pinned
 //! memory, on a stream of their own: while the host updates one chunk, the next one arrives.
 //! Updated weights return in the model's dtype.
 
-use crate::Error;
-use kernels::{
-    AdamWUpdate, adamw,
-    profile::{Cost, span},
+use super::{
+    rounded_state::update_rows,
+    rule::{RowRule, RowUpdate, StepScalars},
 };
+use crate::Error;
+use kernels::profile::{Cost, span};
 use parallel::{Accelerator, Copier};
 use std::{
     ops::Range,
     sync::mpsc::{Receiver, Sender, channel},
 };
 use tch::{Kind, Tensor};
-use torch_ext::AdamW;
 
 /// Elements of a chunk: enough for full bandwidth, and few compared with the optimizer's state.
 const CHUNK_ELEMENTS: i64 = 4 << 20;
@@ -77,10 +77,9 @@ impl Offload {
     pub(crate) fn update(
         &self,
         device: &dyn Accelerator,
-        updates: &[AdamWUpdate],
-        config: AdamW,
-        step: u64,
-        scale: Option<f64>,
+        rule: &dyn RowRule,
+        updates: &[RowUpdate],
+        scalars: StepScalars,
     ) -> Result<(), Error> {
         let masters = updates.iter().map(|update| &update.master);
         let lengths: Vec<i64> = masters.map(|master| master.numel() as i64).collect();
@@ -89,23 +88,22 @@ impl Offload {
         device.synchronize()?;
         let gradients = chunks
             .iter()
-            .map(|chunk| flat_slice(&updates[chunk.update].gradient, &chunk.elements));
+            .map(|chunk| updates[chunk.update].elements(&chunk.elements).gradient);
         let sent = self.wanted.send(gradients.collect());
         sent.map_err(|_| thread_exited())?;
         for chunk in &chunks {
             let update = &updates[chunk.update];
-            self.update_chunk(update, &chunk.elements, config, step, scale)?;
+            self.update_chunk(rule, update, &chunk.elements, scalars)?;
         }
         Ok(())
     }
 
     fn update_chunk(
         &self,
-        update: &AdamWUpdate,
+        rule: &dyn RowRule,
+        update: &RowUpdate,
         elements: &Range<i64>,
-        config: AdamW,
-        step: u64,
-        scale: Option<f64>,
+        scalars: StepScalars,
     ) -> Result<(), Error> {
         let receive = || self.fetched.recv();
         let staged = span(
@@ -115,26 +113,31 @@ impl Offload {
             receive,
         );
         let staged = staged.map_err(|_| thread_exited())??;
-        let in_chunk = |tensor: &Tensor| flat_slice(tensor, elements);
+        let RowUpdate {
+            master,
+            state,
+            stored,
+            rounding,
+            ..
+        } = update.elements(elements);
         let len = elements.end - elements.start;
-        let master = in_chunk(&update.master);
         let is_rounded = self.rounded.kind() != Kind::Float;
         let rounded = is_rounded.then(|| self.rounded.narrow(0, 0, len));
-        let on_host = AdamWUpdate {
+        let on_host = RowUpdate {
             master: master.shallow_clone(),
             gradient: staged.narrow(0, 0, len),
-            exp_avg: in_chunk(&update.exp_avg),
-            exp_avg_sq: in_chunk(&update.exp_avg_sq),
+            state,
             stored: rounded.as_ref().map(Tensor::shallow_clone),
+            rounding,
         };
-        adamw(&[on_host], config, step, scale)?;
+        update_rows(rule, &[on_host], scalars)?;
         // Free for the next chunk but one. The send fails only if the thread has exited.
         let _ = self.free.send(staged);
-        if let Some(stored) = &update.stored {
+        if let Some(mut stored) = stored {
             let updated = rounded.unwrap_or(master);
             let cost = || Cost::passes(2.0, &updated);
             span("optimizer", "weights to the device", cost, || {
-                tch::no_grad(|| in_chunk(stored).f_copy_(&updated)).map(drop)
+                tch::no_grad(|| stored.f_copy_(&updated)).map(drop)
             })?;
         }
         Ok(())
@@ -144,12 +147,6 @@ impl Offload {
 fn thread_exited() -> Error {
     let message = "the thread that fetches gradients has exited";
     Error::Torch(torch_ext::Error::new(message))
-}
-
-/// Returns the elements `range` of a tensor, seen as one row.
-fn flat_slice(tensor: &Tensor, range: &Range<i64>) -> Tensor {
-    let row = tensor.view([-1]);
-    row.narrow(0, range.start, range.end - range.start)
 }
 
 /// Splits tensors of these lengths into chunks of at most `largest` elements, in order.
@@ -184,6 +181,7 @@ fn fetch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::adamw::Adamw;
     use parallel::Cpu;
     use proptest::prelude::*;
 
@@ -224,23 +222,24 @@ mod tests {
             let update = |begun: &[Tensor; 4], with_stored: bool| {
                 let [master, gradient, exp_avg, exp_avg_sq] = begun.each_ref().map(Tensor::copy);
                 let stored = with_stored.then(|| master.to_kind(kind).copy());
-                AdamWUpdate { master, gradient, exp_avg, exp_avg_sq, stored }
+                let state = vec![exp_avg, exp_avg_sq];
+                RowUpdate { master, gradient, state, stored, rounding: None }
             };
-            let updates = |with_stored: bool| -> Vec<AdamWUpdate> {
+            let updates = |with_stored: bool| -> Vec<RowUpdate> {
                 begun.iter().map(|begun| update(begun, with_stored)).collect()
             };
             let offloaded = updates(true);
             let plain = updates(false);
-            let config = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, weight_decay: 0.1, eps: 1e-8 };
+            let rule = Adamw { beta1: 0.9, beta2: 0.95, weight_decay: 0.1, eps: 1e-8 };
             let offload = Offload::new(&Cpu, largest, kind).unwrap();
             for step in 1..3 {
-                offload.update(&Cpu, &offloaded, config, step, Some(2.0)).unwrap();
-                adamw(&plain, config, step, Some(2.0)).unwrap();
+                let scalars = StepScalars { step, lr: 1e-2, decays: true, scale: Some(2.0) };
+                offload.update(&Cpu, &rule, &offloaded, scalars).unwrap();
+                rule.update_rows(&plain, scalars).unwrap();
             }
             for (offloaded, plain) in offloaded.iter().zip(&plain) {
                 prop_assert!(offloaded.master.equal(&plain.master));
-                prop_assert!(offloaded.exp_avg.equal(&plain.exp_avg));
-                prop_assert!(offloaded.exp_avg_sq.equal(&plain.exp_avg_sq));
+                prop_assert_eq!(&offloaded.state, &plain.state);
                 let stored = offloaded.stored.as_ref().unwrap();
                 prop_assert!(stored.equal(&plain.master.to_kind(kind)));
             }

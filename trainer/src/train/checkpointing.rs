@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     Error,
-    config::Config,
-    model::{Model, decoder::tensor_shapes, parameters::Replicas},
+    config::{Config, ModelConfig},
+    model::{Model, decoder::model_specs, replicas::Replicas, spec::ParamSpec},
     optim::Optimizer,
 };
 use checkpoint::{Checkpoint, Shard, Staging, TensorSlice};
@@ -57,9 +57,6 @@ pub(crate) struct StateTensors<'a> {
     pub(crate) mesh: &'a Mesh,
 }
 
-/// The kinds of values that a parameter has.
-const PARAMETER_KINDS: [&str; 3] = [kind::MASTER, kind::FIRST_MOMENT, kind::SECOND_MOMENT];
-
 /// The ranks that hold a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum HolderSet {
@@ -85,9 +82,9 @@ impl StateTensors<'_> {
     fn held(&self) -> Result<Vec<(HolderSet, StateTensor)>, Error> {
         let mut held = Vec::new();
         for (index, parameter) in self.model.parameters.iter().enumerate() {
-            let (exp_avg, exp_avg_sq) = self.optimizer.moments(index);
-            let values = [&parameter.master, exp_avg, exp_avg_sq];
-            for (kind, tensor) in PARAMETER_KINDS.into_iter().zip(values) {
+            let state = self.optimizer.state(index).iter();
+            let state = state.map(|state| (state.name, &state.tensor));
+            for (kind, tensor) in std::iter::once((kind::MASTER, &parameter.master)).chain(state) {
                 for (slice, part) in parameter.slices(tensor) {
                     let set = HolderSet::Parameter(parameter.replicas);
                     held.push((set, (with_kind_prefix(kind, &slice), part)));
@@ -200,17 +197,25 @@ fn check_coverage(
     let (saved, rest) = sums.split_at(Coverage::NUMBERS);
     let (biases, rest) = rest.split_at(Coverage::NUMBERS);
 
-    let shapes = tensor_shapes(run.model.config());
-    let of_kind = |kind: &'static str| {
-        let named = shapes.iter();
-        named.map(move |(name, shape)| TensorSlice::whole(key(kind, name), shape))
-    };
-    let parameters: Vec<TensorSlice> = PARAMETER_KINDS.into_iter().flat_map(of_kind).collect();
+    let parameters = parameter_tensors(run.model.config(), run.optimizer);
     let expected = Coverage::of(&parameters) + Coverage::from_sums(biases);
     Coverage::from_sums(saved)
         .check(expected)
         .map_err(Error::SavePlan)?;
     Ok(parameters.len() + rest[0] as usize + world.size())
+}
+
+/// Returns the saved tensors of all parameters of a model: masters and optimizer state.
+fn parameter_tensors(config: &ModelConfig, optimizer: &Optimizer) -> Vec<TensorSlice> {
+    let of_parameter = |spec: ParamSpec| {
+        let kinds = std::iter::once(&kind::MASTER).chain(optimizer.state_names(spec.role));
+        let of_kind = |kind: &&'static str| -> Vec<TensorSlice> {
+            let whole = |expert| TensorSlice::whole(key(kind, spec.name(expert)), &spec.shape());
+            (0..spec.matrices() as usize).map(whole).collect()
+        };
+        kinds.flat_map(of_kind).collect::<Vec<_>>()
+    };
+    model_specs(config).flat_map(of_parameter).collect()
 }
 
 /// Saves step `state.step` under `root`.
@@ -364,14 +369,9 @@ pub(super) fn copy_state(
 ) -> Result<(), Error> {
     restore_weights(checkpoint, run.model, mismatches)?;
     for (index, parameter) in run.model.parameters.iter().enumerate() {
-        let (exp_avg, exp_avg_sq) = run.optimizer.moments(index);
-        let moments = [
-            (kind::FIRST_MOMENT, exp_avg),
-            (kind::SECOND_MOMENT, exp_avg_sq),
-        ];
-        for (kind, tensor) in moments {
-            for (slice, part) in parameter.slices(tensor) {
-                let slice = with_kind_prefix(kind, &slice);
+        for state in run.optimizer.state(index) {
+            for (slice, part) in parameter.slices(&state.tensor) {
+                let slice = with_kind_prefix(state.name, &slice);
                 if !keeps_initial_value(mismatches, &slice.name) {
                     checkpoint.tensor_into(&slice, &part)?;
                 }

@@ -3,10 +3,9 @@
 use super::{
     Trainer,
     checkpointing::{self, StateTensors},
-    metrics::Progress,
+    metrics::{records::Progress, step_figures::StepFigures},
     run_state::RunState,
     snapshots::{KeeperAccess, ReservedSlot, Snapshots},
-    step_figures::StepFigures,
 };
 use crate::Error;
 use parallel::agreement::{agree, sum_over_ranks};

@@ -1,4 +1,4 @@
-//! Experts that move between ranks, with masters and moments.
+//! Experts that move between ranks, with masters and optimizer state.
 //!
 //! A pure plan says which rows go from which rank to which, and one exchange carries it out.
 //!
@@ -8,30 +8,20 @@
 use super::run_state::PlacementState;
 use crate::{
     Error,
-    config::{Config, ModelConfig, MoeConfig, PlacementConfig},
-    model::{
-        LocalExperts, Model,
-        experts::experts_by_slot,
-        feed_forward::SwigluSpecs,
-        moe_block::expert_specs,
-        parameters::{Replicas, slices_of_rows},
-        position::ShardPosition,
-    },
+    config::{Config, MoeConfig, PlacementConfig},
+    model::{LocalExperts, Model, experts::experts_by_slot, feed_forward::SwigluSpecs},
     optim::Optimizer,
-    process_groups::zero_rank_and_size,
+    stage_layout::StageLayout,
 };
 use checkpoint::TensorSlice;
 use moe::placement::rebalance_experts;
-use parallel::{Communicator, GroupKind, Mesh, Work, own_rows};
+use parallel::{Communicator, Mesh, Work};
 use std::{
     collections::{BTreeSet, HashMap},
     ops::Range,
     sync::Arc,
 };
 use tch::{Device, Kind, Tensor};
-
-/// Kinds of values per parameter: master, first moment, second moment.
-const KINDS: usize = 3;
 
 /// Placement of all experts, and the rule by which they move.
 pub(crate) struct ExpertPlacement {
@@ -45,8 +35,8 @@ pub(crate) struct ExpertPlacement {
 /// Rows of a parameter on this rank.
 struct HeldSlice {
     slice: TensorSlice,
-    /// Master, first moment, second moment.
-    values: [Tensor; KINDS],
+    /// Master and optimizer state.
+    values: Vec<Tensor>,
 }
 
 impl ExpertPlacement {
@@ -210,13 +200,8 @@ impl ExpertPlacement {
         execute_moves(
             &planned.moves,
             &self.stage,
-            KINDS,
-            |kind, rows| find_rows(&before, kind, rows),
-            |kind, rows, values| {
-                let into = find_rows(&after, kind, rows)?;
-                tch::no_grad(|| into.shallow_clone().f_copy_(values))?;
-                Ok(())
-            },
+            |rows| find_rows(&before, rows),
+            |rows| find_rows(&after, rows),
         )?;
         for index in [experts.gate_up, experts.down] {
             model.parameters.get(index).sync_from_master();
@@ -246,45 +231,27 @@ fn check_held(held: &[HeldSlice], planned: &[TensorSlice]) -> Result<(), Error> 
 /// The rows of each layer's experts that each rank of a stage holds. They follow from the mesh, the
 /// configuration and the placement.
 pub(crate) struct ExpertRows {
-    model: ModelConfig,
+    hidden: usize,
     moe: MoeConfig,
-    /// The ranks of the stage, in order.
-    ranks: Vec<RankPart>,
-}
-
-/// The part of a layer's experts that a rank holds.
-struct RankPart {
-    position: ShardPosition,
-    /// Index among the ranks that shard the rows, and their number.
-    shard: (usize, usize),
+    layout: StageLayout,
 }
 
 impl ExpertRows {
-    /// Derives the parts of the ranks in the stage of `mesh`.
+    /// Derives the rows of the ranks in the stage of `mesh`.
     ///
     /// # Errors
     /// If the mesh does not fit the configuration.
     pub(crate) fn new(config: &Config, moe: &MoeConfig, mesh: &Mesh) -> Result<ExpertRows, Error> {
-        let shape = mesh.shape();
-        let part = |rank: usize| {
-            let mesh = Mesh::new(shape, rank, mesh.size());
-            let mesh = mesh.map_err(|error| Error::Config(error.to_string()))?;
-            Ok(RankPart {
-                position: ShardPosition::on_mesh(&mesh),
-                shard: zero_rank_and_size(&mesh, &config.parallel, Replicas::Expert),
-            })
-        };
-        let ranks = mesh.group(GroupKind::Stage).into_iter().map(part);
         Ok(ExpertRows {
-            model: config.model.clone(),
+            hidden: config.model.hidden,
             moe: moe.clone(),
-            ranks: ranks.collect::<Result<_, Error>>()?,
+            layout: StageLayout::new(&config.parallel, mesh)?,
         })
     }
 
     /// Returns the number of owners of each MoE layer's experts.
     fn owners(&self) -> usize {
-        self.ranks[0].position.expert.ranks
+        self.layout.expert_owners()
     }
 
     /// Returns the slices of the tensors `names` of layer `name` that each rank holds, where expert
@@ -296,18 +263,13 @@ impl ExpertRows {
         names: &BTreeSet<String>,
     ) -> Vec<Vec<TensorSlice>> {
         let experts = experts_by_slot(physical_slots);
-        let SwigluSpecs { gate_up, down } = expert_specs(&self.model, &self.moe, name);
-        let held = |rank: &RankPart| {
-            let own = &experts[gate_up.own_experts(&rank.position)];
-            let parameters = [&gate_up, &down].map(|spec| spec.slices(&rank.position, own));
-            let slices = parameters.into_iter().flat_map(|slices| {
-                let rows = slices.iter().map(|slice| slice.shape[0]).sum();
-                let (shard, shards) = rank.shard;
-                slices_of_rows(slices, &own_rows(rows, shard, shards))
-            });
+        let SwigluSpecs { gate_up, down } = self.moe.expert_specs(self.hidden, name);
+        let held = |rank| {
+            let slices = [&gate_up, &down].map(|spec| self.layout.slices(rank, spec, &experts));
+            let slices = slices.into_iter().flatten();
             slices.filter(|slice| names.contains(&slice.name)).collect()
         };
-        self.ranks.iter().map(held).collect()
+        (0..self.layout.len()).map(held).collect()
     }
 }
 
@@ -321,16 +283,15 @@ fn held_slices(
     let mut held = Vec::new();
     for index in [experts.gate_up, experts.down] {
         let parameter = model.parameters.get(index);
-        let (exp_avg, exp_avg_sq) = optimizer.moments(index);
-        let masters = parameter.slices(&parameter.master);
-        let first_moments = parameter.slices(exp_avg);
-        let second_moments = parameter.slices(exp_avg_sq);
-        let moments = first_moments.into_iter().zip(second_moments);
-        for ((slice, master), ((_, first), (_, second))) in masters.into_iter().zip(moments) {
+        let state = optimizer.state(index).iter().map(|state| &state.tensor);
+        let tensors = std::iter::once(&parameter.master).chain(state);
+        let slices: Vec<_> = tensors.map(|tensor| parameter.slices(tensor)).collect();
+        for (number, (slice, _)) in slices[0].iter().enumerate() {
             if names.contains(&slice.name) {
+                let values = slices.iter().map(|slices| slices[number].1.shallow_clone());
                 held.push(HeldSlice {
-                    slice,
-                    values: [master, first, second],
+                    slice: slice.clone(),
+                    values: values.collect(),
                 });
             }
         }
@@ -338,8 +299,8 @@ fn held_slices(
     held
 }
 
-/// Returns the rows `rows`, of kind `kind`, of the slice that contains them.
-fn find_rows(held: &[HeldSlice], kind: usize, rows: &TensorSlice) -> Result<Tensor, Error> {
+/// Returns all values of the rows `rows`, from the slice that contains them.
+fn find_rows(held: &[HeldSlice], rows: &TensorSlice) -> Result<Vec<Tensor>, Error> {
     let contains = |held: &&HeldSlice| {
         let slice = &held.slice;
         slice.name == rows.name
@@ -351,7 +312,8 @@ fn find_rows(held: &[HeldSlice], kind: usize, rows: &TensorSlice) -> Result<Tens
         .find(contains)
         .ok_or_else(|| Error::Placement(format!("rows of {} are not here", rows.name)))?;
     let start = rows.offset[0] - found.slice.offset[0];
-    Ok(found.values[kind].narrow(0, start, rows.shape[0]))
+    let values = found.values.iter();
+    Ok(values.map(|x| x.narrow(0, start, rows.shape[0])).collect())
 }
 
 fn row_range(slice: &TensorSlice) -> Range<i64> {
@@ -427,35 +389,37 @@ fn end_of_held_rows(held: &TensorSlice, slice: &TensorSlice, row: i64) -> Option
     contains.then(|| row_range(held).end)
 }
 
-/// Executes `moves` among the ranks of `group`, for `kinds` kinds of values.
+/// Executes `moves` among the ranks of `group`.
 ///
-/// Sends the rows that `held` returns and hands those that arrive to `receive`.
+/// `source` and `target` return the tensors of rows on this rank before and after the moves: equally
+/// many, in the same order.
 ///
 /// # Errors
 /// If the exchange fails.
 pub(crate) fn execute_moves(
     moves: &[Move],
     group: &Arc<dyn Communicator>,
-    kinds: usize,
-    held: impl Fn(usize, &TensorSlice) -> Result<Tensor, Error>,
-    receive: impl Fn(usize, &TensorSlice, &Tensor) -> Result<(), Error>,
+    source: impl Fn(&TensorSlice) -> Result<Vec<Tensor>, Error>,
+    target: impl Fn(&TensorSlice) -> Result<Vec<Tensor>, Error>,
 ) -> Result<(), Error> {
     let rank = group.rank();
-    let ranks = group.size();
-    let count = |from: usize, to: usize| {
-        let rows = moves.iter().filter(|m| m.from == from && m.to == to);
-        rows.map(|m| elements(&m.rows)).sum::<i64>() * kinds as i64
-    };
-    let send_counts: Vec<i64> = (0..ranks).map(|to| count(rank, to)).collect();
-    let receive_counts: Vec<i64> = (0..ranks).map(|from| count(from, rank)).collect();
+    let count = |tensors: &[Tensor]| tensors.iter().map(Tensor::numel).sum::<usize>() as i64;
     let empty = |elements: i64| Tensor::empty([elements], (Kind::Float, Device::Cpu));
-    // The plan lists moves by receiver, as the all-to-all needs them.
     let mut sent = vec![empty(0)];
-    for Move { rows, .. } in moves.iter().filter(|m| m.from == rank) {
-        for kind in 0..kinds {
-            let values = held(kind, rows)?;
-            sent.push(values.to_device(Device::Cpu).reshape([-1]));
-        }
+    let mut send_counts = vec![0; group.size()];
+    // The plan lists moves by receiver, as the all-to-all needs them.
+    for Move { to, rows, .. } in moves.iter().filter(|m| m.from == rank) {
+        let tensors = source(rows)?;
+        send_counts[*to] += count(&tensors);
+        let flat = |x: &Tensor| x.to_device(Device::Cpu).to_kind(Kind::Float).reshape([-1]);
+        sent.extend(tensors.iter().map(flat));
+    }
+    let mut targets = Vec::new();
+    let mut receive_counts = vec![0; group.size()];
+    for Move { from, rows, .. } in moves.iter().filter(|m| m.to == rank) {
+        let tensors = target(rows)?;
+        receive_counts[*from] += count(&tensors);
+        targets.push((*from, tensors));
     }
     let sent = tch::no_grad(|| Tensor::cat(&sent, 0));
     let received = empty(receive_counts.iter().sum::<i64>());
@@ -463,17 +427,13 @@ pub(crate) fn execute_moves(
         .all_to_all(&received, &sent, &receive_counts, &send_counts)
         .and_then(Work::wait)?;
     // Values arrive by sender, each sender's in the order of the plan.
+    targets.sort_by_key(|(from, _)| *from);
     let mut next = 0;
-    for from in 0..ranks {
-        let arriving = moves.iter().filter(|m| m.to == rank && m.from == from);
-        for Move { rows, .. } in arriving {
-            for kind in 0..kinds {
-                let len = elements(rows);
-                let values = received.narrow(0, next, len).view(rows.shape.as_slice());
-                receive(kind, rows, &values)?;
-                next += len;
-            }
-        }
+    for mut tensor in targets.into_iter().flat_map(|(_, tensors)| tensors) {
+        let len = tensor.numel() as i64;
+        let values = received.narrow(0, next, len).view(tensor.size().as_slice());
+        tch::no_grad(|| tensor.f_copy_(&values))?;
+        next += len;
     }
     Ok(())
 }
@@ -481,8 +441,11 @@ pub(crate) fn execute_moves(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Share;
-    use serde_json::json;
+    use crate::{
+        Share,
+        model::{position::ShardPosition, replicas::Replicas},
+        stage_layout::StageRank,
+    };
     use std::collections::HashSet;
 
     fn rows(name: &str, start: i64, len: i64) -> TensorSlice {
@@ -527,7 +490,7 @@ mod tests {
     #[test]
     fn the_ranks_of_a_stage_hold_each_row_once_per_replica() {
         let share = |rank, ranks| Share { rank, ranks };
-        let rank = |rank: usize| RankPart {
+        let rank = |rank: usize| StageRank {
             position: ShardPosition {
                 tensor: share(0, 1),
                 expert: share(rank / 2 % 2, 2),
@@ -535,13 +498,12 @@ mod tests {
                 vocabulary: share(0, 1),
                 vocabulary_replicas: Replicas::Dense,
             },
-            shard: (rank / 4 % 2, 2),
+            shards: [(rank / 4 % 2, 2); Replicas::ALL.len()],
         };
-        let model = json!({"layers": 1, "hidden": 5, "heads": 1, "vocab_size": 1});
         let rows = ExpertRows {
-            model: serde_json::from_value(model).unwrap(),
+            hidden: 5,
             moe: MoeConfig::new(4, 1, 6),
-            ranks: (0..16).map(rank).collect(),
+            layout: StageLayout::of_ranks((0..16).map(rank).collect()),
         };
         for slots in [[0, 1, 2, 3], [2, 1, 0, 3]] {
             for expert in 0..4 {

@@ -4,17 +4,14 @@ mod accounting;
 pub(crate) mod checkpointing;
 mod copy_thread;
 mod counted_tokens;
-mod distribution;
 mod durability;
 mod expert_placement;
 mod handed_on;
 mod inspection;
 pub(crate) mod metrics;
-mod metrics_files;
 mod microbatch;
 mod model_shapes;
 mod progress_counter;
-mod rank_figures;
 mod rehearsal;
 mod resume;
 mod resume_rules;
@@ -28,10 +25,7 @@ mod snapshot_resume;
 pub(crate) mod snapshots;
 mod stages;
 mod step;
-mod step_figures;
-mod step_metrics;
 mod step_sums;
-mod summed_figures;
 mod validation;
 
 pub use resume::check_resume;
@@ -47,12 +41,13 @@ use crate::{
     optim::Optimizer,
     train::{
         expert_placement::ExpertPlacement,
-        metrics::{Progress, RankLine, RoutingLine, StepMetrics},
-        metrics_files::MetricsFiles,
+        metrics::{
+            files::MetricsFiles,
+            records::{Progress, StepMetrics},
+        },
         retention::Retention,
         run_state::CountedFrom,
         snapshots::{ReservedSlot, Snapshots},
-        summed_figures::MAX_LISTED_RANKS,
     },
 };
 use moe::lending::least_loaded::Planner;
@@ -242,8 +237,7 @@ impl Trainer {
         };
         if self.is_rank_0() {
             let limits = Limits::of_mib(self.config.run.line_buffer_mib);
-            let lists_ranks = self.world.size() > MAX_LISTED_RANKS;
-            self.files = MetricsFiles::open(&self.config.run.dir, point, limits, lists_ranks)?;
+            self.files = MetricsFiles::open(&self.config.run.dir, point, limits)?;
         }
         let outcome = self.run_steps(point.repeats_validation, requests, progress);
         let files = std::mem::take(&mut self.files);
@@ -309,18 +303,6 @@ impl Trainer {
     fn report_step(&self, metrics: &StepMetrics, progress: &mut dyn Progress) {
         let steps = self.config.train.steps;
         self.files.write_step(metrics);
-        if self.is_logged(self.step) && !metrics.tokens_per_expert.is_empty() {
-            self.files.write_routing(&RoutingLine {
-                step: self.step,
-                tokens_per_expert: metrics.tokens_per_expert.clone(),
-            });
-        }
-        if let Some(lists) = &metrics.logged_ranks {
-            self.files.write_ranks(&RankLine {
-                step: self.step,
-                lists: lists.clone(),
-            });
-        }
         self.files.report(progress);
         progress.step(metrics, steps);
         if metrics.counted_tokens == 0 {

@@ -8,7 +8,7 @@
 
 use super::{
     Resources, Trainer,
-    step_figures::{FigureSizes, StepFigures},
+    metrics::step_figures::{FigureSizes, StepFigures},
 };
 use crate::{
     Error,

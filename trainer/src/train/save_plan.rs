@@ -187,8 +187,11 @@ mod tests {
     use super::*;
     use crate::{
         config::ParallelConfig,
-        model::parameters::{Replicas, slice, slices_of_rows},
-        process_groups::replica_ranks,
+        model::{
+            replicas::Replicas,
+            slices::{slice, slices_of_rows},
+        },
+        replica_ranks::replica_ranks,
     };
     use parallel::{Mesh, MeshShape, own_rows};
     use proptest::prelude::*;

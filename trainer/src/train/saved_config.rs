@@ -12,11 +12,10 @@ use crate::{
 use checkpoint::Checkpoint;
 use std::path::{Path, PathBuf};
 
-/// Kinds of saved tensors. The name of a saved tensor is `KIND/GLOBAL NAME`.
+/// Kinds of saved tensors, besides those of the optimizer's state. The name of a saved tensor is
+/// `KIND/GLOBAL NAME`.
 pub(super) mod kind {
     pub(in crate::train) const MASTER: &str = "model";
-    pub(in crate::train) const FIRST_MOMENT: &str = "exp_avg";
-    pub(in crate::train) const SECOND_MOMENT: &str = "exp_avg_sq";
     pub(in crate::train) const BIAS: &str = "bias";
     pub(in crate::train) const GENERATOR: &str = "generator";
 }

@@ -4,7 +4,7 @@ use super::{
     Resources, ResumeReport, StepPlan, Trainer,
     counted_tokens::check_validation,
     expert_placement::{ExpertPlacement, ExpertRows},
-    metrics_files::MetricsFiles,
+    metrics::files::MetricsFiles,
     rehearsal::rehearse,
     retention::Retention,
     run_state::CountedFrom,
@@ -13,11 +13,16 @@ use crate::{
     Error,
     config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig},
     data::Dataset,
+    join_groups::join_groups,
     model::{BuildContext, Model, ModelPart, PipelineSplit, parameters::Parameters},
-    optim::Optimizer,
+    optim::{Optimizer, StageRanks, groups::Groups},
     process_groups::ProcessGroups,
+    stage_layout::StageLayout,
 };
-use moe::lending::calibrate::{ExpertSize, agree_on_break_even, break_even};
+use moe::{
+    experts::{Fp8Weights, GemmPrecision},
+    lending::calibrate::{ExpertSize, agree_on_break_even, break_even},
+};
 use parallel::{
     Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World,
     pipeline::{CollectiveKind, Executor, Vocabulary},
@@ -90,11 +95,11 @@ impl Trainer {
         let split = pipeline_split(&mesh, plan);
         let part = split.part(mesh.coordinates().pipeline, mesh.coordinates().tensor);
         let tied_ranks = tied_ranks(&config, &mesh, &split, &part);
-        let groups = ProcessGroups::join(world, &mesh, &config, &tied_ranks)?;
+        let groups = join_groups(world, &mesh, &config, &tied_ranks)?;
         let lanes = vocabulary_groups(world, &mesh, plan.schedule.order.vocabulary)?;
         let stages = world.p2p_group("pipeline", &mesh.group(GroupKind::Pipeline))?;
         let pipeline = Executor::new(stages, lanes, device.as_ref())?;
-        let ctx = BuildContext::from_config(&config, device.as_ref(), &groups);
+        let ctx = build_context(&config, device.as_ref(), &groups);
         let model = Model::new(&config.model, select(part), &ctx);
         let gradients = gradient_buckets(&config, &model.parameters, device.as_ref())?;
         measure_min_tokens(&config, &mesh, &groups, &all, device.as_ref())?;
@@ -109,6 +114,7 @@ impl Trainer {
             &model.parameters,
             device.as_ref(),
             all.clone(),
+            stage_ranks(&config, &mesh, world)?,
         )?;
         Ok(Trainer {
             config,
@@ -142,6 +148,30 @@ impl Trainer {
             retention: Retention::default(),
             trace: None,
         })
+    }
+}
+
+/// Returns what the model of a run is built from.
+fn build_context<'a>(
+    config: &Config,
+    device: &'a dyn Accelerator,
+    groups: &'a ProcessGroups,
+) -> BuildContext<'a> {
+    let expert_gemm = if config.train.fp8_experts {
+        GemmPrecision::Fp8(Fp8Weights::default())
+    } else {
+        GemmPrecision::Model
+    };
+    BuildContext {
+        sequence_length: config.data.sequence_length,
+        dtype: config.train.dtype,
+        expert_gemm,
+        seed: config.run.seed,
+        device,
+        groups,
+        context_attention: config.parallel.context_attention,
+        recompute: config.parallel.recompute.clone(),
+        offload: config.optimizer.offload && !device.computes_on_host(),
     }
 }
 
@@ -266,7 +296,7 @@ fn measure_min_tokens(
     }
     let size = ExpertSize {
         hidden: config.model.hidden as i64,
-        ffn: (moe.ffn / mesh.shape().expert_tensor) as i64,
+        ffn: moe.ffn_per_slice(mesh.shape().expert_tensor) as i64,
         kind: config.train.dtype.kind(),
         refetched_in_backward: !config.parallel.recompute.keeps(RecomputedPart::Dispatch),
     };
@@ -274,6 +304,16 @@ fn measure_min_tokens(
     let agreed = agree_on_break_even(all, measured)?;
     least_loaded.planner.lock().min_tokens = agreed;
     Ok(())
+}
+
+/// Returns the ranks that exchange whole matrices: those of the stage, if an optimizer needs them.
+fn stage_ranks(config: &Config, mesh: &Mesh, world: &World) -> Result<StageRanks, Error> {
+    if !Groups::new(&config.optimizer, config.train.dtype.kind()).need_matrices() {
+        return Ok(StageRanks::alone());
+    }
+    let group = world.group("whole matrices", &mesh.group(GroupKind::Stage))?;
+    let layout = StageLayout::new(&config.parallel, mesh)?;
+    Ok(StageRanks::new(group, layout))
 }
 
 fn expert_placement(

@@ -3,15 +3,17 @@
 
 use super::{
     StepPlan, Trainer,
-    metrics::StepMetrics,
+    metrics::{
+        rank_figures::RankFigures,
+        records::{SnapshotMetrics, StepMetrics},
+        report::StepResults,
+        step_figures::{FigureSizes, StepFigures},
+        summed_figures::OwnFigures,
+    },
     microbatch::{MicrobatchSource, TrainingBatches},
-    rank_figures::{RankFigureSizes, RankFigures},
     snapshots::{ReservedSlot, Snapshots},
     stages::{StepInputs, StepStages},
-    step_figures::{FigureSizes, StepFigures},
-    step_metrics::StepSummary,
     step_sums::{LossTerms, StepSums},
-    summed_figures::OwnFigures,
 };
 use crate::{
     Error,
@@ -98,17 +100,31 @@ impl Trainer {
         if is_traced {
             self.write_trace();
         }
-        let summary = StepSummary {
+        let stops = figures.stopping_ranks > 0.0;
+        let metrics = summed.into_metrics(StepResults {
+            step: self.step,
             counted_tokens,
             lr,
             grad_norm,
-            tokens,
+            step_tokens: tokens,
+            tokens: self.tokens,
             seconds,
             moved_experts,
-            has_snapshot,
-        };
-        let stops = figures.stopping_ranks > 0.0;
-        Ok((self.step_metrics(summed, summary), stops))
+            snapshot: self.snapshot_metrics().filter(|_| has_snapshot),
+            stage_ranks: self.world.size() / self.mesh.shape().pipeline,
+            times_passes: self.device.computes_on_host(),
+        });
+        Ok((metrics, stops))
+    }
+
+    fn snapshot_metrics(&self) -> Option<SnapshotMetrics> {
+        let snapshots = self.snapshots.as_ref()?;
+        Some(SnapshotMetrics {
+            stall_ms: snapshots.cost.stall * 1e3,
+            copy_ms: snapshots.cost.copy * 1e3,
+            bytes: snapshots.cost.bytes,
+            skipped: snapshots.skipped,
+        })
     }
 
     /// Computes losses and gradients of the next step without the update and returns the gradient
@@ -278,16 +294,10 @@ impl Trainer {
                 .clone_from(&sums.tokens_per_expert);
             figures.transfers = sums.transfers;
         }
-        let rank = self.rank_figures(sums)?;
         Ok(OwnFigures {
             sizes,
-            rank_sizes: RankFigureSizes {
-                moe_layers: sizes.moe_layers,
-                ranks: self.world.size(),
-                passes: rank.passes.len(),
-            },
             step: own,
-            rank,
+            rank: self.rank_figures(sums)?,
             lists_ranks: self.is_logged(self.step + 1),
         })
     }

@@ -1,6 +1,6 @@
 //! Validation loss of the current parameters, and the steps after which a run computes it.
 
-use super::{Trainer, metrics::ValidationMetrics, microbatch::ValidationBatch};
+use super::{Trainer, metrics::records::ValidationMetrics, microbatch::ValidationBatch};
 use crate::{
     Error,
     config::{Config, KeyChange, ResumeEffect},

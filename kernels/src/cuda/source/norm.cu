@@ -1,8 +1,8 @@
-// RMSNorm (arXiv 1910.07467). A block has several rows of 32 threads, or one row of more threads.
+// RMSNorm (arXiv 1910.07467). The gain of a column is `weight + offset`. A block has several rows of 32 threads, or one row of more threads.
 
 KERNEL void rms_norm(
-    const Number* x, const Number* weight, Number* out, float* scale, Long rows, Long width,
-    float eps) {
+    const Number* x, const Number* weight, float offset, Number* out, float* scale, Long rows,
+    Long width, float eps) {
     STATIC_SHARED(float, shared, 32);
     Long row = first_row();
     if (row >= rows) {
@@ -30,7 +30,7 @@ KERNEL void rms_norm(
         // The normed row is rounded before the product with the weight, too.
         round_to(pack, normed);
         for (int e = 0; e < VECTOR; ++e) {
-            normed.x[e] = wide(pack.x[e]) * wide(weights.x[e]);
+            normed.x[e] = wide(pack.x[e]) * (wide(weights.x[e]) + offset);
         }
         store_rounded(out + i, normed);
     }
@@ -40,8 +40,8 @@ KERNEL void rms_norm(
 // sums its columns over all its rows in `sums` [blockDim.y, width]. There the e-th elements of all
 // packs are adjacent, so that the additions of a warp use different banks.
 KERNEL void rms_norm_backward(
-    const Number* grad, const Number* x, const float* scale, const Number* weight, Number* out,
-    float* partial, Long rows, Long width) {
+    const Number* grad, const Number* x, const float* scale, const Number* weight, float offset,
+    Number* out, float* partial, Long rows, Long width) {
     STATIC_SHARED(float, shared, 32);
     DYNAMIC_SHARED(float, sums);
     // One half of `shared` serves even rows, the other one odd ones.
@@ -60,7 +60,7 @@ KERNEL void rms_norm_backward(
             Numbers grads = load(grad + row * width + i), pack = load(x + row * width + i);
             Numbers weights = load(weight + i);
             for (int e = 0; e < VECTOR; ++e) {
-                along += wide(grads.x[e]) * wide(weights.x[e]) * wide(pack.x[e]);
+                along += wide(grads.x[e]) * (wide(weights.x[e]) + offset) * wide(pack.x[e]);
             }
         }
         along = row_sum(along, shared + half) * factor / width;
@@ -72,7 +72,7 @@ KERNEL void rms_norm_backward(
             for (int e = 0; e < VECTOR; ++e) {
                 float gradient = wide(grads.x[e]), normed = wide(pack.x[e]) * factor;
                 own[e * packs + i / VECTOR] += gradient * normed;
-                slopes.x[e] = (gradient * wide(weights.x[e]) - normed * along) * factor;
+                slopes.x[e] = (gradient * (wide(weights.x[e]) + offset) - normed * along) * factor;
             }
             store_rounded(out + row * width + i, slopes);
         }

@@ -1,15 +1,15 @@
 // Rotary position embedding (arXiv 2104.09864). Elements i and i + half of a row form a pair that
 // rotates by the angle of the row's position: its number over `rows_per_position`, modulo
-// `positions`.
+// `positions`. Elements from 2 * half to `width` are copied.
 
 KERNEL void apply_rotary(
     const Number* x, const Number* cos, const Number* sin, Number* out, Long rows, Long half,
-    Long rows_per_position, Long positions) {
+    Long width, Long rows_per_position, Long positions) {
     for (Long row = first_row(); row < rows; row += grid_row_stride()) {
         // Rows fit 32 bits, and a 64-bit division costs more than the rest of the loop.
         Long position = unsigned(row) / unsigned(rows_per_position) % unsigned(positions);
-        const Number* input_row = x + row * 2 * half;
-        Number* output_row = out + row * 2 * half;
+        const Number* input_row = x + row * width;
+        Number* output_row = out + row * width;
         for (Long i = threadIdx.x * VECTOR; i < half; i += blockDim.x * VECTOR) {
             Numbers one = load(input_row + i), other = load(input_row + half + i);
             Numbers c = load(cos + position * half + i), s = load(sin + position * half + i);
@@ -22,5 +22,7 @@ KERNEL void apply_rotary(
             store_rounded(output_row + i, first);
             store_rounded(output_row + half + i, second);
         }
+        for (Long i = 2 * half + threadIdx.x * VECTOR; i < width; i += blockDim.x * VECTOR)
+            store(output_row + i, load(input_row + i));
     }
 }

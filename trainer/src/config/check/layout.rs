@@ -1,7 +1,7 @@
 //! Checks of the parallel layout against the model, the batch and the nodes.
 
 use crate::{
-    config::{BatchSize, BatchStage, Config, MoeConfig},
+    config::{BatchSize, BatchStage, Config, RecomputedPart},
     problems::{Problems, Quantity},
 };
 use parallel::{GroupKind, MemberRanges, Mesh, MeshShape, NodeSplit, context::ContextKind};
@@ -16,7 +16,14 @@ impl Config {
         self.check_zero(&shape, problems);
         self.check_recompute(problems);
         match &self.model.moe {
-            Some(moe) => self.check_experts(moe, mesh, ranks, problems),
+            Some(moe) => {
+                moe.layout_problems(&shape, problems);
+                if moe.dispatch.hierarchical()
+                    && let Some(per_node) = self.parallel.ranks_per_node
+                {
+                    self.check_nodes(per_node, ranks, problems);
+                }
+            }
             None if shape.expert * shape.expert_tensor > 1 => problems.add(format!(
                 "parallel.expert is {} and expert_tensor {}, but the model has no moe section",
                 shape.expert, shape.expert_tensor
@@ -91,22 +98,12 @@ impl Config {
     fn check_tensor(&self, shape: &MeshShape, problems: &mut Problems) {
         let model = &self.model;
         let tensor = || Quantity::new("parallel.tensor", shape.tensor);
-        problems.divides(
-            Quantity::new("model.heads", model.heads),
-            tensor(),
-            "each rank must have the same number of heads",
-        );
+        let context = self.parallel.context_attention;
+        let attention = model.attention(0);
+        attention.layout_problems(shape, context, problems);
         if model.has_dense_layers() {
             problems.divides(
                 Quantity::new("model.ffn", model.ffn.unwrap_or(0)),
-                tensor(),
-                "each rank must hold an equal slice of a layer",
-            );
-        }
-        if let Some(moe) = model.moe.as_ref().filter(|moe| moe.shared_experts > 0) {
-            let width = moe.shared_experts * moe.ffn;
-            problems.divides(
-                Quantity::new("model.moe.shared_experts x ffn", width),
                 tensor(),
                 "each rank must hold an equal slice of a layer",
             );
@@ -137,14 +134,6 @@ impl Config {
                 Quantity::new("train.micro_batch x data.sequence_length / context", tokens),
                 Quantity::new("parallel.tensor", shape.tensor),
                 "tensor ranks also split the tokens",
-            );
-        }
-        if kind == ContextKind::Ulysses && shape.tensor > 0 {
-            let heads = self.model.heads / shape.tensor;
-            problems.divides(
-                Quantity::new("model.heads / parallel.tensor", heads),
-                Quantity::new("parallel.context", context),
-                "ulysses splits the heads; ring does not",
             );
         }
     }
@@ -187,28 +176,18 @@ impl Config {
                 layers.saturating_sub(1)
             ));
         }
-    }
-
-    fn check_experts(&self, moe: &MoeConfig, mesh: &Mesh, ranks: usize, problems: &mut Problems) {
-        let shape = mesh.shape();
-        problems.divides(
-            Quantity::new("model.moe.ffn", moe.ffn),
-            Quantity::new("parallel.expert_tensor", shape.expert_tensor),
-            "each rank must hold an equal slice of every expert",
-        );
-        problems.divides(
-            Quantity::new("model.moe.experts", moe.experts),
-            Quantity::new("parallel.expert", shape.expert),
-            "each rank must hold the same number of experts",
-        );
-        if let Some(per_node) = self.parallel.ranks_per_node {
-            self.check_nodes(moe, per_node, ranks, problems);
+        let keeps_norms = self.parallel.recompute.keeps(RecomputedPart::Norm);
+        if !keeps_norms && !self.model.norm.placement.has_input_norms() {
+            problems.add(
+                "parallel.recompute.parts has norm, which recomputes the norms before attention \
+                 and feed-forward; with model.norm.placement post there are none: leave norm out",
+            );
         }
     }
 
     /// Checks that nodes of `per_node` ranks divide the expert ranks, for hierarchical dispatch.
-    fn check_nodes(&self, moe: &MoeConfig, per_node: usize, ranks: usize, problems: &mut Problems) {
-        if per_node == 0 || !moe.dispatch.hierarchical() {
+    fn check_nodes(&self, per_node: usize, ranks: usize, problems: &mut Problems) {
+        if per_node == 0 {
             return;
         }
         // Members of a group agree whether nodes divide it.

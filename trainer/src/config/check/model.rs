@@ -2,16 +2,23 @@
 
 use crate::{
     config::{
-        Config, LeastLoadedConfig, MoeConfig, RouterConfig,
+        Config,
         limits::{MAX_ACTIVATION, MAX_PARAMETERS},
     },
-    problems::{Problems, Quantity},
+    problems::Problems,
 };
 
 impl Config {
     pub(super) fn check_model(&self, problems: &mut Problems) {
         let model = &self.model;
-        self.check_heads(problems);
+        let attention = model.attention(0);
+        attention.problems(problems);
+        if model.heads > 0 {
+            let width = attention.rotary_width();
+            model
+                .rope
+                .check(model.rope_theta, width, model.layers, problems);
+        }
         if model.has_dense_layers() && model.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
         }
@@ -22,7 +29,7 @@ impl Config {
             ));
         }
         if let Some(moe) = &model.moe {
-            check_moe(moe, problems);
+            moe.problems(problems);
         }
     }
 
@@ -37,17 +44,14 @@ impl Config {
                 model.hidden, model.layers
             ));
         }
-        let attention = model.heads.max(model.kv_heads()) * model.head_dim();
         let dense = [
             model.hidden,
-            attention,
+            model.attention(0).widest(),
             model.ffn.unwrap_or(0),
             model.vocab_size,
         ];
-        let moe = model.moe.iter().flat_map(|moe| {
-            let routed = moe.top_k * moe.ffn.max(model.hidden) * self.parallel.expert_tensor;
-            [routed, moe.shared_experts * moe.ffn, moe.experts]
-        });
+        let slices = self.parallel.expert_tensor;
+        let moe = model.moe.iter().map(|moe| moe.widest(model.hidden, slices));
         let widest = dense.into_iter().chain(moe).max().unwrap_or(0);
         let micro_batch = self.train.micro_batch;
         let length = self.data.sequence_length;
@@ -67,104 +71,5 @@ impl Config {
                  data.sequence_length, or split sequences by parallel.context with ring attention)"
             ));
         }
-    }
-
-    fn check_heads(&self, problems: &mut Problems) {
-        let model = &self.model;
-        let heads = || Quantity::new("model.heads", model.heads);
-        if model.head_dim.is_none() {
-            problems.divides(
-                Quantity::new("model.hidden", model.hidden),
-                heads(),
-                "or give model.head_dim",
-            );
-        }
-        problems.divides(
-            heads(),
-            Quantity::new("model.kv_heads", model.kv_heads()),
-            "each key head must serve the same number of query heads",
-        );
-        if model.heads > 0 && !model.head_dim().is_multiple_of(2) {
-            problems.add(format!(
-                "the head width {} is odd; rotary embedding turns pairs",
-                model.head_dim()
-            ));
-        }
-    }
-}
-
-fn check_moe(moe: &MoeConfig, problems: &mut Problems) {
-    let router = &moe.router;
-    problems.divides(
-        Quantity::new("model.moe.experts", moe.experts),
-        Quantity::new("model.moe.router.groups", router.groups),
-        "all groups must have the same size",
-    );
-    check_least_loaded(moe, problems);
-    if moe.top_k == 1 && router.normalize == Some(true) {
-        problems.add(
-            "model.moe.router.normalize is true and model.moe.top_k is 1: the weight of a token's \
-             only expert would always be 1, so that the loss has no gradient for the router; \
-             leave normalize out",
-        );
-    }
-    if router.even_groups {
-        check_even_groups(moe, router, problems);
-    } else {
-        check_top_groups(moe, router, problems);
-    }
-}
-
-fn check_least_loaded(moe: &MoeConfig, problems: &mut Problems) {
-    let least_loaded = &moe.least_loaded;
-    let is_default = *least_loaded == LeastLoadedConfig::default();
-    if !is_default && !moe.dispatch.least_loaded() {
-        problems.add(
-            "model.moe.least_loaded has no effect with this model.moe.dispatch: use \
-             least_loaded or hierarchical_least_loaded",
-        );
-    }
-}
-
-fn check_even_groups(moe: &MoeConfig, router: &RouterConfig, problems: &mut Problems) {
-    problems.divides(
-        Quantity::new("model.moe.top_k", moe.top_k),
-        Quantity::new("model.moe.router.groups", router.groups),
-        "with even_groups a token chooses the same number of experts in each group",
-    );
-    if router.top_groups > 1 && router.top_groups != router.groups {
-        problems.add(format!(
-            "model.moe.router.even_groups chooses from every group, but top_groups is {}: \
-             leave one of them out",
-            router.top_groups
-        ));
-    }
-    if router.groups > 0 && moe.top_k > moe.experts {
-        problems.add(format!(
-            "model.moe.top_k {} is more than model.moe.experts {}",
-            moe.top_k, moe.experts
-        ));
-    }
-}
-
-fn check_top_groups(moe: &MoeConfig, router: &RouterConfig, problems: &mut Problems) {
-    let groups = router.groups;
-    let top_groups = router.top_groups;
-    if top_groups > groups {
-        problems.add(format!(
-            "model.moe.router.top_groups {top_groups} is more than model.moe.router.groups {groups}"
-        ));
-        return;
-    }
-    if groups == 0 {
-        return;
-    }
-    let choices = moe.experts / groups * top_groups;
-    if moe.top_k > choices {
-        problems.add(format!(
-            "model.moe.top_k {} is more than the {choices} experts that a token may choose \
-             from (experts {} / groups {groups} x top_groups {top_groups})",
-            moe.top_k, moe.experts
-        ));
     }
 }

@@ -2,15 +2,13 @@
 
 use crate::{
     config::{Config, Dtype},
+    optim::{groups::Groups, muon::AdjustLr},
     problems::Problems,
 };
 use parallel::Backend;
 
-/// Smallest `optimizer.eps` that keeps updates finite with bf16 gradients.
+/// Smallest `eps` of AdamW that keeps updates finite with bf16 gradients.
 const MIN_BF16_EPS: f64 = 1e-12;
-
-/// Widths of fp8 matrices are multiples of this.
-const FP8_WIDTH: usize = 16;
 
 impl Config {
     pub(super) fn check_data(&self, problems: &mut Problems) {
@@ -55,7 +53,6 @@ impl Config {
             problems
                 .add("run.tls encrypts Gloo only: set run.backend to gloo, or leave run.tls out");
         }
-        let train = &self.train;
         if !["auto", "cpu", "cuda", "npu"].contains(&run.device.as_str()) {
             problems.add(format!(
                 "run.device is {:?}; use auto, cpu, cuda or npu",
@@ -64,11 +61,33 @@ impl Config {
         }
         self.check_schedule(problems);
         self.check_fp8_experts(problems);
-        if train.dtype == Dtype::Bf16 && self.optimizer.eps < MIN_BF16_EPS {
-            problems.add(format!(
-                "optimizer.eps is {}; with bf16 gradients use at least {MIN_BF16_EPS:e}",
-                self.optimizer.eps
-            ));
+        self.check_optimizer(problems);
+    }
+
+    fn check_optimizer(&self, problems: &mut Problems) {
+        let optimizer = &self.optimizer;
+        Groups::check(optimizer, self.train.dtype.kind(), problems);
+        let mut all_eps = vec![("optimizer.eps".to_string(), optimizer.eps)];
+        for (index, group) in optimizer.groups.iter().enumerate() {
+            let key = format!("optimizer.groups[{index}]");
+            let eps = group.adamw.as_ref().and_then(|adamw| adamw.eps);
+            all_eps.extend(eps.map(|eps| (format!("{key}.adamw.eps"), eps)));
+            let scale = group.muon.as_ref().map(|muon| muon.adjust_lr);
+            let mup = self.model.mup.as_ref();
+            if scale == Some(AdjustLr::Original) && mup.is_some_and(|mup| mup.width != 1.0) {
+                problems.add(format!(
+                    "{key}.muon.adjust_lr: original suits all widths already, but model.mup.width \
+                     scales the learning rate of matrices: use match_rms_adamw, or leave \
+                     model.mup.width out"
+                ));
+            }
+        }
+        for (key, eps) in all_eps {
+            if self.train.dtype == Dtype::Bf16 && eps < MIN_BF16_EPS {
+                problems.add(format!(
+                    "{key} is {eps}; with bf16 gradients use at least {MIN_BF16_EPS:e}"
+                ));
+            }
         }
     }
 
@@ -80,14 +99,8 @@ impl Config {
             problems.add("train.fp8_experts needs experts: give model.moe, or leave it out");
             return;
         };
-        let ffn = moe.ffn / self.parallel.expert_tensor.max(1);
-        let widths = [self.model.hidden, ffn];
-        if widths.iter().any(|width| !width.is_multiple_of(FP8_WIDTH)) {
-            problems.add(format!(
-                "train.fp8_experts multiplies matrices whose widths are multiples of \
-                 {FP8_WIDTH}; model.hidden and each rank's part of model.moe.ffn are {widths:?}"
-            ));
-        } else if self.train.dtype != Dtype::Bf16 {
+        moe.fp8_problems(self.model.hidden, self.parallel.expert_tensor, problems);
+        if self.train.dtype != Dtype::Bf16 {
             problems.add("train.fp8_experts needs train.dtype: bf16, which its results are in");
         }
     }

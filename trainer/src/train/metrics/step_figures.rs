@@ -1,10 +1,6 @@
 //! Figures of one step that all ranks sum.
 
-use super::step_sums::Transfers;
-
-/// Factor by which the sum carries a second number of ranks in the same figure: another figure
-/// would change the order in which collectives sum the others, and so their last bits.
-const SECOND_COUNT: f64 = (1_u32 << 20) as f64;
+use crate::train::step_sums::Transfers;
 
 /// Losses, counts and times of one step.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,14 +47,12 @@ impl StepFigures {
             self.cross_entropy,
             self.load_balance,
             self.z,
-            self.stopping_ranks + self.checkpoint_ranks * SECOND_COUNT,
+            self.stopping_ranks,
+            self.checkpoint_ranks,
             self.ranks_without_slot,
             self.snapshot_seconds,
             self.last_step_seconds,
         ];
-        for layer in &self.moe_layers {
-            packed.extend(&layer.tokens_per_expert);
-        }
         for layer in &self.moe_layers {
             let Transfers {
                 lent_tokens,
@@ -67,6 +61,7 @@ impl StepFigures {
                 plan_seconds,
             } = layer.transfers;
             packed.extend([lent_tokens, lent_bytes, internode_bytes, plan_seconds]);
+            packed.extend(&layer.tokens_per_expert);
         }
         packed
     }
@@ -78,31 +73,27 @@ impl StepFigures {
     pub(crate) fn unpack(sizes: FigureSizes, packed: impl IntoIterator<Item = f64>) -> StepFigures {
         let mut packed = packed.into_iter();
         let mut next = || packed.next().expect("all ranks sum equally many figures");
-        let losses = [next(), next(), next()];
-        let counts = next();
-        let mut figures = StepFigures {
-            cross_entropy: losses[0],
-            load_balance: losses[1],
-            z: losses[2],
-            stopping_ranks: counts % SECOND_COUNT,
-            checkpoint_ranks: (counts / SECOND_COUNT).floor(),
+        StepFigures {
+            cross_entropy: next(),
+            load_balance: next(),
+            z: next(),
+            stopping_ranks: next(),
+            checkpoint_ranks: next(),
             ranks_without_slot: next(),
             snapshot_seconds: next(),
             last_step_seconds: next(),
-            moe_layers: vec![MoeLayerFigures::default(); sizes.moe_layers],
-        };
-        for layer in &mut figures.moe_layers {
-            layer.tokens_per_expert = (0..sizes.experts).map(|_| next()).collect();
+            moe_layers: (0..sizes.moe_layers)
+                .map(|_| MoeLayerFigures {
+                    transfers: Transfers {
+                        lent_tokens: next(),
+                        lent_bytes: next(),
+                        internode_bytes: next(),
+                        plan_seconds: next(),
+                    },
+                    tokens_per_expert: (0..sizes.experts).map(|_| next()).collect(),
+                })
+                .collect(),
         }
-        for layer in &mut figures.moe_layers {
-            layer.transfers = Transfers {
-                lent_tokens: next(),
-                lent_bytes: next(),
-                internode_bytes: next(),
-                plan_seconds: next(),
-            };
-        }
-        figures
     }
 }
 
@@ -110,47 +101,21 @@ impl StepFigures {
 mod tests {
     use super::*;
 
-    fn counting(sizes: FigureSizes, len: usize) -> (Vec<f64>, StepFigures) {
-        let packed: Vec<f64> = (0..len).map(|number| number as f64).collect();
-        let figures = StepFigures::unpack(sizes, packed.iter().copied());
-        (packed, figures)
-    }
-
     #[test]
-    fn the_order_of_the_sum_is_fixed() {
+    fn packed_figures_are_read_in_their_order() {
         let sizes = FigureSizes {
             moe_layers: 2,
             experts: 3,
         };
-        let (packed, figures) = counting(sizes, 7 + 6 + 8);
+        let packed: Vec<f64> = (0..8 + 2 * 7).map(f64::from).collect();
+        let figures = StepFigures::unpack(sizes, packed.iter().copied());
         assert_eq!(figures.pack(), packed);
         assert_eq!(figures.cross_entropy, 0.0);
         assert_eq!(figures.stopping_ranks, 3.0);
-        assert_eq!(figures.ranks_without_slot, 4.0);
-        assert_eq!(figures.last_step_seconds, 6.0);
-        assert_eq!(figures.moe_layers[1].tokens_per_expert, [10.0, 11.0, 12.0]);
-        assert_eq!(figures.moe_layers[1].transfers.lent_tokens, 17.0);
-        assert_eq!(figures.moe_layers[1].transfers.internode_bytes, 19.0);
-    }
-
-    #[test]
-    fn one_figure_carries_both_counts_of_requests() {
-        let sizes = FigureSizes {
-            moe_layers: 0,
-            experts: 0,
-        };
-        let mut sum = vec![0.0; StepFigures::zeros(sizes).pack().len()];
-        for rank in 0..65_536 {
-            let mut own = StepFigures::zeros(sizes);
-            own.stopping_ranks = f64::from(u8::from(rank % 2 == 0));
-            own.checkpoint_ranks = 1.0;
-            for (total, figure) in sum.iter_mut().zip(own.pack()) {
-                *total += figure;
-            }
-        }
-        let figures = StepFigures::unpack(sizes, sum);
-        assert_eq!(figures.stopping_ranks, 32_768.0);
-        assert_eq!(figures.checkpoint_ranks, 65_536.0);
+        assert_eq!(figures.ranks_without_slot, 5.0);
+        assert_eq!(figures.last_step_seconds, 7.0);
+        assert_eq!(figures.moe_layers[1].transfers.internode_bytes, 17.0);
+        assert_eq!(figures.moe_layers[1].tokens_per_expert, [19.0, 20.0, 21.0]);
     }
 
     #[test]
@@ -159,6 +124,6 @@ mod tests {
             moe_layers: 0,
             experts: 0,
         };
-        assert_eq!(StepFigures::zeros(sizes).pack(), [0.0; 7]);
+        assert_eq!(StepFigures::zeros(sizes).pack(), [0.0; 8]);
     }
 }

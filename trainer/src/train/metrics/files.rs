@@ -1,8 +1,6 @@
 //! `metrics.jsonl`, `routing.jsonl` and `ranks.jsonl` of rank 0, which a thread each writes.
 
-use super::metrics::{
-    DroppedLines, Progress, RankLine, RoutingLine, StepMetrics, ValidationMetrics,
-};
+use super::records::{DroppedLines, Progress, StepMetrics, ValidationMetrics};
 use crate::{
     Error,
     lines::{Limits, LineWriter, MissingLines, Notice, Options, ResumePoint, Target, WrittenLines},
@@ -13,9 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Name of the file that lists ranks.
-const RANKS: &str = "ranks.jsonl";
-
 /// Time within which an existing folder answers.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -24,13 +19,14 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The files of rank 0; other ranks have none.
 #[derive(Default)]
-pub(super) struct MetricsFiles(Option<OpenFiles>);
+pub(in crate::train) struct MetricsFiles(Option<OpenFiles>);
 
 struct OpenFiles {
     metrics: MetricsFile,
+    /// Figures of each layer and expert, which are too long for each step.
     routing: MetricsFile,
-    /// Lists of ranks that are too long for each step.
-    ranks: Option<MetricsFile>,
+    /// Figures of each rank, which are too long for each step.
+    ranks: MetricsFile,
 }
 
 struct MetricsFile {
@@ -39,27 +35,23 @@ struct MetricsFile {
 }
 
 impl MetricsFiles {
-    /// Opens the files in `dir` for a run that resumes at `point`; with `lists_ranks`, and if it
-    /// exists, also `ranks.jsonl`.
+    /// Opens the files in `dir` for a run that resumes at `point`.
     ///
     /// # Errors
     /// If a file cannot be opened. A run that resumes tolerates what may pass, such as a full
     /// disk.
-    pub(super) fn open(
+    pub(in crate::train) fn open(
         dir: &Path,
         point: ResumePoint,
         limits: Limits,
-        lists_ranks: bool,
     ) -> Result<MetricsFiles, Error> {
         let start = |name: &str, reports_gap: bool| {
             MetricsFile::start(dir.join(name), point, limits, reports_gap)
         };
-        // A run that had more ranks before it resumed may have lines that are repeated.
-        let lists_ranks = lists_ranks || dir.join(RANKS).exists();
         let files = OpenFiles {
             metrics: start("metrics.jsonl", true),
             routing: start("routing.jsonl", false),
-            ranks: lists_ranks.then(|| start(RANKS, false)),
+            ranks: start("ranks.jsonl", false),
         };
         for file in files.all() {
             let opened = file.lines.wait_until_open(OPEN_TIMEOUT, point.step > 0);
@@ -68,38 +60,34 @@ impl MetricsFiles {
         Ok(MetricsFiles(Some(files)))
     }
 
-    pub(super) fn write_step(&self, metrics: &StepMetrics) {
-        if let Some(files) = &self.0 {
-            files.metrics.push(metrics, metrics.step, true);
+    /// Writes the line of a step, and those of the other files in steps that have them.
+    pub(in crate::train) fn write_step(&self, metrics: &StepMetrics) {
+        let Some(files) = &self.0 else {
+            return;
+        };
+        files.metrics.push(metrics, metrics.step, true);
+        if let Some(line) = &metrics.routing {
+            files.routing.push(line, line.step, true);
+        }
+        if let Some(line) = &metrics.ranks {
+            files.ranks.push(line, line.step, true);
         }
     }
 
-    pub(super) fn write_validation(&self, line: &ValidationMetrics) {
+    pub(in crate::train) fn write_validation(&self, line: &ValidationMetrics) {
         if let Some(files) = &self.0 {
             files.metrics.push(line, line.step, false);
         }
     }
 
-    pub(super) fn write_routing(&self, line: &RoutingLine) {
-        if let Some(files) = &self.0 {
-            files.routing.push(line, line.step, true);
-        }
-    }
-
-    pub(super) fn write_ranks(&self, line: &RankLine) {
-        if let Some(ranks) = self.0.as_ref().and_then(|files| files.ranks.as_ref()) {
-            ranks.push(line, line.step, true);
-        }
-    }
-
     /// Returns the end of the lines so far, which a snapshot waits for.
-    pub(super) fn position(&self) -> Vec<WrittenLines> {
+    pub(in crate::train) fn position(&self) -> Vec<WrittenLines> {
         let files = self.0.iter().flat_map(OpenFiles::all);
         files.map(|file| file.lines.position()).collect()
     }
 
     /// Reports outages that began or ended, each once.
-    pub(super) fn report(&self, progress: &mut dyn Progress) {
+    pub(in crate::train) fn report(&self, progress: &mut dyn Progress) {
         for file in self.0.iter().flat_map(OpenFiles::all) {
             file.report(progress);
         }
@@ -107,7 +95,7 @@ impl MetricsFiles {
 
     /// Writes what waits, for some seconds at most, and reports what could not be written. With
     /// `is_hasty`, only while the disk answers.
-    pub(super) fn finish(self, is_hasty: bool, progress: &mut dyn Progress) {
+    pub(in crate::train) fn finish(self, is_hasty: bool, progress: &mut dyn Progress) {
         let deadline = Instant::now() + END_TIMEOUT;
         for file in self.0.iter().flat_map(OpenFiles::all) {
             let lacking = file.lines.flush(deadline, is_hasty);
@@ -125,9 +113,7 @@ impl MetricsFiles {
 
 impl OpenFiles {
     fn all(&self) -> impl Iterator<Item = &MetricsFile> {
-        [&self.metrics, &self.routing]
-            .into_iter()
-            .chain(&self.ranks)
+        [&self.metrics, &self.routing, &self.ranks].into_iter()
     }
 }
 

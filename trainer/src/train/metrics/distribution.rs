@@ -4,7 +4,7 @@
 //! Ranks first take the maximum of [`extremes`], and then sum [`histograms`] that divide the range
 //! between them. A figure is a whole number, or none on a rank to which it does not apply.
 
-use super::metrics::RankDistribution;
+use super::records::RankDistribution;
 
 /// Bits of a key for the rank: as many as the largest run has.
 const RANK_BITS: u32 = 20;
@@ -135,9 +135,9 @@ pub(crate) fn distributions(extremes: &[i64], histograms: &[f64]) -> Vec<Option<
     figures.map(distribution).collect()
 }
 
-/// Returns how many numbers of [`histograms`] there are for `figures` figures.
-pub(crate) fn histogram_numbers(figures: usize) -> usize {
-    figures * NUMBERS
+/// Returns how many numbers of [`histograms`] belong to these [`extremes`].
+pub(crate) fn histogram_numbers(extremes: &[i64]) -> usize {
+    extremes.len() / EXTREMES * NUMBERS
 }
 
 impl Distribution {

@@ -2,10 +2,11 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, iter::Sum};
 
-/// Metrics of one step, over all ranks.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+/// Metrics of one step, over all ranks. A line has less than 4 KB, whatever the numbers of ranks
+/// and layers are.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct StepMetrics {
     /// Number of completed steps, including this one.
     pub step: u64,
@@ -13,7 +14,6 @@ pub struct StepMetrics {
     pub loss: f64,
     /// Tokens of the step whose loss counts: all but those that `data.eod_mask_loss` and the masks
     /// of `data.train` leave out.
-    #[serde(default)]
     pub counted_tokens: u64,
     /// Load-balancing loss without its weight. At perfect balance it is 1 per layer.
     pub load_balance_loss: f64,
@@ -29,44 +29,71 @@ pub struct StepMetrics {
     pub tokens_per_s: f64,
     /// Duration of the step in milliseconds.
     pub step_ms: f64,
-    /// For each MoE layer, the tokens of the most loaded expert over the mean.
-    pub expert_imbalance: Vec<f64>,
-    /// For each MoE layer, the tokens of the most loaded rank over the mean of the layer's ranks.
-    pub rank_imbalance: Vec<f64>,
-    /// `expert_imbalance` over layers, in this order: median, 90th percentile, maximum.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub expert_imbalance_percentiles: Option<[f64; 3]>,
-    /// `rank_imbalance` over layers, in this order: median, 90th percentile, maximum.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rank_imbalance_percentiles: Option<[f64; 3]>,
-    /// For each MoE layer, the routed tokens that a helper computed for an expert's home.
-    pub lent_tokens: Vec<u64>,
-    /// For each MoE layer, the bytes of expert weights lent in forward. Their gradients return in
-    /// fp32.
-    pub lent_bytes: Vec<u64>,
-    /// For each MoE layer, the bytes of tokens that crossed nodes during dispatch. Combine sends as
-    /// many back, and backward twice as many.
-    pub internode_bytes: Vec<u64>,
-    /// For each MoE layer, the milliseconds that a rank spent on planning, on average.
-    pub plan_ms: Vec<f64>,
+    /// Figures of the MoE layers, if the model has any.
+    #[serde(flatten)]
+    pub moe: Option<MoeMetrics>,
     /// Experts that moved to another rank after this step, with `model.moe.placement`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub moved_experts: Option<u64>,
     /// Cost of the last snapshot, in steps after which one was taken or skipped.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotMetrics>,
-    /// Routed tokens of each expert, `[MoE layers][E]`; written to `routing.jsonl`.
+    /// Figures over the ranks.
+    pub rank_distributions: RankDistributions,
+    /// Line of `routing.jsonl`, on rank 0 in the steps that have one.
     #[serde(skip)]
-    pub tokens_per_expert: Vec<Vec<u64>>,
-    /// Figures of each rank; with more than 64 ranks they are in `ranks.jsonl`.
-    #[serde(flatten)]
-    pub rank_lists: Option<RankLists>,
-    /// Figures over the ranks, with more than 64 ranks.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rank_distributions: Option<RankDistributions>,
-    /// Figures of each rank that are written to `ranks.jsonl`.
+    pub routing: Option<RoutingLine>,
+    /// Line of `ranks.jsonl`, on rank 0 in the steps that have one.
     #[serde(skip)]
-    pub logged_ranks: Option<RankLists>,
+    pub ranks: Option<RankLine>,
+}
+
+/// Figures over the MoE layers of a model.
+#[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
+pub struct MoeMetrics {
+    /// Tokens of a layer's most loaded expert over the mean.
+    pub expert_imbalance: LayerDistribution,
+    /// Tokens of a layer's most loaded rank over the mean of its ranks.
+    pub rank_imbalance: LayerDistribution,
+    /// Lowest rank that has the largest `rank_imbalance`.
+    pub most_loaded_rank: usize,
+    /// Routed tokens of all layers.
+    pub routed_tokens: u64,
+    /// Routed tokens that a helper computed for an expert's home.
+    pub lent_tokens: LayerTotal<u64>,
+    /// Bytes of expert weights lent in forward. Their gradients return in fp32.
+    pub lent_bytes: LayerTotal<u64>,
+    /// Bytes of tokens that crossed nodes during dispatch. Combine sends as many back, and backward
+    /// twice as many.
+    pub internode_bytes: LayerTotal<u64>,
+    /// Milliseconds that a rank spent on planning, on average.
+    pub plan_ms: LayerTotal<f64>,
+}
+
+/// Distribution of a figure over MoE layers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LayerDistribution {
+    /// Mean over the layers.
+    pub mean: f64,
+    /// Median over the layers.
+    pub median: f64,
+    /// 90th percentile over the layers.
+    pub p90: f64,
+    /// Maximum over the layers.
+    pub largest: f64,
+    /// First layer that has the maximum, counted among the MoE layers from 0.
+    pub largest_layer: usize,
+}
+
+/// Sum of a figure over MoE layers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LayerTotal<T> {
+    /// Sum over the layers.
+    pub total: T,
+    /// Maximum over the layers.
+    pub largest: T,
+    /// First layer that has the maximum, counted among the MoE layers from 0.
+    pub largest_layer: usize,
 }
 
 /// Figures of each rank.
@@ -90,16 +117,14 @@ pub struct RankLists {
 /// Figures of ranks as distributions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RankDistributions {
-    /// For each MoE layer, the routed tokens that a rank of its stage computed.
-    pub tokens: Vec<RankDistribution>,
     /// Peak bytes of tensors on a rank's device so far.
     pub peak_memory: RankDistribution,
     /// Peak resident host memory of a rank's process so far, in bytes.
     pub peak_resident: RankDistribution,
     /// Fraction of the step's pass time in which a rank waited for others; on processors only.
-    pub wait_ratio: RankDistribution,
-    /// Mean milliseconds of a rank's passes in a pipeline, by kind and `.chunk` after the first; on
-    /// processors only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_ratio: Option<RankDistribution>,
+    /// Mean milliseconds of a rank's passes in a pipeline, by kind; on processors only.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub pass_ms: BTreeMap<String, RankDistribution>,
 }
@@ -121,8 +146,7 @@ pub struct RankDistribution {
     pub largest_rank: usize,
 }
 
-/// Figures of each rank of a run with more than 64 ranks, in the first, the last and every
-/// `run.log_every`-th step.
+/// Figures of each rank in the first, the last and every `run.log_every`-th step.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct RankLine {
     /// Number of completed steps, including this one.
@@ -146,24 +170,52 @@ pub struct SnapshotMetrics {
 }
 
 impl StepMetrics {
-    /// Returns the fraction of routed tokens that a helper computed.
-    pub fn lent_fraction(&self) -> f64 {
-        let lists = self
-            .rank_lists
-            .iter()
-            .flat_map(|lists| &lists.tokens_per_rank);
-        let listed: u64 = lists.flatten().sum();
-        let distributions = self.rank_distributions.iter();
-        let distributions = distributions.flat_map(|figures| &figures.tokens);
-        let distributed = distributions.map(|tokens| tokens.mean * tokens.count as f64);
-        let tokens = listed as f64 + distributed.sum::<f64>();
-        self.lent_tokens.iter().sum::<u64>() as f64 / tokens.max(1.0)
-    }
-
     /// True if the step was computed by one rank.
     pub fn has_single_rank(&self) -> bool {
-        let lists = self.rank_lists.as_ref();
-        lists.is_some_and(|lists| lists.rank_peak_memory.len() == 1)
+        self.rank_distributions.peak_memory.count == 1
+    }
+}
+
+impl MoeMetrics {
+    /// Returns the fraction of routed tokens that a helper computed.
+    pub fn lent_fraction(&self) -> f64 {
+        self.lent_tokens.total as f64 / (self.routed_tokens as f64).max(1.0)
+    }
+}
+
+impl LayerDistribution {
+    /// Returns the distribution of `layers`; `None` if there are none.
+    pub(crate) fn of(layers: &[f64]) -> Option<LayerDistribution> {
+        let mut sorted = layers.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let largest = *sorted.last()?;
+        let at = |fraction: f64| sorted[((sorted.len() - 1) as f64 * fraction).round() as usize];
+        Some(LayerDistribution {
+            mean: layers.iter().sum::<f64>() / layers.len() as f64,
+            median: at(0.5),
+            p90: at(0.9),
+            largest,
+            largest_layer: layers.iter().position(|&layer| layer == largest)?,
+        })
+    }
+}
+
+impl<T: Copy + PartialOrd + Sum> LayerTotal<T> {
+    /// Returns the sum of `layers`; `None` if there are none.
+    pub(crate) fn of(layers: &[T]) -> Option<LayerTotal<T>> {
+        let mut largest = *layers.first()?;
+        let mut largest_layer = 0;
+        for (layer, &figure) in layers.iter().enumerate() {
+            if figure > largest {
+                largest = figure;
+                largest_layer = layer;
+            }
+        }
+        Some(LayerTotal {
+            total: layers.iter().copied().sum(),
+            largest,
+            largest_layer,
+        })
     }
 }
 
@@ -178,7 +230,7 @@ pub struct ValidationMetrics {
     pub counted_tokens: u64,
 }
 
-/// Routed tokens of all experts in the first, the last and every `run.log_every`-th step.
+/// Figures of each MoE layer and expert in the first, the last and every `run.log_every`-th step.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct RoutingLine {
     /// Number of completed steps, including this one.
@@ -186,6 +238,28 @@ pub struct RoutingLine {
     /// Routed tokens of each expert in this step, `[MoE layers][E]`.
     #[serde(alias = "choices")]
     pub tokens_per_expert: Vec<Vec<u64>>,
+    /// The other figures of each MoE layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layers: Vec<LayerMetrics>,
+}
+
+/// Figures of one MoE layer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LayerMetrics {
+    /// Tokens of the most loaded expert over the mean.
+    pub expert_imbalance: f64,
+    /// Tokens of the most loaded rank over the mean of the layer's ranks.
+    pub rank_imbalance: f64,
+    /// Routed tokens that a rank of the layer's stage computed.
+    pub rank_tokens: RankDistribution,
+    /// Routed tokens that a helper computed for an expert's home.
+    pub lent_tokens: u64,
+    /// Bytes of expert weights lent in forward.
+    pub lent_bytes: u64,
+    /// Bytes of tokens that crossed nodes during dispatch.
+    pub internode_bytes: u64,
+    /// Milliseconds that a rank spent on planning, on average.
+    pub plan_ms: f64,
 }
 
 /// Stands for lines that are missing: the disk took none for so long that memory for them ran out,
@@ -200,14 +274,6 @@ pub struct DroppedLines {
     pub dropped_steps: u64,
     /// Number of missing lines, including those of validation.
     pub dropped_lines: u64,
-}
-
-/// Returns median, 90th percentile and maximum, which say more than a long list of layers.
-pub(crate) fn percentiles(layers: &[f64]) -> Option<[f64; 3]> {
-    let mut sorted = layers.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let at = |fraction: f64| sorted[((sorted.len() - 1) as f64 * fraction).round() as usize];
-    (!sorted.is_empty()).then(|| [at(0.5), at(0.9), at(1.0)])
 }
 
 /// Receiver of a run's progress, on rank 0.

@@ -1,0 +1,443 @@
+//! Grouped-query attention (arXiv 2305.13245) with rotary position embedding.
+// Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
+// G key/value heads of this rank, d head width.
+
+use super::{Attention, AttentionPlan, HeadKeys, ScoreScale};
+use crate::{
+    config::layout::RecomputedPart,
+    model::{
+        activations::{Activations, BlockShape, FP32_BYTES},
+        batch::BatchContext,
+        core_attention::CoreAttention,
+        documents::Documents,
+        norm::{Norm, norm_spec},
+        rope::Rope,
+        spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
+        weights::WeightBuilder,
+        work::Flops,
+    },
+    problems::{Problems, Quantity},
+};
+use parallel::{
+    Activation, MeshShape, Weight, context::ContextKind, linear, linears, recompute::recomputed,
+    tensor::TensorParallel,
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::{ops::Range, sync::Arc};
+use tch::Tensor;
+use torch_ext::Error;
+
+/// RMSNorm of queries and keys.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// No norm.
+    #[default]
+    None,
+    /// One norm over all heads together (OLMoE).
+    Full,
+    /// One norm per head (Qwen3).
+    Head,
+    /// One norm per head, after rotary embedding (Hunyuan).
+    HeadAfterRope,
+}
+
+/// The plan of grouped-query attention.
+#[derive(Debug, Clone)]
+pub(crate) struct GroupedAttention {
+    /// Width of the residual stream.
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    /// Width of a head. `None`: the heads divide `hidden`.
+    pub(crate) head_dim: Option<usize>,
+    pub(crate) qk_norm: QkNorm,
+    pub(crate) norm_eps: f64,
+    pub(crate) score_scale: ScoreScale,
+}
+
+/// This rank's part of grouped-query attention.
+struct GroupedHeads {
+    query: Weight,
+    key: Weight,
+    value: Weight,
+    output: Weight,
+    /// Norms of queries and of keys.
+    norms: Option<(Norm, Norm)>,
+    heads: i64,
+    /// Key and value heads that this rank computes.
+    kv_heads: i64,
+    /// Key and value heads that its queries use, among the computed ones.
+    used_kv_heads: Range<i64>,
+    head_dim: i64,
+    qk_norm: QkNorm,
+    /// True if ranks split key heads as they split query heads.
+    splits_kv_heads: bool,
+    tensor: TensorParallel,
+    core_attention: CoreAttention,
+    /// True if the output of core attention is saved for backward.
+    save_output: bool,
+}
+
+/// Heads of one rank, among all heads of the model.
+struct HeadRanges {
+    queries: Range<i64>,
+    queries_per_kv: i64,
+    /// Key heads that the queries of this rank use.
+    needed: Range<i64>,
+    /// Key heads whose weights this rank has.
+    held: Range<i64>,
+    /// Key heads that this rank computes.
+    computed: Range<i64>,
+    splits_kv_heads: bool,
+}
+
+impl HeadRanges {
+    fn new(plan: &GroupedAttention, tensor: &TensorParallel) -> HeadRanges {
+        let heads = plan.heads as i64;
+        let kv_heads = plan.kv_heads as i64;
+        let queries = tensor.local_range(heads);
+        let queries_per_kv = heads / kv_heads;
+        let first = queries.start / queries_per_kv;
+        let last = (queries.end - 1) / queries_per_kv;
+        let needed = first..last + 1;
+        // If the ranks do not divide the key heads, every rank has all and uses what it needs.
+        let splits_kv_heads = kv_heads % tensor.size() as i64 == 0;
+        let held = if splits_kv_heads {
+            needed.clone()
+        } else {
+            0..kv_heads
+        };
+        // A norm over all key heads needs them all.
+        let computed = if plan.qk_norm == QkNorm::Full {
+            held.clone()
+        } else {
+            needed.clone()
+        };
+        HeadRanges {
+            queries,
+            queries_per_kv,
+            needed,
+            held,
+            computed,
+            splits_kv_heads,
+        }
+    }
+}
+
+/// Descriptions of the parameters of one attention block.
+struct GroupedSpecs {
+    query: ParamSpec,
+    key: ParamSpec,
+    value: ParamSpec,
+    /// Norms of queries and of keys.
+    norms: Option<[ParamSpec; 2]>,
+    output: ParamSpec,
+}
+
+impl GroupedSpecs {
+    /// Describes the parameters of the block with this global name.
+    fn new(plan: &GroupedAttention, block: &str) -> GroupedSpecs {
+        let head_dim = plan.head_dim() as u64;
+        let heads = plan.heads as u64;
+        let kv_heads = plan.kv_heads as u64;
+        let hidden = Dim::hidden(plan.hidden);
+        let queries = Dim::new("model.heads x head_dim", heads.saturating_mul(head_dim));
+        let keys = Dim::new(
+            "model.kv_heads x head_dim",
+            kv_heads.saturating_mul(head_dim),
+        );
+        let of_heads = |dim, units| {
+            Split::Tensor(SplitDim {
+                dim,
+                units,
+                fused: 1,
+            })
+        };
+        let matrix = |part, dims: [Dim; 2], split, writes_residual| ParamSpec {
+            block: block.to_string(),
+            part,
+            dims: dims.to_vec(),
+            stack: Stack::Single,
+            split,
+            role: Role::Matrix,
+            writes_residual,
+        };
+        let norms = match plan.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Full => Some([
+                norm_spec(block, "query_norm", queries, of_heads(0, heads)),
+                norm_spec(block, "key_norm", keys, of_heads(0, kv_heads)),
+            ]),
+            QkNorm::Head | QkNorm::HeadAfterRope => {
+                let width = Dim::new("model.head_dim", head_dim);
+                Some(
+                    ["query_norm", "key_norm"]
+                        .map(|part| norm_spec(block, part, width, Split::Whole)),
+                )
+            }
+        };
+        GroupedSpecs {
+            query: matrix("query", [queries, hidden], of_heads(0, heads), false),
+            key: matrix("key", [keys, hidden], of_heads(0, kv_heads), false),
+            value: matrix("value", [keys, hidden], of_heads(0, kv_heads), false),
+            norms,
+            output: matrix("output", [hidden, queries], of_heads(1, heads), true),
+        }
+    }
+
+    /// Returns the descriptions in the order of use.
+    fn into_list(self) -> Vec<ParamSpec> {
+        let mut list = vec![self.query, self.key, self.value];
+        list.extend(self.norms.into_iter().flatten());
+        list.push(self.output);
+        list
+    }
+}
+
+impl GroupedAttention {
+    fn head_dim(&self) -> usize {
+        self.head_dim.unwrap_or(self.hidden / self.heads.max(1))
+    }
+
+    /// Returns the key heads of each rank. If the ranks do not divide them, every rank has all.
+    fn kv_heads_per_rank(&self, tensor_ranks: usize) -> usize {
+        if self.kv_heads.is_multiple_of(tensor_ranks) {
+            self.kv_heads / tensor_ranks
+        } else {
+            self.kv_heads
+        }
+    }
+
+    fn core_attention(&self, builder: &WeightBuilder, ranges: &HeadRanges) -> CoreAttention {
+        let first = ranges.needed.start;
+        let kv_head = |head: i64| head / ranges.queries_per_kv - first;
+        let ctx = builder.ctx;
+        CoreAttention {
+            scale: self.score_scale.of_width(self.head_dim()),
+            window: None,
+            sinks: None,
+            window_masks: builder.window_masks.clone(),
+            kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
+            context: ctx.groups.context.clone(),
+            kind: ctx.context_attention,
+        }
+    }
+}
+
+impl AttentionPlan for GroupedAttention {
+    fn specs(&self, block: &str) -> Vec<ParamSpec> {
+        GroupedSpecs::new(self, block).into_list()
+    }
+
+    fn head_keys(&self) -> HeadKeys {
+        HeadKeys {
+            kv_heads: Some(self.kv_heads),
+            head_dim: Some(self.head_dim()),
+        }
+    }
+
+    fn rotary_width(&self) -> usize {
+        self.head_dim()
+    }
+
+    fn widest(&self) -> usize {
+        self.heads.max(self.kv_heads) * self.head_dim()
+    }
+
+    fn flops(&self, length: usize) -> Flops {
+        let specs = self.specs("");
+        let matrices = specs.iter().filter(|spec| spec.role == Role::Matrix);
+        let scores_and_values = 2 * self.heads * self.head_dim();
+        Flops {
+            activations: 2.0 * scores_and_values as f64 * length as f64,
+            ..Flops::of_weights(matrices.map(ParamSpec::elements).sum())
+        }
+    }
+
+    fn activations(&self, at: &BlockShape) -> Activations {
+        let width = self.head_dim() as u64;
+        let heads = (self.heads / at.mesh.tensor) as u64;
+        let kv_heads = self.kv_heads_per_rank(at.mesh.tensor) as u64;
+        let queries = at.tokens * heads * width * at.element;
+        let keys = at.tokens * kv_heads * width * at.element;
+        let log_sum_exps = at.tokens * heads * FP32_BYTES;
+        let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
+        // libtorch's own attention saves keys and values once per query head.
+        let repeats_keys = !(at.mesh.context > 1 || at.on_host);
+        let mut saved = if keeps_output && repeats_keys {
+            4 * queries + log_sum_exps
+        } else if keeps_output {
+            2 * queries + 2 * keys + log_sum_exps
+        } else {
+            2 * queries + 2 * keys
+        };
+        if self.qk_norm != QkNorm::None {
+            saved += queries + keys;
+        }
+        // Gradients of what is saved, and four fp32 rows per token for a norm.
+        let norm = at.own_tokens * self.hidden as u64 * FP32_BYTES;
+        Activations {
+            saved,
+            transient: 4 * queries + 4 * norm,
+        }
+    }
+
+    fn problems(&self, problems: &mut Problems) {
+        let heads = || Quantity::new("model.heads", self.heads);
+        if self.head_dim.is_none() {
+            problems.divides(
+                Quantity::new("model.hidden", self.hidden),
+                heads(),
+                "or give model.head_dim",
+            );
+        }
+        problems.divides(
+            heads(),
+            Quantity::new("model.kv_heads", self.kv_heads),
+            "each key head must serve the same number of query heads",
+        );
+    }
+
+    fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
+        problems.divides(
+            Quantity::new("model.heads", self.heads),
+            Quantity::new("parallel.tensor", mesh.tensor),
+            "each rank must have the same number of heads",
+        );
+        if context == ContextKind::Ulysses && mesh.tensor > 0 {
+            problems.divides(
+                Quantity::new("model.heads / parallel.tensor", self.heads / mesh.tensor),
+                Quantity::new("parallel.context", mesh.context),
+                "ulysses splits the heads; ring does not",
+            );
+        }
+    }
+
+    fn build(&self, builder: &mut WeightBuilder, name: &str) -> Box<dyn Attention> {
+        let ctx = builder.ctx;
+        let tensor = ctx.groups.tensor.clone();
+        let head_dim = self.head_dim() as i64;
+        let ranges = HeadRanges::new(self, &tensor);
+        let specs = GroupedSpecs::new(self, name);
+        let query = builder.add(&specs.query);
+        let key = builder.add(&specs.key);
+        let value = builder.add(&specs.value);
+        let norms = specs.norms.map(|norms| {
+            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm, self.norm_eps));
+            (query_norm, key_norm)
+        });
+        let output = builder.add(&specs.output);
+        let wide = |heads: &Range<i64>| heads.start * head_dim..heads.end * head_dim;
+        let used_rows = |weight: Weight| {
+            if ranges.computed == ranges.held {
+                return weight;
+            }
+            let rows = wide(&ranges.computed);
+            weight.narrow_rows(rows.start, rows.end - rows.start)
+        };
+        let first_computed = ranges.computed.start;
+        Box::new(GroupedHeads {
+            query,
+            key: used_rows(key),
+            value: used_rows(value),
+            output,
+            norms,
+            heads: self.heads as i64 / tensor.size() as i64,
+            kv_heads: ranges.computed.end - first_computed,
+            used_kv_heads: ranges.needed.start - first_computed..ranges.needed.end - first_computed,
+            head_dim,
+            qk_norm: self.qk_norm,
+            splits_kv_heads: ranges.splits_kv_heads,
+            tensor,
+            core_attention: self.core_attention(builder, &ranges),
+            save_output: ctx.recompute.keeps(RecomputedPart::Attention),
+        })
+    }
+}
+
+impl Attention for GroupedHeads {
+    fn forward(
+        &self,
+        x: &Activation,
+        batch: &BatchContext,
+        rope: Option<&Rope>,
+    ) -> Result<Tensor, Error> {
+        let weights = [&self.query, &self.key, &self.value];
+        let mut projected = self.tensor.column_parallel(x, |x| linears(x, &weights))?;
+        let value = projected.remove(2);
+        let mut key = projected.remove(1);
+        let mut query = projected.remove(0);
+        if let (QkNorm::Full, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
+            let group = self.tensor.group();
+            query = query_norm.apply_split(&query, group)?;
+            key = if self.splits_kv_heads {
+                key_norm.apply_split(&key, group)?
+            } else {
+                key_norm.apply(&key)?
+            };
+        }
+        let mut query = self.split_heads(&query, batch.sequences, self.heads);
+        let mut key = self.split_heads(&key, batch.sequences, self.kv_heads);
+        if let (QkNorm::Head, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
+            query = query_norm.apply(&query)?;
+            key = key_norm.apply(&key)?;
+        }
+        let mut key = self.used_heads(&key);
+        if let Some(rope) = rope {
+            query = rope.apply(&query)?;
+            key = rope.apply(&key)?;
+        }
+        if let (QkNorm::HeadAfterRope, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
+            query = query_norm.apply(&query)?;
+            key = key_norm.apply(&key)?;
+        }
+        let value = self.split_heads(&value, batch.sequences, self.kv_heads);
+        let value = self.used_heads(&value);
+        let mixed = self.attend(&query, &key, &value, batch.documents.as_ref())?;
+        let merged = mixed
+            .transpose(1, 2)
+            .reshape([-1, self.heads * self.head_dim]);
+        self.tensor
+            .row_parallel(&merged, |merged| linear(merged, &self.output))
+    }
+}
+
+impl GroupedHeads {
+    fn attend(
+        &self,
+        query: &Tensor,
+        key: &Tensor,
+        value: &Tensor,
+        documents: Option<&Arc<Documents>>,
+    ) -> Result<Tensor, Error> {
+        if self.save_output {
+            let documents = documents.map(Arc::as_ref);
+            return self.core_attention.attend(query, key, value, documents);
+        }
+        let core_attention = self.core_attention.clone();
+        let documents = documents.cloned();
+        let attend = move |x: &[Tensor]| {
+            let documents = documents.as_ref().map(Arc::as_ref);
+            let out = core_attention.attend(&x[0], &x[1], &x[2], documents)?;
+            Ok(vec![out])
+        };
+        Ok(recomputed(&[query, key, value], attend)?.remove(0))
+    }
+
+    /// Maps `[T, heads * d]` to `[B, heads, s, d]`.
+    fn split_heads(&self, x: &Tensor, batch: i64, heads: i64) -> Tensor {
+        x.view([batch, -1, heads, self.head_dim]).transpose(1, 2)
+    }
+
+    fn used_heads(&self, x: &Tensor) -> Tensor {
+        let used = &self.used_kv_heads;
+        let count = used.end - used.start;
+        if count == self.kv_heads {
+            x.shallow_clone()
+        } else {
+            x.narrow(1, used.start, count)
+        }
+    }
+}

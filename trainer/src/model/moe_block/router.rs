@@ -1,0 +1,166 @@
+//! The router of an MoE layer: its configuration, its parameters and its rule.
+
+use crate::{
+    config::limits::MAX_EXPERTS,
+    model::spec::{Dim, ParamSpec, Role, Split, Stack},
+    problems::{Problems, Quantity},
+};
+use config_derive::ResumeKeys;
+use moe::{Router, Score};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The router's rule.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
+#[serde(deny_unknown_fields, default)]
+pub struct RouterConfig {
+    /// Function from logits to scores.
+    #[on_resume(refused)]
+    pub score: Score,
+    /// Scales the routing weights of each token to a sum of 1. By default true, except with
+    /// `top_k: 1`: the weight of a single expert would always be 1, and the router could not learn
+    /// from the loss.
+    #[on_resume(refused)]
+    pub normalize: Option<bool>,
+    /// Factor on the routing weights.
+    #[on_resume(refused)]
+    #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
+    pub scale: f64,
+    /// Number of groups that the experts are divided into.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_EXPERTS))]
+    pub groups: usize,
+    /// Number of groups from which a token may choose (DeepSeek-V3, arXiv 2412.19437).
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_EXPERTS))]
+    pub top_groups: usize,
+    /// Chooses the same number of experts in each group (MoGE, arXiv 2505.21411): the load of
+    /// groups is then even.
+    #[on_resume(refused)]
+    pub even_groups: bool,
+    /// Chooses experts round-robin instead of by score, so that all have the same load. For
+    /// benchmarks only: routing weights still follow the scores, but the model learns nothing
+    /// useful.
+    #[on_resume(refused)]
+    pub force_balance: bool,
+}
+
+impl Default for RouterConfig {
+    fn default() -> RouterConfig {
+        RouterConfig {
+            score: Score::Softmax,
+            normalize: None,
+            scale: 1.0,
+            groups: 1,
+            top_groups: 1,
+            even_groups: false,
+            force_balance: false,
+        }
+    }
+}
+
+/// Numbers of experts that a router selects from, and selects.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Selection {
+    pub(super) experts: usize,
+    pub(super) top_k: usize,
+}
+
+impl RouterConfig {
+    /// Returns true if the routing weights of each token are scaled to a sum of 1.
+    pub(super) fn normalizes(&self, top_k: usize) -> bool {
+        self.normalize.unwrap_or(top_k > 1)
+    }
+
+    /// Describes the parameters in the MoE block with this global name.
+    pub(super) fn specs(&self, experts: usize, hidden: Dim, block: &str) -> ParamSpec {
+        ParamSpec {
+            block: block.to_string(),
+            part: "gate",
+            dims: vec![Dim::new("model.moe.experts", experts as u64), hidden],
+            stack: Stack::Single,
+            split: Split::Whole,
+            role: Role::Router,
+            writes_residual: false,
+        }
+    }
+
+    pub(super) fn rule(&self, Selection { experts, top_k }: Selection) -> Router {
+        Router {
+            num_experts: experts,
+            top_k,
+            score: self.score,
+            normalize: self.normalizes(top_k),
+            scale: self.scale,
+            groups: self.groups,
+            top_groups: self.top_groups,
+            even_groups: self.even_groups,
+            force_balance: self.force_balance,
+        }
+    }
+
+    /// Adds the reasons why the rule cannot make this selection.
+    pub(super) fn problems(&self, selection: Selection, problems: &mut Problems) {
+        problems.divides(
+            Quantity::new("model.moe.experts", selection.experts),
+            Quantity::new("model.moe.router.groups", self.groups),
+            "all groups must have the same size",
+        );
+        if selection.top_k == 1 && self.normalize == Some(true) {
+            problems.add(
+                "model.moe.router.normalize is true and model.moe.top_k is 1: the weight of a \
+                 token's only expert would always be 1, so that the loss has no gradient for the \
+                 router; leave normalize out",
+            );
+        }
+        if self.even_groups {
+            self.even_group_problems(selection, problems);
+        } else {
+            self.top_group_problems(selection, problems);
+        }
+    }
+
+    fn even_group_problems(&self, selection: Selection, problems: &mut Problems) {
+        let Selection { experts, top_k } = selection;
+        problems.divides(
+            Quantity::new("model.moe.top_k", top_k),
+            Quantity::new("model.moe.router.groups", self.groups),
+            "with even_groups a token chooses the same number of experts in each group",
+        );
+        if self.top_groups > 1 && self.top_groups != self.groups {
+            problems.add(format!(
+                "model.moe.router.even_groups chooses from every group, but top_groups is {}: \
+                 leave one of them out",
+                self.top_groups
+            ));
+        }
+        if self.groups > 0 && top_k > experts {
+            problems.add(format!(
+                "model.moe.top_k {top_k} is more than model.moe.experts {experts}"
+            ));
+        }
+    }
+
+    fn top_group_problems(&self, selection: Selection, problems: &mut Problems) {
+        let Selection { experts, top_k } = selection;
+        let groups = self.groups;
+        let top_groups = self.top_groups;
+        if top_groups > groups {
+            problems.add(format!(
+                "model.moe.router.top_groups {top_groups} is more than model.moe.router.groups \
+                 {groups}"
+            ));
+            return;
+        }
+        if groups == 0 {
+            return;
+        }
+        let choices = experts / groups * top_groups;
+        if top_k > choices {
+            problems.add(format!(
+                "model.moe.top_k {top_k} is more than the {choices} experts that a token may \
+                 choose from (experts {experts} / groups {groups} x top_groups {top_groups})"
+            ));
+        }
+    }
+}
