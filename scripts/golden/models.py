@@ -551,7 +551,7 @@ MODELS = {
                 "ffn": 4,
                 "shared_experts": 1,
                 "load_balance": 0.0,
-                "router": {"score": "sigmoid", "scale": 2.5},
+                "router": {"score": "sigmoid", "scale": 2.5, "bias": "frozen"},
             },
         },
         names={
@@ -615,7 +615,13 @@ MODELS = {
                 "ffn": 8,
                 "shared_experts": 1,
                 "load_balance": 0.0,
-                "router": {"score": "sigmoid", "scale": 2.5, "groups": 4, "top_groups": 2},
+                "router": {
+                    "score": "sigmoid",
+                    "scale": 2.5,
+                    "groups": 4,
+                    "top_groups": 2,
+                    "bias": "frozen",
+                },
             },
         },
         adjust=set_correction_biases,
