@@ -102,7 +102,8 @@ def ours(name, parameters):
     if name in stacks:
         part, convert = stacks[name]
         return {f"moe.experts.{e}.{part}": convert(x) for e, x in enumerate(tensor)}
-    shared = "shared_expert." if "shared_expert.gate_proj.weight" in parameters else "shared_experts."
+    is_qwen = "shared_expert.gate_proj.weight" in parameters
+    shared = "shared_expert." if is_qwen else "shared_experts."
     if name == f"{shared}gate_proj.weight":
         return {"moe.shared.gate_up": torch.cat([tensor, parameters[f"{shared}up_proj.weight"]])}
     single = {

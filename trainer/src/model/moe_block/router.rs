@@ -85,7 +85,7 @@ impl Default for RouterConfig {
 /// Descriptions of the router's parameters.
 pub(super) struct RouterSpecs {
     pub(super) gate: ParamSpec,
-    /// The trained bias.
+    /// Set if the bias is trained.
     pub(super) bias: Option<ParamSpec>,
 }
 
