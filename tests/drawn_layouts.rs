@@ -94,6 +94,44 @@ fn attentions() -> impl Strategy<Value = Value> {
     ])
 }
 
+/// Random keys of experts.
+fn experts() -> impl Strategy<Value = Value> {
+    let clamped = json!({"clamped_glu": {"limit": 0.3}});
+    prop::sample::select(vec![
+        json!({}),
+        json!({"expert_bias": true}),
+        json!({"expert_bias": true, "activation": clamped, "shared_experts": 0}),
+        json!({"activation": clamped, "shared_experts": 0, "shared_ffn": 36}),
+        json!({"shared_experts": 0, "shared_ffn": 12, "shared_gate": true}),
+        json!({"shared_experts": 2, "shared_gate": true}),
+    ])
+}
+
+/// Random keys of routers, for 12 experts.
+fn routers() -> impl Strategy<Value = Value> {
+    let groups = |score: &str| json!({"groups": 4, "top_groups": 2, "group_score": score});
+    prop::sample::select(vec![
+        json!({}),
+        json!({"bias": "trained"}),
+        json!({"bias": "frozen"}),
+        groups("max"),
+        groups("top2_sum"),
+    ])
+}
+
+/// Changes keys of the section `model.moe`.
+fn change_moe(moe: &mut Value, experts: &Value, router: &Value) {
+    if router.get("bias").is_some() {
+        moe["bias_update_rate"] = json!(0.0);
+    }
+    for (key, value) in experts.as_object().unwrap() {
+        moe[key] = value.clone();
+    }
+    for (key, value) in router.as_object().unwrap() {
+        moe["router"][key] = value.clone();
+    }
+}
+
 /// Random keys of the section `model`.
 fn variants() -> impl Strategy<Value = Value> {
     let qk_norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
@@ -132,11 +170,11 @@ fn models() -> impl Strategy<Value = Value> {
         // The number of dense layers at the beginning, or a dense layer between MoE layers.
         prop::option::of(0usize..2),
         (documents, masks),
-        (optimizers, variants()),
+        (optimizers, variants(), experts(), routers()),
     )
         .prop_map(
             |(over, sigmoid_scores, tied, micro_batch, dense_layers, data, rest)| {
-                let (optimizer, variants) = rest;
+                let (optimizer, variants, experts, router) = rest;
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -145,6 +183,7 @@ fn models() -> impl Strategy<Value = Value> {
                 };
                 moe["experts"] = json!(12);
                 moe["ffn"] = json!(24);
+                change_moe(&mut moe, &experts, &router);
                 if dense_layers.is_none() {
                     moe["layers"] = json!([0, 2]);
                 }

@@ -26,7 +26,7 @@ impl ClampedGlu {
         let cost = || Cost::passes(1.5, hidden);
         span("clamped_glu", "forward", cost, || {
             if let Some(gpu) = cuda::gpu(&[hidden]) {
-                return cuda::clamped_glu(gpu, self, hidden);
+                return cuda::clamped_glu(gpu, hidden, self.alpha, self.limit);
             }
             let Some(kind) = host_kind(&[hidden]) else {
                 return self.with_libtorch(hidden);
@@ -44,7 +44,8 @@ impl ClampedGlu {
         let cost = || Cost::passes(3.0, hidden);
         span("clamped_glu", "backward", cost, || {
             if let Some(gpu) = cuda::gpu(&[grad, hidden]) {
-                return cuda::clamped_glu_backward(gpu, self, grad, hidden);
+                let ClampedGlu { alpha, limit } = self;
+                return cuda::clamped_glu_backward(gpu, grad, hidden, alpha, limit);
             }
             let Some(kind) = host_kind(&[grad, hidden]) else {
                 return self.backward_with_libtorch(grad, hidden);

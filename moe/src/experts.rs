@@ -390,7 +390,7 @@ impl GradientOperands {
     }
 }
 
-/// Indices among [`GluNetworks::weights`].
+/// The index of each weight in the order of [`GluNetworks::weights`].
 const GATE_UP: usize = 0;
 const DOWN: usize = 1;
 const GATE_UP_BIAS: usize = 2;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes golden files of single MoE layers of Hugging Face transformers.
 
-usage: scripts/golden/moe.py [OUTPUT]        (default: trainer/tests/golden)
+usage: scripts/golden/moe.py [OUTPUT]        (default: trainer/tests/golden/moe)
 
 One safetensors file per family, with moerun's parameter names:
   weight/NAME, grad/NAME   every parameter and its gradient of sum(output * probe)
@@ -9,7 +9,7 @@ One safetensors file per family, with moerun's parameter names:
   input, probe, output     [B, S, D]
   grad_input               the gradient of the input
   experts                  the chosen experts of each token, in ascending order
-moe-bf16-router has the router of deepseek_v3 alone, in bf16:
+bf16-router has the router of deepseek_v3 alone, in bf16:
   weight, input, probe, logits, routing_weights, experts, grad_weight, grad_input
 trainer/src/model/moe_block/golden.rs repeats the shapes. Made with torch 2.11.0 and transformers
 5.23.0.
@@ -102,7 +102,8 @@ def ours(name, parameters):
     if name in stacks:
         part, convert = stacks[name]
         return {f"moe.experts.{e}.{part}": convert(x) for e, x in enumerate(tensor)}
-    shared = "shared_expert." if "shared_expert.gate_proj.weight" in parameters else "shared_experts."
+    is_qwen = "shared_expert.gate_proj.weight" in parameters
+    shared = "shared_expert." if is_qwen else "shared_experts."
     if name == f"{shared}gate_proj.weight":
         return {"moe.shared.gate_up": torch.cat([tensor, parameters[f"{shared}up_proj.weight"]])}
     single = {
@@ -206,11 +207,11 @@ def bf16_router():
 
 
 target = Path(
-    sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "trainer/tests/golden"
+    sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[2] / "trainer/tests/golden/moe"
 )
 target.mkdir(parents=True, exist_ok=True)
-files = {f"moe-{family}": golden(family, *LAYERS[family]) for family in LAYERS}
-files["moe-bf16-router"] = bf16_router()
+files = {family: golden(family, *LAYERS[family]) for family in LAYERS}
+files["bf16-router"] = bf16_router()
 for name, tensors in files.items():
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, target / f"{name}.safetensors")

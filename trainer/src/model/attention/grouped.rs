@@ -8,7 +8,7 @@ use crate::{
     model::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
-        bias::{add_bias, bias_spec},
+        bias::bias_spec,
         core_attention::CoreAttention,
         norm::{Norm, norm_spec},
         rope::Rope,
@@ -19,7 +19,8 @@ use crate::{
     problems::{Problems, Quantity},
 };
 use parallel::{
-    Activation, MeshShape, Weight, context::ContextKind, linear, linears, tensor::TensorParallel,
+    Activation, MeshShape, Weight, add_bias, context::ContextKind, linear, linears,
+    tensor::TensorParallel,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -4,8 +4,9 @@ use super::RoutedRows;
 use crate::{
     model::{
         activations::{Activations, BlockShape},
+        bias::bias_spec,
         feed_forward::{self, Networks, SwigluSpecs},
-        spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
+        spec::{Dim, ParamSpec, Split, SplitDim, Stack},
         weights::WeightBuilder,
     },
     problems::{Problems, Quantity},
@@ -92,18 +93,16 @@ impl RoutedExperts {
         let hidden = Dim::hidden(self.hidden);
         let ffn = Dim::new("model.moe.ffn", self.ffn as u64);
         let count = self.count as u64;
-        let bias = |part, dim: Dim, units, fused| ParamSpec {
-            block: block.to_string(),
-            part,
-            dims: vec![dim],
-            stack: Stack::Experts(count),
-            split: Split::ExpertTensor(SplitDim {
+        let bias = |part, dim: Dim, units, fused| {
+            let split = SplitDim {
                 dim: 0,
                 units,
                 fused,
-            }),
-            role: Role::Bias,
-            writes_residual: false,
+            };
+            ParamSpec {
+                stack: Stack::Experts(count),
+                ..bias_spec(block, part, dim, Split::ExpertTensor(split))
+            }
         };
         let rows = Dim::derived(ffn.size.saturating_mul(2));
         ExpertSpecs {

@@ -23,8 +23,8 @@ struct Golden(BTreeMap<String, Tensor>);
 
 impl Golden {
     fn open(name: &str) -> Golden {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-        let path = folder.join(format!("moe-{name}.safetensors"));
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/moe");
+        let path = folder.join(format!("{name}.safetensors"));
         Golden(
             Tensor::read_safetensors(path)
                 .unwrap()

@@ -2,7 +2,10 @@
 
 use crate::{
     config::limits::MAX_EXPERTS,
-    model::spec::{Dim, ParamSpec, Role, Split, Stack},
+    model::{
+        bias::bias_spec,
+        spec::{Dim, ParamSpec, Role, Split, Stack},
+    },
     problems::{Problems, Quantity},
 };
 use config_derive::ResumeKeys;
@@ -82,7 +85,7 @@ impl Default for RouterConfig {
 /// Descriptions of the router's parameters.
 pub(super) struct RouterSpecs {
     pub(super) gate: ParamSpec,
-    /// The trained bias.
+    /// Set if the bias is trained.
     pub(super) bias: Option<ParamSpec>,
 }
 
@@ -130,19 +133,18 @@ impl RouterConfig {
     /// Describes the parameters in the MoE block with this global name.
     pub(super) fn specs(&self, experts: usize, hidden: usize, block: &str) -> RouterSpecs {
         let experts = Dim::new("model.moe.experts", experts as u64);
-        let spec = |part, dims, role| ParamSpec {
-            block: block.to_string(),
-            part,
-            dims,
-            stack: Stack::Single,
-            split: Split::Whole,
-            role,
-            writes_residual: false,
-        };
         let is_trained = self.bias == Some(RouterBias::Trained);
         RouterSpecs {
-            gate: spec("gate", vec![experts, Dim::hidden(hidden)], Role::Router),
-            bias: is_trained.then(|| spec("gate_bias", vec![experts], Role::Bias)),
+            gate: ParamSpec {
+                block: block.to_string(),
+                part: "gate",
+                dims: vec![experts, Dim::hidden(hidden)],
+                stack: Stack::Single,
+                split: Split::Whole,
+                role: Role::Router,
+                writes_residual: false,
+            },
+            bias: is_trained.then(|| bias_spec(block, "gate_bias", experts, Split::Whole)),
         }
     }
 
