@@ -79,11 +79,30 @@ fn multipliers() -> impl Strategy<Value = Value> {
     prop::sample::select(vec![json!({}), factors])
 }
 
-/// Random keys of the section `model` that no others depend on.
+/// Random kinds of attention, whose rotating width is 4.
+fn attentions() -> impl Strategy<Value = Value> {
+    prop::sample::select(vec![
+        json!({"grouped": {}}),
+        json!({"grouped": {"window": {"size": 5}, "output_gate": true}}),
+        json!({"grouped": {"window": {"size": 9, "layers": {"every": 2}}, "sinks": true}}),
+        json!({"grouped": {"bias": "all", "sinks": true}}),
+        json!({"grouped": {"bias": "qkv", "output_gate": true}}),
+        json!({"latent": {
+            "query_rank": 7, "kv_rank": 10, "nope_dim": 3, "rope_dim": 4, "value_dim": 5,
+        }}),
+        json!({"latent": {"kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 6}}),
+    ])
+}
+
+/// Random keys of the section `model`.
 fn variants() -> impl Strategy<Value = Value> {
     let qk_norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
-    (ropes(), norms(), qk_norms, multipliers()).prop_map(|(rope, norm, qk_norm, multipliers)| {
-        json!({"rope": rope, "norm": norm, "qk_norm": qk_norm, "multipliers": multipliers})
+    let keys = (ropes(), norms(), qk_norms, multipliers(), attentions());
+    keys.prop_map(|(rope, norm, qk_norm, multipliers, attention)| {
+        json!({
+            "rope": rope, "norm": norm, "qk_norm": qk_norm, "multipliers": multipliers,
+            "attention": attention,
+        })
     })
 }
 
@@ -96,6 +115,15 @@ fn models() -> impl Strategy<Value = Value> {
     let scores = any::<bool>();
     let tied = any::<bool>();
     let micro_batches = prop::sample::select(vec![1, 2]);
+    let optimizers = prop::sample::select(vec![
+        json!({}),
+        json!({"state_dtype": "bf16"}),
+        json!({"groups": [{"muon": {}}]}),
+        json!({"groups": [{"roles": ["router"], "muon": {"adjust_lr": "original"}}, {"muon": {}}],
+               "state_dtype": "bf16"}),
+        json!({"groups": [{"muon": {"nesterov": false}}, {"sgd": {}}]}),
+        json!({"groups": [{"sgd": {"nesterov": true}}], "state_dtype": "bf16"}),
+    ]);
     (
         statistics,
         scores,
@@ -104,10 +132,11 @@ fn models() -> impl Strategy<Value = Value> {
         // The number of dense layers at the beginning, or a dense layer between MoE layers.
         prop::option::of(0usize..2),
         (documents, masks),
-        variants(),
+        (optimizers, variants()),
     )
         .prop_map(
-            |(over, sigmoid_scores, tied, micro_batch, dense_layers, data, variants)| {
+            |(over, sigmoid_scores, tied, micro_batch, dense_layers, data, rest)| {
+                let (optimizer, variants) = rest;
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -128,8 +157,14 @@ fn models() -> impl Strategy<Value = Value> {
                 });
                 let keys = model.as_object_mut().unwrap();
                 keys.extend(variants.as_object().unwrap().clone());
+                if variants["attention"].get("latent").is_some() {
+                    for key in ["kv_heads", "head_dim", "qk_norm"] {
+                        keys.remove(key);
+                    }
+                }
                 json!({
                     "model": model,
+                    "optimizer": optimizer,
                     "micro_batch": micro_batch,
                     "eod_token": documents,
                     "eod_mask_loss": eod_mask_loss && documents.is_some(),
@@ -234,6 +269,9 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
             model["model"]["moe"]["placement"] = json!({"every": 1, "min_gain": 0.0});
         }
     }
+    // A large eps: AdamW's first steps would otherwise turn the sign of rounding noise into a step.
+    let mut optimizer = model["optimizer"].clone();
+    optimizer["eps"] = json!(1e-4);
     let mask = (model["mask"] == json!(true)).then(|| folder.join("mask"));
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": SEED},
@@ -251,7 +289,7 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
             "micro_batch": model["micro_batch"],
             "grad_clip": 0.5,
         },
-        "optimizer": {"eps": 1e-4},
+        "optimizer": optimizer,
         "schedule": {"constant": {"lr": 3e-3}},
         "checkpoint": {"every": 0},
     });

@@ -27,8 +27,8 @@ pub enum ScoreMask<'a> {
 
 /// Returns attention `[B, H, Q, dv]` and the log-sum-exp of its scores `[B, H, Q]` fp32.
 ///
-/// The inputs are queries `[B, H, Q, dk]`, keys `[B, G, K, dk]` and values `[B, G, K, dv]`. Each key
-/// head serves `H / G` consecutive query heads.
+/// The inputs are queries `[B, H, Q, dk]`, keys `[B, G, K, dk]` and values `[B, G, K, dv]`. Each
+/// key head serves `H / G` consecutive query heads.
 pub fn block_attention(inputs: [&Tensor; 3], mask: ScoreMask, scale: f64) -> (Tensor, Tensor) {
     let block = Block::new(inputs, mask, scale);
     if block.is_on_cpu() {
@@ -225,12 +225,12 @@ fn widen(x: &Tensor, common: i64) -> Tensor {
     }
 }
 
-/// Returns the first `own` elements of each row.
+/// Returns the first `own` elements of each row, without the memory of the others.
 fn narrow_width(x: Tensor, own: i64) -> Tensor {
     if width(&x) == own {
         x
     } else {
-        x.narrow(3, 0, own)
+        x.narrow(3, 0, own).contiguous()
     }
 }
 

@@ -3,7 +3,10 @@
 use super::limits::{MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
 use super::multipliers::MultipliersConfig;
 use crate::model::{
-    attention::grouped::QkNorm, moe_block::MoeConfig, norm::NormConfig, rope::RopeConfig,
+    attention::{AttentionConfig, grouped::QkNorm},
+    moe_block::MoeConfig,
+    norm::NormConfig,
+    rope::RopeConfig,
 };
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;
@@ -81,6 +84,10 @@ pub struct ModelConfig {
     #[on_resume(refused)]
     #[serde(default)]
     pub qk_norm: QkNorm,
+    /// The kind of attention, with what it has beyond the keys above.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub attention: AttentionConfig,
     /// Uses the transposed embedding as the output layer.
     #[on_resume(refused)]
     #[serde(default)]
@@ -119,6 +126,7 @@ impl ModelConfig {
             norm_eps: default_norm_eps(),
             norm: NormConfig::default(),
             qk_norm: QkNorm::default(),
+            attention: AttentionConfig::default(),
             tie_embeddings: false,
             init_std: default_init_std(),
             mup: None,

@@ -1,103 +1,154 @@
 //! The microbatches of a step on one rank.
 
-use crate::{Error, data::Dataset, model::IGNORED};
+use crate::{
+    Error,
+    data::{Dataset, count_labels},
+    model::{Documents, IGNORED, Model},
+};
 use parallel::Accelerator;
+use std::{cell::OnceCell, sync::Arc};
 use tch::Tensor;
 
-/// The sequences that a rank processes at once, on its device.
+/// The sequences that a rank processes at once, on its device. Tokens and labels are those of this
+/// rank's positions.
 pub(crate) struct Microbatch {
-    /// Token ids `[B, S]` int64.
-    pub(crate) inputs: Tensor,
-    /// The next token of each position `[B, S]` int64.
+    /// Token ids `[B, S / context ranks]` int64.
+    pub(crate) tokens: Tensor,
+    /// The next token of each position, like `tokens`.
     pub(crate) labels: Tensor,
+    /// Documents of the whole sequences, if tokens attend only within documents.
+    pub(crate) documents: Option<Arc<Documents>>,
 }
 
-impl Microbatch {
-    fn upload(device: &dyn Accelerator, inputs: &Tensor, labels: &Tensor) -> Microbatch {
-        let both = device.upload(&Tensor::stack(&[inputs, labels], 0));
-        Microbatch {
-            inputs: both.get(0),
-            labels: both.get(1),
-        }
-    }
+/// Sequences on the host.
+struct HostMicrobatch {
+    /// Token ids `[B, S]` int64.
+    inputs: Tensor,
+    /// The next token of each position `[B, S]` int64.
+    labels: Tensor,
 }
 
-/// Microbatches of a step by their index on this rank, read as often as passes need them.
-pub(crate) trait MicrobatchSource {
-    /// Reads microbatch `index` of this rank and uploads it to the device.
-    ///
-    /// # Errors
-    /// If the data cannot be read.
-    fn read(&self, index: usize) -> Result<Microbatch, Error>;
+/// Microbatches by their index on this rank. Each is read once, when it is first needed.
+pub(crate) struct HostMicrobatches<'a> {
+    read: Box<dyn Fn(usize) -> Result<HostMicrobatch, Error> + 'a>,
+    loaded: Vec<OnceCell<HostMicrobatch>>,
 }
 
-/// Consecutive microbatches of the shuffled training data.
-pub(crate) struct TrainingBatches<'a> {
-    pub(crate) data: &'a Dataset,
-    pub(crate) device: &'a dyn Accelerator,
-    /// First sample of this rank in the step.
+/// The part of the validation data that a microbatch has. Rows past the end repeat the last window
+/// with ignored labels.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ValidationRange {
+    /// First window of the microbatch.
     pub(crate) first: u64,
-    /// Sequences of a microbatch.
-    pub(crate) size: u64,
-}
-
-impl TrainingBatches<'_> {
-    /// Returns inputs and labels of microbatch `index`, on the host.
-    fn on_host(&self, index: usize) -> Result<(Tensor, Tensor), Error> {
-        let first = self.first + index as u64 * self.size;
-        self.data.batch(first..first + self.size)
-    }
-
-    /// Returns the labels of microbatch `index`, on the host.
-    pub(crate) fn labels(&self, index: usize) -> Result<Tensor, Error> {
-        let (_, labels) = self.on_host(index)?;
-        Ok(labels)
-    }
-}
-
-impl MicrobatchSource for TrainingBatches<'_> {
-    fn read(&self, index: usize) -> Result<Microbatch, Error> {
-        let (inputs, labels) = self.on_host(index)?;
-        Ok(Microbatch::upload(self.device, &inputs, &labels))
-    }
-}
-
-/// One microbatch of the validation data in order. Rows past the end repeat the last window with
-/// ignored labels.
-pub(crate) struct ValidationBatch<'a> {
-    pub(crate) data: &'a Dataset,
-    pub(crate) device: &'a dyn Accelerator,
-    /// First window of this microbatch.
-    pub(crate) first: u64,
-    /// Sequences of a microbatch.
+    /// Sequences of the microbatch.
     pub(crate) size: u64,
     /// Number of windows to validate on.
     pub(crate) windows: u64,
 }
 
-impl ValidationBatch<'_> {
-    /// Returns inputs and labels, on the host.
-    fn on_host(&self) -> Result<(Tensor, Tensor), Error> {
-        let end = self.first + self.size;
-        let last = self.windows - 1;
-        let windows = (self.first..end).map(|window| window.min(last));
-        let (inputs, labels) = self.data.windows(windows)?;
-        let past_end = end.saturating_sub(self.windows).min(self.size) as i64;
-        let mut ignored = labels.narrow(0, self.size as i64 - past_end, past_end);
-        let _ = ignored.fill_(IGNORED);
-        Ok((inputs, labels))
+impl<'a> HostMicrobatches<'a> {
+    fn new(
+        count: usize,
+        read: impl Fn(usize) -> Result<HostMicrobatch, Error> + 'a,
+    ) -> HostMicrobatches<'a> {
+        HostMicrobatches {
+            read: Box::new(read),
+            loaded: (0..count).map(|_| OnceCell::new()).collect(),
+        }
     }
 
-    /// Returns the labels, on the host.
-    pub(crate) fn labels(&self) -> Result<Tensor, Error> {
-        let (_, labels) = self.on_host()?;
-        Ok(labels)
+    /// Returns `count` consecutive microbatches of `size` sequences, from sample `first` of the
+    /// shuffled training data.
+    pub(crate) fn of_step(
+        data: &'a Dataset,
+        first: u64,
+        size: u64,
+        count: usize,
+    ) -> HostMicrobatches<'a> {
+        HostMicrobatches::new(count, move |index| {
+            let first = first + index as u64 * size;
+            let (inputs, labels) = data.batch(first..first + size)?;
+            Ok(HostMicrobatch { inputs, labels })
+        })
+    }
+
+    /// Returns one microbatch of the validation data.
+    pub(crate) fn of_validation(data: &'a Dataset, range: ValidationRange) -> HostMicrobatches<'a> {
+        HostMicrobatches::new(1, move |_| {
+            let end = range.first + range.size;
+            let last = range.windows - 1;
+            let windows = (range.first..end).map(|window| window.min(last));
+            let (inputs, labels) = data.windows(windows)?;
+            let past_end = end.saturating_sub(range.windows).min(range.size) as i64;
+            let mut ignored = labels.narrow(0, range.size as i64 - past_end, past_end);
+            let _ = ignored.fill_(IGNORED);
+            Ok(HostMicrobatch { inputs, labels })
+        })
+    }
+
+    /// Returns the number of labels that count in all microbatches.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    pub(crate) fn counted_labels(&self) -> Result<u64, Error> {
+        let counted = |index| Ok(count_labels(&self.on_host(index)?.labels));
+        (0..self.loaded.len()).map(counted).sum()
+    }
+
+    /// Uploads microbatch `index` for the passes of `model`. `eod_token` ends a document, if tokens
+    /// attend only within documents.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    pub(crate) fn upload(
+        &self,
+        index: usize,
+        model: &Model,
+        device: &dyn Accelerator,
+        eod_token: Option<u32>,
+    ) -> Result<Microbatch, Error> {
+        let HostMicrobatch { inputs, labels } = self.on_host(index)?;
+        let both = device.upload(&Tensor::stack(&[inputs, labels], 0));
+        let inputs = both.get(0);
+        let documents = eod_token.map(|end| Arc::new(Documents::new(&inputs, end)));
+        Ok(Microbatch {
+            tokens: model.own_positions(&inputs),
+            labels: model.own_positions(&both.get(1)),
+            documents,
+        })
+    }
+
+    fn on_host(&self, index: usize) -> Result<&HostMicrobatch, Error> {
+        let loaded = &self.loaded[index];
+        if let Some(known) = loaded.get() {
+            return Ok(known);
+        }
+        let read = (self.read)(index)?;
+        Ok(loaded.get_or_init(|| read))
     }
 }
 
-impl MicrobatchSource for ValidationBatch<'_> {
-    fn read(&self, _index: usize) -> Result<Microbatch, Error> {
-        let (inputs, labels) = self.on_host()?;
-        Ok(Microbatch::upload(self.device, &inputs, &labels))
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn a_microbatch_is_read_once_when_it_is_needed() {
+        let reads = Cell::new(0);
+        let batches = HostMicrobatches::new(3, |index| {
+            reads.set(reads.get() + 1);
+            let inputs = Tensor::from_slice(&[index as i64, 7]).view([1, 2]);
+            let labels = Tensor::from_slice(&[7, IGNORED]).view([1, 2]);
+            Ok(HostMicrobatch { inputs, labels })
+        });
+        assert_eq!(reads.get(), 0);
+        for _ in 0..2 {
+            let inputs = &batches.on_host(1).unwrap().inputs;
+            assert_eq!(inputs.int64_value(&[0, 0]), 1);
+        }
+        assert_eq!(reads.get(), 1);
+        assert_eq!(batches.counted_labels().unwrap(), 3);
+        assert_eq!(reads.get(), 3);
     }
 }

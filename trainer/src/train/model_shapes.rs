@@ -33,10 +33,7 @@ pub(super) fn shape_problems(model: &ModelConfig, shapes: &Shapes) -> Vec<String
     let mut compared = BTreeSet::new();
     // Each kind of layer once: all others of the kind have the same shapes.
     let kinds = (0..layers.min(configured)).scan(BTreeSet::new(), |seen, layer| {
-        Some(
-            seen.insert(model.moe_config(layer).is_some())
-                .then_some(layer),
-        )
+        Some(seen.insert(model.layer_kind(layer)).then_some(layer))
     });
     let specs = end_specs(model)
         .into_iter()

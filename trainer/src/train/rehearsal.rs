@@ -7,8 +7,9 @@
 //! and snapshots are left out: they copy.
 
 use super::{
-    Resources, Trainer,
+    Trainer,
     metrics::step_figures::{FigureSizes, StepFigures},
+    setup::Resources,
 };
 use crate::{
     Error,
@@ -71,14 +72,13 @@ impl Trainer {
             experts: moe.map_or(0, |moe| moe.experts),
         }));
         self.validate()?;
-        Ok(self.device.synchronize()?)
+        Ok(self.rank.device.synchronize()?)
     }
 
     fn into_resources(self) -> Resources {
         Resources {
-            device: self.device,
-            train: self.train,
-            validation: self.validation,
+            device: self.rank.device,
+            data: self.data,
         }
     }
 }
@@ -108,8 +108,8 @@ fn shortened(config: &Config, mesh: &Mesh) -> Config {
 fn few_layers(config: &Config, mut part: ModelPart) -> ModelPart {
     let recompute = &config.parallel.recompute;
     let kind = |layer| {
-        let is_moe = config.model.moe_config(layer).is_some();
-        (is_moe, recompute.recomputes_layer(layer))
+        let kind = config.model.layer_kind(layer);
+        (kind, recompute.recomputes_layer(layer))
     };
     for stage in &mut part.stages {
         let kinds: Vec<_> = stage.layers.clone().map(kind).collect();

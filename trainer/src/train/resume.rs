@@ -1,19 +1,65 @@
 //! Start of a run from a snapshot or a checkpoint.
 
 use super::{
-    ResumeReport, ResumeSource, Trainer,
+    Trainer,
     checkpointing::{self, Restored},
+    evaluation,
     resume_rules::ResumeRules,
     run_state::{CountedFrom, RunState},
     saved_config::config_in,
-    snapshot_resume, validation,
+    snapshot_resume,
 };
-use crate::{Error, config::Config, optim::rate_jump::rate_jump};
+use crate::{
+    Error,
+    config::{Config, KeyChange},
+    optim::rate_jump::rate_jump,
+};
 use checkpoint::folder::{self, Depth, Leftover};
 use parallel::agreement::agree;
 use std::path::Path;
 
+/// The state that a run starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResumeSource {
+    /// The initial values of a new run.
+    Nothing,
+    /// A snapshot in the memory of keepers.
+    Snapshot,
+    /// A checkpoint on disk.
+    Checkpoint,
+}
+
+/// Differences between a run that resumed and the one that saved its state.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ResumeReport {
+    /// Changed keys that may affect results.
+    pub changes: Vec<KeyChange>,
+    /// Outcomes of state that only one of both has, one line each.
+    pub notes: Vec<String>,
+}
+
+/// Rules for the start of a run, and its outcome.
+#[derive(Debug, Default)]
+pub(super) struct Resumption {
+    /// Keys whose refused changes the user accepts on a resume.
+    accepted_changes: Vec<String>,
+    report: ResumeReport,
+    /// True if the run repeats the validation of the state that it resumed from.
+    pub(super) repeats_validation: bool,
+}
+
 impl Trainer {
+    /// Accepts changes of these keys on a resume that would be refused. A section stands for all
+    /// its keys.
+    pub fn accept_changes(&mut self, keys: Vec<String>) {
+        self.resumption.accepted_changes = keys;
+    }
+
+    /// Returns how the run differs from the one whose state [`Trainer::resume`] read.
+    pub fn resume_report(&self) -> &ResumeReport {
+        &self.resumption.report
+    }
+
     /// Resumes from the snapshot that the launcher chose, or else from the newest usable checkpoint
     /// in the run's folder, if any. Reports unusable checkpoints to `warn`, and differences in
     /// [`Trainer::resume_report`].
@@ -26,7 +72,7 @@ impl Trainer {
     /// the configuration is refused. Nothing was written then.
     pub fn resume(&mut self, warn: &mut dyn FnMut(&str)) -> Result<ResumeSource, Error> {
         let restored = self.restore(warn)?;
-        if self.snapshots.is_none() {
+        if self.durability.snapshots.is_none() {
             // With keepers, the launcher writes checkpoints and does this.
             self.clean_checkpoints(warn)?;
         }
@@ -38,32 +84,35 @@ impl Trainer {
             saved,
             changes,
         } = restored;
-        if let (Some(expert_placement), Some(placement)) =
-            (&mut self.expert_placement, &state.placement)
-        {
-            expert_placement.resume(placement);
+        if let (Some(current), Some(saved)) = (&mut self.experts.placement, &state.placement) {
+            current.resume(saved);
         }
-        self.step = state.step;
-        self.samples = state.samples;
-        self.tokens = state.tokens;
-        self.counted_from = self.counted_since(&state, &saved);
-        self.repeats_validation = validation::is_repeated(&self.config, &saved, state.step);
+        let counted_from = self.counted_since(&state, &saved);
+        let position = &mut self.data.position;
+        position.step = state.step;
+        position.samples = state.samples;
+        position.tokens = state.tokens;
+        position.counted_from = counted_from;
+        let repeats_validation = evaluation::is_repeated(&self.config, &saved, state.step);
         // The value that was measured at the start of the run gives the same plans, and so the same
         // bits, as without an interruption.
-        if let (Some(planner), Some(min_tokens)) = (&self.planner, state.min_tokens)
+        if let (Some(planner), Some(min_tokens)) = (&self.experts.planner, state.min_tokens)
             && self.min_tokens_is_measured()
         {
             planner.lock().min_tokens = min_tokens;
         }
-        if let Some((before, after)) = rate_jump(&saved, &self.config, self.position()) {
+        if let Some((before, after)) =
+            rate_jump(&saved, &self.config, self.data.position.in_schedule())
+        {
             warn(&format!(
                 "the learning rate jumps from {before:.3e} in step {} to {after:.3e} in step {}, \
                  because the configuration changed",
-                self.step,
-                self.step + 1
+                self.step(),
+                self.step() + 1
             ));
         }
-        self.resume_report = ResumeReport {
+        self.resumption.repeats_validation = repeats_validation;
+        self.resumption.report = ResumeReport {
             changes: changes.reported,
             notes: changes.notes,
         };
@@ -77,18 +126,19 @@ impl Trainer {
     ) -> Result<Option<(Restored, ResumeSource)>, Error> {
         let rules = ResumeRules {
             config: &self.config,
-            accepted: &self.accepted_changes,
+            accepted: &self.resumption.accepted_changes,
             prepare: &|state: &RunState| self.restore_placement(state),
         };
+        let world = &self.rank.world;
         let tensors = self.state_tensors();
-        if let Some(snapshots) = &self.snapshots {
-            let restored = snapshot_resume::resume(snapshots, &tensors, &self.world, &rules)?;
+        if let Some(snapshots) = &self.durability.snapshots {
+            let restored = snapshot_resume::resume(snapshots, &tensors, world, &rules)?;
             if let Some(restored) = restored {
                 return Ok(Some((restored, ResumeSource::Snapshot)));
             }
         }
         let root = self.checkpoint_dir();
-        let restored = checkpointing::resume(&root, &tensors, &self.world, &rules, warn)?;
+        let restored = checkpointing::resume(&root, &tensors, world, &rules, warn)?;
         Ok(restored.map(|restored| (restored, ResumeSource::Checkpoint)))
     }
 
@@ -114,7 +164,7 @@ impl Trainer {
     /// # Errors
     /// If checkpoints cannot be written, because their folder is a link.
     fn clean_checkpoints(&self, warn: &mut dyn FnMut(&str)) -> Result<(), Error> {
-        let cleaned = if self.is_rank_0() {
+        let cleaned = if self.rank.is_first() {
             folder::clean(&self.checkpoint_dir())
         } else {
             Ok(Vec::new())
@@ -127,7 +177,7 @@ impl Trainer {
             }
             Ok(leftovers) => Ok(leftovers),
         };
-        for leftover in agree(&self.world, leftovers)? {
+        for leftover in agree(&self.rank.world, leftovers)? {
             warn(&format!("removed an unfinished checkpoint: {leftover}"));
         }
         Ok(())
@@ -137,7 +187,7 @@ impl Trainer {
         let Some(placement) = &state.placement else {
             return;
         };
-        let current = self.expert_placement.as_ref();
+        let current = self.experts.placement.as_ref();
         if !current.is_some_and(|current| current.fits(placement)) {
             return;
         }

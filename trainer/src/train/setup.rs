@@ -1,13 +1,16 @@
 //! Construction of a trainer: data, process groups, model and optimizer of this rank.
 
 use super::{
-    Resources, ResumeReport, StepPlan, Trainer,
-    counted_tokens::check_validation,
+    ThisRank, Trainer,
+    durability::Durability,
+    evaluation::check_validation,
+    expert_balance::ExpertBalance,
     expert_placement::{ExpertPlacement, ExpertRows},
-    metrics::files::MetricsFiles,
+    passes::{Passes, step_plans},
     rehearsal::rehearse,
-    retention::Retention,
-    run_state::CountedFrom,
+    resume::Resumption,
+    run::Reports,
+    run_data::{DataPosition, RunData},
 };
 use crate::{
     Error,
@@ -27,7 +30,13 @@ use parallel::{
     Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World,
     pipeline::{CollectiveKind, Executor, Vocabulary},
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
+
+/// Data and device of a trainer, besides its configuration and its world.
+pub(super) struct Resources {
+    pub(super) device: Box<dyn Accelerator>,
+    pub(super) data: RunData,
+}
 
 impl Trainer {
     /// Sets up a run with initial values. On a device it first rehearses a step.
@@ -58,11 +67,12 @@ impl Trainer {
             }
             None => None,
         };
-        let resources = Resources {
-            device,
+        let data = RunData {
             train,
             validation,
+            position: DataPosition::default(),
         };
+        let resources = Resources { device, data };
         let resources = rehearse(&config, world, resources)?;
         Trainer::assemble(config, world, resources, |part| part)
     }
@@ -80,11 +90,7 @@ impl Trainer {
         resources: Resources,
         select: impl FnOnce(ModelPart) -> ModelPart,
     ) -> Result<Trainer, Error> {
-        let Resources {
-            device,
-            train,
-            validation,
-        } = resources;
+        let Resources { device, data } = resources;
         let mesh = config
             .mesh(world.rank(), world.size())
             .map_err(Error::Config)?;
@@ -98,7 +104,7 @@ impl Trainer {
         let groups = join_groups(world, &mesh, &config, &tied_ranks)?;
         let lanes = vocabulary_groups(world, &mesh, plan.schedule.order.vocabulary)?;
         let stages = world.p2p_group("pipeline", &mesh.group(GroupKind::Pipeline))?;
-        let pipeline = Executor::new(stages, lanes, device.as_ref())?;
+        let executor = Executor::new(stages, lanes, device.as_ref())?;
         let ctx = build_context(&config, device.as_ref(), &groups);
         let model = Model::new(&config.model, select(part), &ctx);
         let gradients = gradient_buckets(&config, &model.parameters, device.as_ref())?;
@@ -107,7 +113,7 @@ impl Trainer {
             .least_loaded
             .as_ref()
             .map(|least_loaded| least_loaded.planner.clone());
-        let expert_placement = expert_placement(&config, &mesh, world)?;
+        let placement = expert_placement(&config, &mesh, world)?;
         let optimizer = Optimizer::new(
             &config.optimizer,
             config.train.grad_clip,
@@ -118,35 +124,24 @@ impl Trainer {
         )?;
         Ok(Trainer {
             config,
-            mesh,
-            world: all,
-            device,
+            data,
             model,
-            pipeline,
-            single_forward: plan.forward_only(1),
-            plans,
-            gradients,
+            passes: Passes {
+                executor,
+                single_forward: plan.forward_only(1),
+                plans,
+                gradients,
+            },
             optimizer,
-            planner,
-            expert_placement,
-            train,
-            validation,
-            step: 0,
-            samples: 0,
-            tokens: 0,
-            counted_from: CountedFrom::default(),
-            snapshots: None,
-            reserved: None,
-            skips: BTreeMap::new(),
-            last_step_seconds: 0.0,
-            accepted_changes: Vec::new(),
-            resume_report: ResumeReport::default(),
-            repeats_validation: false,
-            wants_checkpoint: false,
-            requested_checkpoint: None,
-            files: MetricsFiles::default(),
-            retention: Retention::default(),
-            trace: None,
+            experts: ExpertBalance { planner, placement },
+            rank: ThisRank {
+                mesh,
+                world: all,
+                device,
+            },
+            durability: Durability::default(),
+            resumption: Resumption::default(),
+            reports: Reports::default(),
         })
     }
 }
@@ -173,29 +168,6 @@ fn build_context<'a>(
         recompute: config.parallel.recompute.clone(),
         offload: config.optimizer.offload && !device.computes_on_host(),
     }
-}
-
-/// Returns the passes of a step for each batch size of the run.
-fn step_plans(config: &Config, mesh: &Mesh) -> Result<Vec<StepPlan>, Error> {
-    let mut plans: Vec<StepPlan> = Vec::new();
-    for stage in config.train.global_batch.stages().iter() {
-        let sequences = stage.sequences;
-        if plans.iter().any(|known| known.sequences == sequences) {
-            continue;
-        }
-        let microbatches = config.microbatches(mesh, sequences);
-        let plan = config.pipeline_plan(microbatches).map_err(Error::Config)?;
-        plans.push(StepPlan {
-            sequences,
-            forward_schedule: plan.forward_only(microbatches),
-            plan,
-        });
-    }
-    if plans.is_empty() {
-        let reason = "train.global_batch has no stage".to_string();
-        return Err(Error::Config(reason));
-    }
-    Ok(plans)
 }
 
 fn open_data(config: &Config, sources: &[SourceConfig]) -> Result<Dataset, Error> {

@@ -81,6 +81,13 @@ pub(crate) struct ReservedSlot {
     pub(crate) checkpoint: bool,
 }
 
+impl ReservedSlot {
+    /// True if this rank has no slot.
+    pub(crate) fn is_lacking(&self) -> bool {
+        self.slot.is_none()
+    }
+}
+
 /// A rank's side of snapshots.
 pub(crate) struct Snapshots {
     access: KeeperAccess,

@@ -1,13 +1,13 @@
 //! This rank's stages during one step: computes the passes that the pipeline's executor asks for.
 
 use super::{
-    microbatch::{Microbatch, MicrobatchSource},
+    microbatch::{HostMicrobatches, Microbatch},
     step_sums::StepSums,
 };
 use crate::{
     Error,
     model::{
-        Documents, Model,
+        Model,
         vocabulary::{self, LocalSoftmax},
         with_gradient,
     },
@@ -17,7 +17,7 @@ use parallel::{
     Accelerator, DeferredGradient, GradientBuckets,
     pipeline::{Collective, CollectiveFn, CollectiveKind, Pass, PassKind, Stages, Vocabulary},
 };
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, rc::Rc};
 use tch::{Kind, Tensor};
 
 /// A forward pass whose backward is still to come.
@@ -48,6 +48,10 @@ impl VocabularyState {
 /// The stages of this rank during one step, or one evaluation without gradients.
 pub(crate) struct StepStages<'a> {
     inputs: StepInputs<'a>,
+    /// Microbatches that a pass has needed and a later one may need.
+    microbatches: HashMap<usize, Rc<Microbatch>>,
+    /// Number of passes of each microbatch that are still to come.
+    passes_left: HashMap<usize, usize>,
     in_flight: HashMap<(usize, usize), InFlight>,
     deferred: HashMap<(usize, usize), Vec<DeferredGradient>>,
     vocabulary_state: HashMap<usize, VocabularyState>,
@@ -60,7 +64,7 @@ pub(crate) struct StepInputs<'a> {
     pub(crate) device: &'a dyn Accelerator,
     /// `None` to evaluate without gradients.
     pub(crate) gradients: Option<&'a GradientBuckets>,
-    pub(crate) batches: &'a dyn MicrobatchSource,
+    pub(crate) batches: &'a HostMicrobatches<'a>,
     pub(crate) totals: BatchTotals<'a>,
     /// Algorithm of vocabulary parallelism, if all ranks share the vocabulary.
     pub(crate) vocabulary: Option<Vocabulary>,
@@ -93,11 +97,6 @@ impl StepInputs<'_> {
         let computes_loss = self.model.part().stages[chunk].last && self.vocabulary.is_none();
         input.is_none() || self.eod_token.is_some() || computes_loss
     }
-
-    /// Returns this rank's positions of `x_bs` `[B, S]`, `[T]`.
-    fn own_tokens(&self, x_bs: &Tensor) -> Tensor {
-        self.model.own_positions(x_bs).flatten(0, -1)
-    }
 }
 
 /// Adds `term` to `loss`.
@@ -109,16 +108,53 @@ fn add_loss(loss: Option<Tensor>, term: Tensor) -> Tensor {
 }
 
 impl<'a> StepStages<'a> {
-    pub(crate) fn new(inputs: StepInputs<'a>) -> StepStages<'a> {
+    /// Prepares for these `passes` of this rank.
+    pub(crate) fn new(inputs: StepInputs<'a>, passes: &[Pass]) -> StepStages<'a> {
         let config = inputs.model.config();
         let experts = config.moe.as_ref().map_or(0, |moe| moe.experts);
         let sums = StepSums::new(config.num_moe_layers(), experts);
+        let mut passes_left = HashMap::new();
+        for pass in passes {
+            *passes_left.entry(pass.microbatch).or_insert(0) += 1;
+        }
         StepStages {
             inputs,
+            microbatches: HashMap::new(),
+            passes_left,
             in_flight: HashMap::new(),
             deferred: HashMap::new(),
             vocabulary_state: HashMap::new(),
             sums,
+        }
+    }
+
+    /// Returns microbatch `index`, which the first pass that needs it uploads.
+    fn microbatch(&mut self, index: usize) -> Result<Rc<Microbatch>, Error> {
+        if let Some(known) = self.microbatches.get(&index) {
+            return Ok(known.clone());
+        }
+        let StepInputs {
+            model,
+            device,
+            eod_token,
+            ..
+        } = self.inputs;
+        let microbatch = self
+            .inputs
+            .batches
+            .upload(index, model, device, eod_token)?;
+        let microbatch = Rc::new(microbatch);
+        self.microbatches.insert(index, microbatch.clone());
+        Ok(microbatch)
+    }
+
+    /// Notes that a pass has run, and drops its microbatch after the last one.
+    fn end_pass(&mut self, microbatch: usize) {
+        if let Some(left) = self.passes_left.get_mut(&microbatch) {
+            *left -= 1;
+            if *left == 0 {
+                self.microbatches.remove(&microbatch);
+            }
         }
     }
 
@@ -132,7 +168,7 @@ impl<'a> StepStages<'a> {
         let is_training = self.inputs.gradients.is_some();
         let part = &model.part().stages[chunk];
         let batch = if self.inputs.forward_reads(chunk, input.as_ref()) {
-            Some(self.inputs.batches.read(microbatch)?)
+            Some(self.microbatch(microbatch)?)
         } else {
             None
         };
@@ -140,13 +176,12 @@ impl<'a> StepStages<'a> {
         let input = input.map(|input| input.set_requires_grad(is_training));
         let x = match (&input, &batch) {
             (Some(input), _) => input.shallow_clone(),
-            (None, Some(batch)) => model.embed(&model.own_positions(&batch.inputs))?,
+            (None, Some(batch)) => model.embed(&batch.tokens)?,
             (None, None) => unreachable!("the first stage reads its microbatch"),
         };
-        let documents = self.inputs.eod_token.zip(batch.as_ref());
-        let documents = documents.map(|(end, batch)| Arc::new(Documents::new(&batch.inputs, end)));
+        let documents = batch.as_ref().and_then(|batch| batch.documents.as_ref());
         let sequences = self.inputs.sequences;
-        let out = model.forward_stage(chunk, &x, sequences, documents.as_ref())?;
+        let out = model.forward_stage(chunk, &x, sequences, documents)?;
         let aux = model.aux_losses(chunk, &out.stats, &self.inputs.totals);
         for (moe_layer, moe_stats) in model.moe_layers(chunk).zip(out.moe_stats) {
             self.sums.add_moe_stats(moe_layer, moe_stats);
@@ -158,7 +193,7 @@ impl<'a> StepStages<'a> {
             loss = Some(aux.total);
         }
         if let Some(batch) = batch.filter(|_| part.last && self.inputs.vocabulary.is_none()) {
-            let cross_entropy = self.cross_entropy(&out.hidden_td, &batch)?;
+            let cross_entropy = self.cross_entropy(&out.hidden_td, &batch.labels)?;
             loss = Some(add_loss(loss, cross_entropy));
         }
         let output = out.hidden_td;
@@ -177,10 +212,9 @@ impl<'a> StepStages<'a> {
         Ok(sent)
     }
 
-    fn cross_entropy(&mut self, hidden_td: &Tensor, batch: &Microbatch) -> Result<Tensor, Error> {
+    fn cross_entropy(&mut self, hidden_td: &Tensor, labels: &Tensor) -> Result<Tensor, Error> {
         let model = self.inputs.model;
-        let labels = model.own_positions(&batch.labels);
-        let cross_entropy = model.cross_entropy(hidden_td, &labels, &self.inputs.totals)?;
+        let cross_entropy = model.cross_entropy(hidden_td, labels, &self.inputs.totals)?;
         // All tensor-parallel ranks have the loss; one counts it.
         if model.tensor().rank() == 0 {
             self.sums.losses.cross_entropy.push(cross_entropy.detach());
@@ -228,8 +262,7 @@ impl<'a> StepStages<'a> {
     /// Runs pass S: logits and their local softmax.
     fn logits(&mut self, microbatch: usize, hidden: &Tensor) -> Result<(), Error> {
         let model = self.inputs.model;
-        let batch = self.inputs.batches.read(microbatch)?;
-        let labels = self.inputs.own_tokens(&batch.labels);
+        let labels = self.microbatch(microbatch)?.labels.flatten(0, -1);
         let scale = model.loss_scale(&self.inputs.totals);
         let is_training = self.inputs.gradients.is_some();
         let vocabulary = self.inputs.vocabulary.filter(|_| is_training);
@@ -270,8 +303,7 @@ impl<'a> StepStages<'a> {
 
     /// Runs pass IF: lookup in this rank's rows.
     fn embed(&mut self, microbatch: usize) -> Result<(), Error> {
-        let batch = self.inputs.batches.read(microbatch)?;
-        let tokens = self.inputs.own_tokens(&batch.inputs);
+        let tokens = self.microbatch(microbatch)?.tokens.flatten(0, -1);
         let embedded = self.inputs.model.with_embedding(|embedding, rows| {
             Ok(tch::no_grad(|| {
                 vocabulary::embed_rows(&tokens, embedding, rows)
@@ -283,8 +315,7 @@ impl<'a> StepStages<'a> {
 
     /// Runs pass IB: gradient of this rank's rows.
     fn embed_backward(&mut self, microbatch: usize, gradient: &Tensor) -> Result<(), Error> {
-        let batch = self.inputs.batches.read(microbatch)?;
-        let tokens = self.inputs.own_tokens(&batch.inputs);
+        let tokens = self.microbatch(microbatch)?.tokens.flatten(0, -1);
         let (embedding, rows) = self.inputs.model.own_embedding();
         let contribution = embedding.contribution()?;
         tch::no_grad(|| vocabulary::add_rows(&tokens, gradient, contribution.sum().tensor(), rows));
@@ -296,12 +327,8 @@ impl<'a> StepStages<'a> {
     fn vocabulary_state_mut(&mut self, microbatch: usize) -> &mut VocabularyState {
         self.vocabulary_state.entry(microbatch).or_default()
     }
-}
 
-impl Stages for StepStages<'_> {
-    type Error = Error;
-
-    fn compute(&mut self, pass: Pass, mut inputs: Vec<Tensor>) -> Result<Option<Tensor>, Error> {
+    fn run_pass(&mut self, pass: Pass, mut inputs: Vec<Tensor>) -> Result<Option<Tensor>, Error> {
         let Pass {
             kind,
             chunk,
@@ -336,6 +363,16 @@ impl Stages for StepStages<'_> {
             PassKind::EmbedBackward => self.embed_backward(microbatch, &inputs[0])?,
         }
         Ok(None)
+    }
+}
+
+impl Stages for StepStages<'_> {
+    type Error = Error;
+
+    fn compute(&mut self, pass: Pass, inputs: Vec<Tensor>) -> Result<Option<Tensor>, Error> {
+        let output = self.run_pass(pass, inputs)?;
+        self.end_pass(pass.microbatch);
+        Ok(output)
     }
 
     fn collective_fn(&mut self, collective: Collective) -> Result<CollectiveFn, Error> {

@@ -94,6 +94,12 @@ impl StepSums {
         }
     }
 
+    /// Returns the number of experts of an MoE layer; 0 without MoE layers.
+    pub(crate) fn num_experts(&self) -> usize {
+        let first = self.moe_layers.first();
+        first.map_or(0, |layer| layer.tokens_per_expert.len())
+    }
+
     /// Takes the statistics of one MoE layer and microbatch. They are added later, so that no pass
     /// waits for the device that counts tokens.
     pub(crate) fn add_moe_stats(&mut self, moe_layer: usize, stats: MoeStats) {

@@ -17,7 +17,7 @@ impl Config {
         self.check_recompute(problems);
         match &self.model.moe {
             Some(moe) => {
-                moe.layout_problems(&shape, problems);
+                moe.layout_problems(self.model.hidden, &shape, problems);
                 if moe.dispatch.hierarchical()
                     && let Some(per_node) = self.parallel.ranks_per_node
                 {
@@ -97,16 +97,11 @@ impl Config {
 
     fn check_tensor(&self, shape: &MeshShape, problems: &mut Problems) {
         let model = &self.model;
-        let tensor = || Quantity::new("parallel.tensor", shape.tensor);
         let context = self.parallel.context_attention;
         let attention = model.attention(0);
         attention.layout_problems(shape, context, problems);
         if model.has_dense_layers() {
-            problems.divides(
-                Quantity::new("model.ffn", model.ffn.unwrap_or(0)),
-                tensor(),
-                "each rank must hold an equal slice of a layer",
-            );
+            model.dense().layout_problems(shape, problems);
         }
     }
 

@@ -1,9 +1,14 @@
 //! Validation loss of the current parameters, and the steps after which a run computes it.
 
-use super::{Trainer, metrics::records::ValidationMetrics, microbatch::ValidationBatch};
+use super::{
+    Trainer,
+    metrics::records::ValidationMetrics,
+    microbatch::{HostMicrobatches, ValidationRange},
+};
 use crate::{
     Error,
-    config::{Config, KeyChange, ResumeEffect},
+    config::{Config, KeyChange, ResumeEffect, ValidationConfig},
+    data::{Dataset, count_labels},
     scalars::fetch_scalars,
 };
 use moe::balance::BatchTotals;
@@ -43,6 +48,24 @@ fn changes_value(change: &KeyChange) -> bool {
     }
 }
 
+/// Refuses validation data of whose sequences no token counts.
+pub(super) fn check_validation(data: &Dataset, config: &ValidationConfig) -> Result<(), Error> {
+    if !data.has_masks() {
+        return Ok(());
+    }
+    let windows = (config.sequences as u64).min(data.num_windows());
+    for window in 0..windows {
+        let (_, labels) = data.windows(window..window + 1)?;
+        if count_labels(&labels) > 0 {
+            return Ok(());
+        }
+    }
+    Err(Error::Data(format!(
+        "no token of the {windows} validation sequences counts: the masks of data.validation \
+         leave none"
+    )))
+}
+
 impl Trainer {
     /// Returns the mean loss over the counted tokens of the validation sequences, or `None` without
     /// validation data.
@@ -56,28 +79,34 @@ impl Trainer {
         let Some(config) = &self.config.validation else {
             return Ok(None);
         };
-        let Some(data) = &self.validation else {
+        let Some(data) = &self.data.validation else {
             return Ok(None);
         };
         let windows = (config.sequences as u64).min(data.num_windows());
         let tokens = windows * self.config.data.sequence_length as u64;
         let size = self.config.train.micro_batch as u64;
-        let ranks = self.mesh.shape().data as u64;
-        let rank = self.mesh.coordinates().data as u64;
+        let ranks = self.rank.mesh.shape().data as u64;
+        let rank = self.rank.mesh.coordinates().data as u64;
         // Every rank runs the same number of forwards. Rows past the end do not enter the loss.
         let rounds = 0..windows.div_ceil(size * ranks);
-        let batch = |round: u64| ValidationBatch {
-            data,
-            device: self.device.as_ref(),
-            first: (round * ranks + rank) * size,
-            size,
-            windows,
+        let batch = |round: u64| {
+            let first = (round * ranks + rank) * size;
+            let range = ValidationRange {
+                first,
+                size,
+                windows,
+            };
+            HostMicrobatches::of_validation(data, range)
         };
-        let labels = rounds.clone().map(|round| batch(round).labels());
-        let counted_tokens = self.counted_tokens(data, tokens, labels)?;
+        // A rank may have too many sequences to keep them from here to the forward passes.
+        let count = || {
+            let counts = rounds.clone().map(|round| batch(round).counted_labels());
+            counts.sum()
+        };
+        let counted_tokens = self.counted_tokens(data, tokens, count)?;
         let mut losses = Vec::new();
-        for round in rounds {
-            if let Some(snapshots) = &self.snapshots {
+        for round in rounds.clone() {
+            if let Some(snapshots) = &self.durability.snapshots {
                 snapshots.progress.tick();
             }
             let totals = BatchTotals {
@@ -86,14 +115,15 @@ impl Trainer {
                 counted_tokens: counted_tokens as f64,
                 counts_le: None,
             };
-            let sums = self.run_schedule(&self.single_forward, None, &batch(round), totals)?;
+            let schedule = &self.passes.single_forward;
+            let sums = self.run_schedule(schedule, None, &batch(round), totals)?;
             losses.extend(sums.losses.cross_entropy);
         }
         let [losses] = fetch_scalars([&losses])?;
         let loss = losses.into_iter().fold(0.0, |sum, loss| sum + loss);
-        let summed = sum_over_ranks(&self.world, &[loss])?;
+        let summed = sum_over_ranks(&self.rank.world, &[loss])?;
         Ok(Some(ValidationMetrics {
-            step: self.step,
+            step: self.step(),
             validation_loss: summed[0],
             counted_tokens,
         }))
