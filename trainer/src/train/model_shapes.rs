@@ -85,7 +85,7 @@ pub(super) fn count_problem(model: &ModelConfig, shapes: &Shapes) -> Option<Stri
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::decoder::tensor_shapes;
+    use crate::model::{decoder::model_specs, spec::ParamSpec};
     use serde_json::json;
 
     #[test]
@@ -96,10 +96,9 @@ mod tests {
                 "norm": {"placement": placement},
             }))
             .unwrap();
-            let named = tensor_shapes(&model).into_iter();
-            let shapes: Shapes = named
-                .map(|(name, shape)| (format!("{WEIGHTS}{name}"), shape))
-                .collect();
+            // Without experts each description is of one tensor.
+            let named = |spec: ParamSpec| (format!("{WEIGHTS}{}", spec.name(0)), spec.shape());
+            let shapes: Shapes = model_specs(&model).map(named).collect();
             assert_eq!(shape_problems(&model, &shapes), Vec::<String>::new());
             assert_eq!(count_problem(&model, &shapes), None);
             let longer = ModelConfig {
