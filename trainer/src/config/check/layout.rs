@@ -1,7 +1,7 @@
 //! Checks of the parallel layout against the model, the batch and the nodes.
 
 use crate::{
-    config::{BatchSize, BatchStage, Config, RecomputedPart},
+    config::{BatchSize, BatchStage, Config},
     problems::{Problems, Quantity},
 };
 use parallel::{GroupKind, MemberRanges, Mesh, MeshShape, NodeSplit, context::ContextKind};
@@ -170,13 +170,6 @@ impl Config {
                 "parallel.recompute.layers names layer {layer}; the model has 0 to {}",
                 layers.saturating_sub(1)
             ));
-        }
-        let keeps_norms = self.parallel.recompute.keeps(RecomputedPart::Norm);
-        if !keeps_norms && !self.model.norm.placement.has_input_norms() {
-            problems.add(
-                "parallel.recompute.parts has norm, which recomputes the norms before attention \
-                 and feed-forward; with model.norm.placement post there are none: leave norm out",
-            );
         }
     }
 
