@@ -10,7 +10,7 @@ use super::{
     spec::{Dim, ParamSpec, Role, Split, Stack},
     work::Flops,
 };
-use crate::config::{ModelConfig, RecomputedPart};
+use crate::config::{ModelConfig, MoeConfig, RecomputedPart};
 
 /// Number of a model's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,12 +164,8 @@ pub(crate) fn layer_activations(
 
 /// Returns the elements of `specs` that one token uses.
 fn active_elements(config: &ModelConfig, specs: &[ParamSpec]) -> u128 {
-    let top_k = config.moe.as_ref().map_or(0, |moe| moe.top_k) as u128;
-    let active = |spec: &ParamSpec| match spec.stack {
-        Stack::Experts(_) => top_k * spec.elements_per_matrix(),
-        Stack::Single | Stack::GroupOfOne => spec.elements(),
-    };
-    specs.iter().map(active).sum()
+    let uses = config.moe.as_ref().map_or(0, MoeConfig::experts_per_token);
+    specs.iter().map(|spec| spec.active_elements(uses)).sum()
 }
 
 impl ModelConfig {

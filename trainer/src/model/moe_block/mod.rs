@@ -166,6 +166,11 @@ impl MoeConfig {
         self.bias_update_rate > 0.0 || self.router.bias == Some(RouterBias::Frozen)
     }
 
+    /// Returns the number of routed experts that compute each token.
+    pub(crate) fn experts_per_token(&self) -> u64 {
+        self.top_k as u64
+    }
+
     fn selection(&self) -> Selection {
         Selection {
             experts: self.experts,
