@@ -64,7 +64,7 @@ fn ropes() -> impl Strategy<Value = Value> {
     ])
 }
 
-/// Random norms.
+/// Random placements and weights of norms.
 fn norms() -> impl Strategy<Value = Value> {
     let placements = prop::sample::select(vec!["pre", "post", "sandwich"]);
     let norms = (placements, any::<bool>());
@@ -79,37 +79,102 @@ fn multipliers() -> impl Strategy<Value = Value> {
     prop::sample::select(vec![json!({}), factors])
 }
 
+/// Random kinds of attention, whose rotating width is 4.
+fn attentions() -> impl Strategy<Value = Value> {
+    prop::sample::select(vec![
+        json!({"grouped": {}}),
+        json!({"grouped": {"window": {"size": 5}, "output_gate": true}}),
+        json!({"grouped": {"window": {"size": 9, "layers": {"every": 2}}, "sinks": true}}),
+        json!({"grouped": {"bias": "all", "sinks": true}}),
+        json!({"grouped": {"bias": "qkv", "output_gate": true}}),
+        json!({"latent": {
+            "query_rank": 7, "kv_rank": 10, "nope_dim": 3, "rope_dim": 4, "value_dim": 5,
+        }}),
+        json!({"latent": {"kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 6}}),
+    ])
+}
+
+/// Random keys of experts.
+fn experts() -> impl Strategy<Value = Value> {
+    let clamped = json!({"clamped_glu": {"limit": 0.3}});
+    prop::sample::select(vec![
+        json!({}),
+        json!({"expert_bias": true}),
+        json!({"expert_bias": true, "activation": clamped, "shared_experts": 0}),
+        json!({"activation": clamped, "shared_experts": 0, "shared_ffn": 36}),
+        json!({"shared_experts": 0, "shared_ffn": 12, "shared_gate": true}),
+        json!({"shared_experts": 2, "shared_gate": true}),
+    ])
+}
+
+/// Random keys of routers, for 12 experts.
+fn routers() -> impl Strategy<Value = Value> {
+    let groups = |score: &str| json!({"groups": 4, "top_groups": 2, "group_score": score});
+    prop::sample::select(vec![
+        json!({}),
+        json!({"bias": "trained"}),
+        json!({"bias": "frozen"}),
+        groups("max"),
+        groups("top2_sum"),
+    ])
+}
+
+/// Changes keys of the section `model.moe`.
+fn change_moe(moe: &mut Value, experts: &Value, router: &Value) {
+    if router.get("bias").is_some() {
+        moe["bias_update_rate"] = json!(0.0);
+    }
+    for (key, value) in experts.as_object().unwrap() {
+        moe[key] = value.clone();
+    }
+    for (key, value) in router.as_object().unwrap() {
+        moe["router"][key] = value.clone();
+    }
+}
+
+/// Random keys of the section `model`.
+fn variants() -> impl Strategy<Value = Value> {
+    let qk_norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
+    let keys = (ropes(), norms(), qk_norms, multipliers(), attentions());
+    keys.prop_map(|(rope, norm, qk_norm, multipliers, attention)| {
+        json!({
+            "rope": rope, "norm": norm, "qk_norm": qk_norm, "multipliers": multipliers,
+            "attention": attention,
+        })
+    })
+}
+
 /// Random models and data: everything that determines the results of one rank.
 fn models() -> impl Strategy<Value = Value> {
     let statistics = prop::sample::select(vec!["sequence", "microbatch", "batch"]);
     let documents = prop::option::weighted(0.3, 0u32..3);
     // Whether the label after the end of a document counts, and whether all others do.
     let masks = (any::<bool>(), any::<bool>());
-    let norms = prop::sample::select(vec!["none", "full", "head", "head_after_rope"]);
     let scores = any::<bool>();
     let tied = any::<bool>();
     let micro_batches = prop::sample::select(vec![1, 2]);
+    let optimizers = prop::sample::select(vec![
+        json!({}),
+        json!({"state_dtype": "bf16"}),
+        json!({"groups": [{"muon": {}}]}),
+        json!({"groups": [{"roles": ["router"], "muon": {"adjust_lr": "original"}}, {"muon": {}}],
+               "state_dtype": "bf16"}),
+        json!({"groups": [{"muon": {"nesterov": false}}, {"sgd": {}}]}),
+        json!({"groups": [{"sgd": {"nesterov": true}}], "state_dtype": "bf16"}),
+    ]);
     (
         statistics,
         scores,
         tied,
-        norms,
         micro_batches,
-        0usize..2,
+        // The number of dense layers at the beginning, or a dense layer between MoE layers.
+        prop::option::of(0usize..2),
         (documents, masks),
-        (ropes(), norms(), multipliers()),
+        (optimizers, variants(), experts(), routers()),
     )
         .prop_map(
-            |(
-                over,
-                sigmoid_scores,
-                tied,
-                qk_norm,
-                micro_batch,
-                dense_layers,
-                data,
-                (rope, norm, multipliers),
-            )| {
+            |(over, sigmoid_scores, tied, micro_batch, dense_layers, data, rest)| {
+                let (optimizer, variants, experts, router) = rest;
                 let (documents, (eod_mask_loss, mask)) = data;
                 let mut moe = if sigmoid_scores {
                     sigmoid(over)
@@ -118,14 +183,27 @@ fn models() -> impl Strategy<Value = Value> {
                 };
                 moe["experts"] = json!(12);
                 moe["ffn"] = json!(24);
+                change_moe(&mut moe, &experts, &router);
+                if dense_layers.is_none() {
+                    moe["layers"] = json!([0, 2]);
+                }
                 let heads = if tied { (6, 3) } else { (12, 2) };
+                let mut model = json!({
+                    "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
+                    "kv_heads": heads.1, "head_dim": 4, "ffn": 48,
+                    "dense_layers": dense_layers.unwrap_or(0),
+                    "moe": moe, "init_std": 0.1, "tie_embeddings": tied,
+                });
+                let keys = model.as_object_mut().unwrap();
+                keys.extend(variants.as_object().unwrap().clone());
+                if variants["attention"].get("latent").is_some() {
+                    for key in ["kv_heads", "head_dim", "qk_norm"] {
+                        keys.remove(key);
+                    }
+                }
                 json!({
-                    "model": {
-                        "vocab_size": VOCAB + 3, "hidden": 24, "layers": 3, "heads": heads.0,
-                        "kv_heads": heads.1, "head_dim": 4, "ffn": 48, "dense_layers": dense_layers,
-                        "moe": moe, "init_std": 0.1, "qk_norm": qk_norm, "tie_embeddings": tied,
-                        "rope": rope, "norm": norm, "multipliers": multipliers,
-                    },
+                    "model": model,
+                    "optimizer": optimizer,
                     "micro_batch": micro_batch,
                     "eod_token": documents,
                     "eod_mask_loss": eod_mask_loss && documents.is_some(),
@@ -230,6 +308,9 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
             model["model"]["moe"]["placement"] = json!({"every": 1, "min_gain": 0.0});
         }
     }
+    // A large eps: AdamW's first steps would otherwise turn the sign of rounding noise into a step.
+    let mut optimizer = model["optimizer"].clone();
+    optimizer["eps"] = json!(1e-4);
     let mask = (model["mask"] == json!(true)).then(|| folder.join("mask"));
     let config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "seed": SEED},
@@ -247,7 +328,7 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
             "micro_batch": model["micro_batch"],
             "grad_clip": 0.5,
         },
-        "optimizer": {"eps": 1e-4},
+        "optimizer": optimizer,
         "schedule": {"constant": {"lr": 3e-3}},
         "checkpoint": {"every": 0},
     });

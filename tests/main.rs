@@ -27,6 +27,7 @@ mod loss_masks;
 mod machine_faults;
 mod machines;
 mod many_ranks;
+mod optimizers;
 mod outages;
 mod plans;
 mod ports;

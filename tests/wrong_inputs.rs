@@ -305,6 +305,31 @@ fn numbers_that_do_not_divide() {
         ),
         (
             2,
+            "model.moe={experts: 4, top_k: 2, ffn: 32, layers: [2]}",
+            vec!["model.moe.layers names layer 2; the model has 0 to 1"],
+        ),
+        (
+            2,
+            "model.moe={experts: 4, top_k: 2, ffn: 32, layers: none}",
+            vec!["model.moe.layers has none of", "leave model.moe out"],
+        ),
+        (
+            2,
+            "model={vocab_size: 512, hidden: 32, layers: 2, heads: 4, ffn: 64, moe_every: 2, \
+             moe: {experts: 4, top_k: 2, ffn: 32, layers: [1]}}",
+            vec![
+                "model.moe.layers names",
+                "moe_every 2",
+                "leave the latter out",
+            ],
+        ),
+        (
+            2,
+            "model.rope={fraction: 0.3}",
+            vec!["model.rope.fraction 0.3 of the head width 8 is 2.4"],
+        ),
+        (
+            2,
             "schedule={wsd: {lr: 1e-3, warmup_steps: 15, decay_steps: 10}}",
             vec!["15 + decay_steps 10 = 25 is more than"],
         ),

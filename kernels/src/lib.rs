@@ -30,12 +30,16 @@ mod adamw;
 mod adamw_update;
 mod add_rows;
 mod attention;
+mod clamped_glu;
 mod combine;
 mod cross_entropy;
 mod cuda;
 mod exponential;
+mod gain;
 #[cfg(target_arch = "x86_64")]
 mod gemm;
+mod glu;
+mod group_bias;
 mod grouped;
 mod matmul;
 mod matrix;
@@ -65,14 +69,18 @@ pub use attention::{
     block_attention, block_attention_backward, causal_part, repeat_heads, sinks_gradient,
     sum_repeated_heads,
 };
+pub use clamped_glu::ClampedGlu;
 pub use combine::{combine, combine_backward};
 pub use cross_entropy::cross_entropy;
 pub use cuda::{compile_gpu_kernels, load_gpu_kernels};
+pub use gain::Gain;
+pub use glu::Glu;
+pub use group_bias::{add_group_bias, sum_groups};
 pub use matmul::{
     gemm, gemm_accumulate, gemm_f32, gemm_into, gemm_overwrite, grouped_gemm,
     grouped_gemm_accumulate, grouped_gemm_overwrite,
 };
-pub use norm::{Gain, rms_norm, rms_norm_backward};
+pub use norm::{rms_norm, rms_norm_backward};
 pub use orthogonalize::{orthogonalization_flops, orthogonalize};
 pub use quantize::quantize_rows;
 pub use rotary::apply_rotary;
@@ -82,5 +90,4 @@ pub use row_groups::RowGroups;
 pub use softmax::{softmax, softmax_gradient};
 pub use squares::sum_of_squares;
 pub use stochastic::{GlobalRows, round_stochastically};
-pub use swiglu::{swiglu, swiglu_backward};
 pub use upload::upload;

@@ -2,6 +2,7 @@
 
 use crate::{
     cuda,
+    gain::Gain,
     number::Number,
     profile::{Cost, span},
     rows::{HostData, for_kind, for_rows, host_kind, parts},
@@ -12,30 +13,6 @@ use tch::{Kind, Tensor};
 
 /// Elements that are summed in parallel.
 const LANES: usize = 16;
-
-/// The factor of each column: a weight, in the dtype of the rows, plus a constant. The sum is fp32.
-#[derive(Clone, Copy)]
-pub struct Gain<'a> {
-    /// `[D]`.
-    pub weight: &'a Tensor,
-    /// 1 for weights that are stored minus one (Gemma), or else 0.
-    pub offset: f32,
-}
-
-impl<'a> From<&'a Tensor> for Gain<'a> {
-    fn from(weight: &'a Tensor) -> Gain<'a> {
-        Gain {
-            weight,
-            offset: 0.0,
-        }
-    }
-}
-
-impl Gain<'_> {
-    fn wide(self) -> Tensor {
-        self.weight.to_kind(Kind::Float) + f64::from(self.offset)
-    }
-}
 
 /// Returns the normalized `x` `[.., D]`, in its dtype, and the factor of each row, `[.., 1]` fp32.
 pub fn rms_norm<'a>(x: &Tensor, gain: impl Into<Gain<'a>>, eps: f64) -> (Tensor, Tensor) {

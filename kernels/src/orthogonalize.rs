@@ -4,7 +4,7 @@ use crate::{
     matmul::add_product,
     profile::{Cost, span},
     squares::squares_of,
-    tensors::sizes,
+    tensors::{empty_f32, sizes},
 };
 use tch::{Kind, Tensor};
 
@@ -52,17 +52,23 @@ fn iterate(matrix: &Tensor) -> Tensor {
     let wide = matrix.to_kind(Kind::Float);
     let norm = squares_of(&wide).sqrt().clamp_min(EPS);
     let mut x = (wide / norm.to_kind(Kind::Float)).to_kind(kind);
-    let [height, _] = sizes(&x);
     for _ in 0..ITERATIONS {
-        let gram = Tensor::empty([height as i64, height as i64], (kind, x.device()));
-        add_product(&gram, &x, &x.tr(), false);
-        let polynomial = &gram * b;
-        add_product(&polynomial, &(&gram * c), &gram, true);
-        let next = &x * a;
-        add_product(&next, &polynomial, &x, true);
-        x = next;
+        let gram = product(&x, &x.tr()).to_kind(kind);
+        let square = product(&gram, &gram);
+        let polynomial = (gram.to_kind(Kind::Float) * b + square * c).to_kind(kind);
+        let change = product(&polynomial, &x);
+        x = (x.to_kind(Kind::Float) * a + change).to_kind(kind);
     }
     x
+}
+
+/// Returns a matrix product in fp32.
+fn product(left: &Tensor, right: &Tensor) -> Tensor {
+    let [rows, _] = sizes(left);
+    let [_, columns] = sizes(right);
+    let out = empty_f32(left, [rows, columns]);
+    add_product(&out, left, right, false);
+    out
 }
 
 #[cfg(test)]

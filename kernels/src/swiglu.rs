@@ -12,7 +12,7 @@ use multiversion::multiversion;
 use tch::Tensor;
 
 /// Returns SwiGLU `[R, F]` of `hidden` `[R, 2F]`, whose rows are the gate followed by up.
-pub fn swiglu(hidden: &Tensor) -> Tensor {
+pub(crate) fn swiglu(hidden: &Tensor) -> Tensor {
     let cost = || Cost::passes(1.5, hidden);
     span("swiglu", "forward", cost, || {
         if let Some(gpu) = cuda::gpu(&[hidden]) {
@@ -32,7 +32,7 @@ pub fn swiglu(hidden: &Tensor) -> Tensor {
 /// Returns the gradient of `hidden` `[R, 2F]`, given that of the result `[R, F]`, and the result.
 ///
 /// The gradient of the next weight needs the result, so that it need not be saved.
-pub fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
+pub(crate) fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
     let cost = || Cost::passes(3.0, hidden);
     span("swiglu", "backward", cost, || {
         if let Some(gpu) = cuda::gpu(&[grad, hidden]) {

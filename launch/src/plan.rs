@@ -295,8 +295,8 @@ fn print_remarks(config: &Config, ranks: usize, memory: &[EqualRanks]) -> Result
     let host = host.unwrap_or(0);
     if host > 0 {
         println!(
-            "With optimizer.offload, moments and fp32 weights are in host memory: at most {:.1} \
-             MiB per rank.",
+            "With optimizer.offload, optimizer state and fp32 weights are in host memory: at most \
+             {:.1} MiB per rank.",
             mib(host)
         );
     }
@@ -306,7 +306,7 @@ fn print_remarks(config: &Config, ranks: usize, memory: &[EqualRanks]) -> Result
             .map_err(|error| anyhow!(error))?;
         println!(
             "Each node's keeper also holds three snapshots of its ranks' part of the state (fp32 \
-             weights and moments, without what replicas repeat), and the parity of two: \
+             weights and optimizer state, without what replicas repeat), and the parity of two: \
              {redundancy}."
         );
     }

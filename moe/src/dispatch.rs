@@ -16,6 +16,7 @@ pub use crate::hierarchy::Hierarchy;
 
 use crate::{
     exchange::{AllToAll, DispatchRoute, PendingRows, TokenExchange},
+    experts::GluNetworks,
     hierarchy,
     lending::{
         assignment::Assignment,
@@ -29,7 +30,7 @@ use crate::{
     },
 };
 use kernels::{RowGroups, upload};
-use parallel::{Activation, Communicator, Weight, Work};
+use parallel::{Activation, Communicator, Work};
 use parking_lot::Mutex;
 use std::{sync::Arc, time::Instant};
 use tch::{Device, Kind, Tensor};
@@ -136,15 +137,9 @@ impl DispatchPlan {
     }
 
     /// Starts to send lent weights to helpers. Returns None if no rank lends an expert.
-    pub(crate) fn fetch(
-        &self,
-        gate_up_proj: &Weight,
-        down_proj: &Weight,
-    ) -> Result<Option<PendingWeights>, Error> {
-        self.lending
-            .as_ref()
-            .map(|lending| lending.fetch(&gate_up_proj.value(), &down_proj.value()))
-            .transpose()
+    pub(crate) fn fetch(&self, experts: &GluNetworks) -> Result<Option<PendingWeights>, Error> {
+        let fetch = |lending: &Arc<Lending>| lending.fetch(&experts.values());
+        self.lending.as_ref().map(fetch).transpose()
     }
 }
 

@@ -1,7 +1,6 @@
-//! SwiGLU experts: a feed-forward network for each group of rows (grouped GEMM), with its gradient.
+//! Experts: a gated feed-forward network for each group of rows (grouped GEMM), with its gradient.
 //!
-//! An expert is `down(silu(gate(x)) * up(x))`, with gate and up in one matrix (GLU Variants, arXiv
-//! 2002.05202). For backward, only the input and optionally the gate-up product are kept.
+//! For backward, only the input and optionally the gate-up product are kept.
 // Shapes: R rows, D hidden, F ffn, E computed experts (local, then lent).
 
 pub use crate::fp8::{Fp8Weights, has_fp8_kernel};
@@ -9,13 +8,13 @@ pub use crate::fp8::{Fp8Weights, has_fp8_kernel};
 use crate::{
     fp8::{self, ExpertMatrix, Fp8Matrices},
     lending::{
-        transfer::{expert_numel, split_matrices},
+        transfer::{expert_numel, split_stacks},
         weights::LentWeights,
     },
 };
-use kernels::{RowGroups, grouped_gemm, grouped_gemm_accumulate, swiglu, swiglu_backward};
+use kernels::{Glu, RowGroups, add_group_bias, grouped_gemm, grouped_gemm_accumulate, sum_groups};
 use parallel::{Activation, GradientSum, Weight, add_gradients};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 use torch_ext::{Error, attach_backward};
 
 /// Arithmetic of the experts' GEMMs.
@@ -54,10 +53,10 @@ impl GemmPrecision {
     ) -> Result<Tensor, Error> {
         // The weights are `[E, out, in]` in forward, and `[E, in, out]` in backward.
         let (stacks, in_backward) = match which {
-            ExpertMatrix::GateUp => (&matrices.gate_up_proj, false),
-            ExpertMatrix::Down => (&matrices.down_proj, false),
-            ExpertMatrix::GateUpTransposed => (&matrices.gate_up_proj, true),
-            ExpertMatrix::DownTransposed => (&matrices.down_proj, true),
+            ExpertMatrix::GateUp => (&matrices.0[GATE_UP], false),
+            ExpertMatrix::Down => (&matrices.0[DOWN], false),
+            ExpertMatrix::GateUpTransposed => (&matrices.0[GATE_UP], true),
+            ExpertMatrix::DownTransposed => (&matrices.0[DOWN], true),
         };
         // GEMMs of the model's dtype take matrices `[in, out]`, those in 8 bits `[out, in]`.
         let transpose = in_backward == matches!(self, GemmPrecision::Fp8(_));
@@ -84,255 +83,345 @@ impl GemmPrecision {
     }
 }
 
-/// Computes SwiGLU networks: rows `x_rd` `[R, D]` in expert order, `counts[e]` of them for expert
-/// `e`, to `[R, D]`. One expert is a dense feed-forward network.
+/// Gated feed-forward networks: those of this rank's experts, or one of a dense layer.
 ///
-/// `gate_up_proj` is `[E, 2F, D]`, first the rows of gate, then those of up. `down_proj` is
-/// `[E, D, F]`. If `keep` is true, the gate-up product is kept for backward.
+/// A network is `down(activation(gate(x), up(x)))`, with gate and up in one matrix (GLU Variants,
+/// arXiv 2002.05202).
+#[derive(Clone)]
+pub struct GluNetworks {
+    /// `[L, 2F, D]`: of each network the rows of gate, then those of up.
+    pub gate_up_proj: Weight,
+    /// `[L, D, F]`.
+    pub down_proj: Weight,
+    pub biases: Option<GluBiases>,
+    pub activation: Glu,
+}
+
+/// Biases of gated feed-forward networks.
+#[derive(Clone)]
+pub struct GluBiases {
+    /// `[L, 2F, 1]`, in the order of the rows of gate-up.
+    pub gate_up: Weight,
+    /// `[L, d, 1]`, added to the columns of the result from `first_column` on. Ranks that split the
+    /// networks add up their results, so each adds a part of the bias.
+    pub down: Weight,
+    pub first_column: i64,
+}
+
+impl GluNetworks {
+    /// Returns SwiGLU networks with these matrices and without biases.
+    pub fn swiglu(gate_up_proj: Weight, down_proj: Weight) -> GluNetworks {
+        GluNetworks {
+            gate_up_proj,
+            down_proj,
+            biases: None,
+            activation: Glu::Swiglu,
+        }
+    }
+
+    /// Returns all weights, each a stack with one tensor per network: gate-up, down, and the biases
+    /// of both.
+    pub fn weights(&self) -> Vec<&Weight> {
+        let mut weights = vec![&self.gate_up_proj, &self.down_proj];
+        if let Some(biases) = &self.biases {
+            weights.extend([&biases.gate_up, &biases.down]);
+        }
+        weights
+    }
+
+    /// Returns the columns of the results `[R, D]` that the bias of down is added to.
+    fn biased_columns(&self, results: &Tensor) -> Option<Tensor> {
+        let GluBiases {
+            down, first_column, ..
+        } = self.biases.as_ref()?;
+        Some(results.narrow(1, *first_column, down.shape()[1]))
+    }
+
+    /// Returns the values of [`GluNetworks::weights`].
+    pub(crate) fn values(&self) -> Vec<Tensor> {
+        let weights = self.weights().into_iter();
+        weights.map(Weight::value).collect()
+    }
+
+    /// Returns the number of networks.
+    fn count(&self) -> i64 {
+        self.gate_up_proj.shape()[0]
+    }
+
+    /// Returns the bytes of one network.
+    pub(crate) fn bytes(&self) -> i64 {
+        let weights = self.weights().into_iter();
+        let elements: i64 = weights.map(|weight| expert_numel(weight.shape())).sum();
+        elements * self.gate_up_proj.kind().elt_size_in_bytes() as i64
+    }
+}
+
+/// Computes networks: rows `x_rd` `[R, D]` in the order of the networks, `counts[e]` of them for
+/// network `e`, to `[R, D]`. If `keep` is true, the gate-up product is kept for backward.
 ///
 /// # Errors
 /// If the counts do not add up to R.
-pub fn grouped_swiglu(
+pub fn grouped_glu(
     x_rd: &Activation,
-    gate_up_proj: &Weight,
-    down_proj: &Weight,
+    networks: &GluNetworks,
     counts: &[i64],
     keep: bool,
 ) -> Result<Tensor, Error> {
-    let weights = ExpertWeights {
-        gate_up_proj,
-        down_proj,
-        lent: None,
-    };
-    grouped_swiglu_with_lent(x_rd, weights, &counts.into(), &GemmPrecision::Model, keep)
+    let model = &GemmPrecision::Model;
+    grouped_glu_with_lent(x_rd, networks, None, &counts.into(), model, keep)
 }
 
-/// Weights of the experts that a rank computes: its own, then lent ones.
-pub(crate) struct ExpertWeights<'a> {
-    /// `[L, 2F, D]`.
-    pub(crate) gate_up_proj: &'a Weight,
-    /// `[L, D, F]`.
-    pub(crate) down_proj: &'a Weight,
-    pub(crate) lent: Option<LentWeights>,
-}
-
-/// Computes [`grouped_swiglu`]. Rows of lent experts follow those of this rank's experts.
+/// Computes [`grouped_glu`]. Rows of the `lent` networks follow those of this rank's.
 ///
 /// # Collective
 /// If experts are lent, backward is one or two exchanges of all ranks of the expert group.
-pub(crate) fn grouped_swiglu_with_lent(
+pub(crate) fn grouped_glu_with_lent(
     x_rd: &Activation,
-    weights: ExpertWeights,
+    networks: &GluNetworks,
+    lent: Option<LentWeights>,
     groups: &RowGroups,
     gemm: &GemmPrecision,
     keep: bool,
 ) -> Result<Tensor, Error> {
-    let ExpertWeights {
-        gate_up_proj,
-        down_proj,
-        lent,
-    } = weights;
     let rows = x_rd.value.size()[0];
-    let num_local = gate_up_proj.shape()[0];
-    let experts = num_local + lent.as_ref().map_or(0, LentWeights::count);
+    let experts = networks.count() + lent.as_ref().map_or(0, LentWeights::count);
     if groups.num_rows() != rows || groups.num_groups() as i64 != experts {
         return Err(Error::new(format!(
             "experts: {groups:?} does not fit {rows} rows and {experts} experts"
         )));
     }
-    let lent_weights = fetch_lent(lent.as_ref(), gate_up_proj, down_proj)?;
-    let (out, hidden) = tch::no_grad(|| {
-        let matrices = ExpertMatrices::new(gate_up_proj, down_proj, lent_weights);
-        let hidden = gemm.grouped(&x_rd.value, &matrices, ExpertMatrix::GateUp, groups)?;
-        let out = gemm.grouped(&swiglu(&hidden), &matrices, ExpertMatrix::Down, groups)?;
-        Ok::<_, Error>((out, hidden))
-    })?;
-    let gate_up_tracker = gate_up_proj.tracker();
-    let down_tracker = down_proj.tracker();
-    let backward = SwigluBackward {
-        gate_up_proj: gate_up_proj.clone(),
-        down_proj: down_proj.clone(),
+    let mut computation = Computation {
+        networks: networks.clone(),
         lent,
         groups: groups.clone(),
         gemm: gemm.clone(),
-        hidden: keep.then_some(hidden),
-        out_shape: out.size(),
-        out_options: (out.kind(), out.device()),
+        hidden: None,
     };
+    let matrices = computation.matrices()?;
+    let (out, hidden) = tch::no_grad(|| {
+        let hidden = computation.hidden(&x_rd.value, &matrices)?;
+        let activation = networks.activation.forward(&hidden);
+        let out = computation.multiply(&activation, &matrices, ExpertMatrix::Down)?;
+        if let Some(columns) = networks.biased_columns(&out) {
+            add_group_bias(&columns, &matrices.bias(DOWN_BIAS), groups)?;
+        }
+        Ok::<_, Error>((out, hidden))
+    })?;
+    computation.hidden = keep.then_some(hidden);
+    let out_shape = out.size();
+    let out_options = (out.kind(), out.device());
+    let weights = networks.weights().into_iter();
+    let trackers: Vec<Tensor> = weights.map(Weight::tracker).collect();
+    let inputs: Vec<&Tensor> = std::iter::once(&x_rd.value).chain(&trackers).collect();
+    let of_trackers = trackers.len();
     let saved = x_rd.saved();
-    let mut out = attach_backward(
-        &[&x_rd.value, &gate_up_tracker, &down_tracker],
-        vec![out],
-        move |grads| {
-            let Some(grad_out) = backward.grad_out(grads[0].as_ref()) else {
-                return Ok(vec![None, None, None]);
-            };
-            let matrices = backward.matrices()?;
-            let grad_x = backward.run(grad_out, saved.get()?, &matrices)?;
-            Ok(vec![Some(grad_x), None, None])
-        },
-    )?;
+    let mut out = attach_backward(&inputs, vec![out], move |grads| {
+        let mut grad_inputs: Vec<_> = (0..=of_trackers).map(|_| None).collect();
+        let grad_out = match grads[0].as_ref() {
+            Some(grad) => grad.contiguous(),
+            // Other ranks may wait for lent weights or their gradients.
+            None if computation.lent.is_some() => Tensor::zeros(out_shape.as_slice(), out_options),
+            None => return Ok(grad_inputs),
+        };
+        let matrices = computation.matrices()?;
+        grad_inputs[0] = Some(computation.backward(grad_out, saved.get()?, &matrices)?);
+        Ok(grad_inputs)
+    })?;
     Ok(out.remove(0))
 }
 
-fn fetch_lent(
-    lent: Option<&LentWeights>,
-    gate_up_proj: &Weight,
-    down_proj: &Weight,
-) -> Result<Option<Tensor>, Error> {
-    lent.map(|lent| lent.weights(gate_up_proj, down_proj))
-        .transpose()
-}
-
-/// State that backward needs, without the input.
-struct SwigluBackward {
-    gate_up_proj: Weight,
-    down_proj: Weight,
+/// A computation of rows by networks, from forward to backward, without its input.
+struct Computation {
+    networks: GluNetworks,
     lent: Option<LentWeights>,
     groups: RowGroups,
     gemm: GemmPrecision,
-    /// The gate-up product, if it is kept.
+    /// The gate-up product, if it is kept for backward.
     hidden: Option<Tensor>,
-    out_shape: Vec<i64>,
-    out_options: (Kind, Device),
 }
 
-impl SwigluBackward {
-    fn grad_out(&self, grad: Option<&Tensor>) -> Option<Tensor> {
-        match grad {
-            Some(grad) => Some(grad.contiguous()),
-            // Other ranks may wait for lent weights or their gradients.
-            None if self.lent.is_some() => {
-                Some(Tensor::zeros(self.out_shape.as_slice(), self.out_options))
+impl Computation {
+    fn matrices(&self) -> Result<ExpertMatrices, Error> {
+        let mut stacks: Vec<Vec<Tensor>> = Vec::new();
+        let own = self.networks.weights();
+        stacks.extend(own.iter().map(|weight| vec![weight.value()]));
+        if let Some(lent) = &self.lent {
+            let shapes: Vec<Vec<i64>> = own.iter().map(|weight| weight.shape().to_vec()).collect();
+            let lent = split_stacks(&lent.weights(&own)?, &shapes);
+            for (stacks, lent) in stacks.iter_mut().zip(lent) {
+                stacks.push(lent);
             }
-            None => None,
         }
+        Ok(ExpertMatrices(stacks))
     }
 
-    fn matrices(&self) -> Result<ExpertMatrices, Error> {
-        let lent = fetch_lent(self.lent.as_ref(), &self.gate_up_proj, &self.down_proj)?;
-        Ok(ExpertMatrices::new(
-            &self.gate_up_proj,
-            &self.down_proj,
-            lent,
-        ))
+    fn multiply(
+        &self,
+        rows: &Tensor,
+        matrices: &ExpertMatrices,
+        which: ExpertMatrix,
+    ) -> Result<Tensor, Error> {
+        self.gemm.grouped(rows, matrices, which, &self.groups)
+    }
+
+    /// Returns the gate-up product `[R, 2F]` of the input `x`, with its bias.
+    fn hidden(&self, x: &Tensor, matrices: &ExpertMatrices) -> Result<Tensor, Error> {
+        let hidden = self.multiply(x, matrices, ExpertMatrix::GateUp)?;
+        if self.networks.biases.is_some() {
+            add_group_bias(&hidden, &matrices.bias(GATE_UP_BIAS), &self.groups)?;
+        }
+        Ok(hidden)
     }
 
     /// Returns the gradient of the input `x`, and adds those of the weights to their sums.
-    fn run(&self, grad_out: Tensor, x: Tensor, matrices: &ExpertMatrices) -> Result<Tensor, Error> {
-        let groups = &self.groups;
-        let multiply = |rows: &Tensor, which| self.gemm.grouped(rows, matrices, which, groups);
+    fn backward(
+        &self,
+        grad_out: Tensor,
+        x: Tensor,
+        matrices: &ExpertMatrices,
+    ) -> Result<Tensor, Error> {
         let hidden = match &self.hidden {
             Some(hidden) => hidden.shallow_clone(),
-            None => multiply(&x, ExpertMatrix::GateUp)?,
+            None => self.hidden(&x, matrices)?,
         };
-        let grad_activation = multiply(&grad_out, ExpertMatrix::DownTransposed)?;
-        let (grad_hidden, activation) = swiglu_backward(&grad_activation, &hidden);
-        let grad_x = multiply(&grad_hidden, ExpertMatrix::GateUpTransposed)?;
-        let operands = WeightGradientOperands {
+        let grad_activation = self.multiply(&grad_out, matrices, ExpertMatrix::DownTransposed)?;
+        let glu = self.networks.activation;
+        let (grad_hidden, activation) = glu.backward(&grad_activation, &hidden);
+        let grad_x = self.multiply(&grad_hidden, matrices, ExpertMatrix::GateUpTransposed)?;
+        let operands = GradientOperands {
             x,
             grad_hidden,
             activation,
+            grad_columns: self.networks.biased_columns(&grad_out),
             grad_out,
-            groups: groups.clone(),
-            lent: self.lent.clone(),
         };
-        add_gradients(&[&self.down_proj, &self.gate_up_proj], move |sums| {
-            operands.add_to(sums[1], sums[0])
+        let groups = self.groups.clone();
+        let lent = self.lent.clone();
+        // The last weight of forward is the first of backward.
+        let last_first: Vec<&Weight> = self.networks.weights().into_iter().rev().collect();
+        add_gradients(&last_first, move |sums| {
+            let sums: Vec<&GradientSum> = sums.iter().copied().rev().collect();
+            add_to_sums(&sums, &operands, &groups, lent.as_ref())
         })?;
         Ok(grad_x)
     }
 }
 
-/// Operands of the GEMMs that add up the gradients of the weights.
-struct WeightGradientOperands {
+/// Rows from which the gradients of the weights are computed.
+struct GradientOperands {
     x: Tensor,
     grad_hidden: Tensor,
     activation: Tensor,
     grad_out: Tensor,
-    groups: RowGroups,
-    lent: Option<LentWeights>,
+    /// The columns of `grad_out` with a bias, if there are biases.
+    grad_columns: Option<Tensor>,
 }
 
-impl WeightGradientOperands {
-    fn add_to(&self, grad_gate_up: &GradientSum, grad_down: &GradientSum) -> Result<(), Error> {
-        let gate_up_shape = grad_gate_up.size();
-        let down_shape = grad_down.size();
-        let [own_groups, lent_groups] = self.groups.split_at(down_shape[0] as usize);
-        // Gradients from helpers are in flight while this rank adds up its own.
-        let pending = match &self.lent {
-            None => None,
-            Some(lent) => {
-                let elements = expert_numel(&gate_up_shape) + expert_numel(&down_shape);
-                lent.add_gradients(elements, &self.x, |all| {
-                    let sums = split_matrices(all, &gate_up_shape, &down_shape);
-                    self.add_lent(&sums, own_groups.num_rows(), &lent_groups);
-                })?
-            }
-        };
-        grad_down.grouped_gemm_accumulate(&self.grad_out, &self.activation, &own_groups);
-        grad_gate_up.grouped_gemm_accumulate(&self.grad_hidden, &self.x, &own_groups);
-        match pending {
-            Some(pending) => pending.wait_and_add_to(grad_gate_up.tensor(), grad_down.tensor()),
-            None => Ok(()),
+/// Adds the gradients of all weights to `sums`, in their order. Lent networks return theirs home.
+fn add_to_sums(
+    sums: &[&GradientSum],
+    operands: &GradientOperands,
+    groups: &RowGroups,
+    lent: Option<&LentWeights>,
+) -> Result<(), Error> {
+    let shapes: Vec<Vec<i64>> = sums.iter().map(|sum| sum.size()).collect();
+    let [own_groups, lent_groups] = groups.split_at(shapes[0][0] as usize);
+    // Gradients from helpers are in flight while this rank adds up its own.
+    let pending = match lent {
+        None => None,
+        Some(lent) => {
+            let elements = shapes.iter().map(|shape| expert_numel(shape)).sum();
+            lent.add_gradients(elements, &operands.x, |all| {
+                let lent_rows = operands.after(own_groups.num_rows());
+                lent_rows.accumulate(&split_stacks(all, &shapes), &lent_groups)
+            })?
+        }
+    };
+    operands.add_own(sums, &own_groups)?;
+    match pending {
+        Some(pending) => {
+            let sums: Vec<&Tensor> = sums.iter().map(|sum| sum.tensor()).collect();
+            pending.wait_and_add_to(&sums)
+        }
+        None => Ok(()),
+    }
+}
+
+impl GradientOperands {
+    /// Returns the operands of the rows after the first `own_rows`.
+    fn after(&self, own_rows: i64) -> GradientOperands {
+        let rest = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
+        GradientOperands {
+            x: rest(&self.x),
+            grad_hidden: rest(&self.grad_hidden),
+            activation: rest(&self.activation),
+            grad_out: rest(&self.grad_out),
+            grad_columns: self.grad_columns.as_ref().map(rest),
         }
     }
 
-    /// Adds the gradients of lent experts, whose rows follow the first `own_rows`.
-    fn add_lent(&self, sums: &[Tensor; 2], own_rows: i64, lent_groups: &RowGroups) {
-        let [grad_gate_up, grad_down] = sums;
-        let lent_rows = |rows: &Tensor| rows.narrow(0, own_rows, rows.size()[0] - own_rows);
-        grouped_gemm_accumulate(
-            grad_down,
-            &lent_rows(&self.grad_out),
-            &lent_rows(&self.activation),
-            lent_groups,
-        );
-        grouped_gemm_accumulate(
-            grad_gate_up,
-            &lent_rows(&self.grad_hidden),
-            &lent_rows(&self.x),
-            lent_groups,
-        );
+    /// Adds the gradients of this rank's networks, in `groups`, to the weights' sums.
+    fn add_own(&self, sums: &[&GradientSum], groups: &RowGroups) -> Result<(), Error> {
+        sums[DOWN].grouped_gemm_accumulate(&self.grad_out, &self.activation, groups);
+        sums[GATE_UP].grouped_gemm_accumulate(&self.grad_hidden, &self.x, groups);
+        self.add_to_biases(groups, |index| sums[index].tensor().shallow_clone())
+    }
+
+    /// Adds the gradients of lent networks, in `groups`, to sums in fp32.
+    fn accumulate(&self, sums: &[Tensor], groups: &RowGroups) -> Result<(), Error> {
+        grouped_gemm_accumulate(&sums[DOWN], &self.grad_out, &self.activation, groups);
+        grouped_gemm_accumulate(&sums[GATE_UP], &self.grad_hidden, &self.x, groups);
+        self.add_to_biases(groups, |index| sums[index].shallow_clone())
+    }
+
+    /// Adds the gradients of the biases, if there are any, to the tensors that `sum` returns.
+    fn add_to_biases(
+        &self,
+        groups: &RowGroups,
+        sum: impl Fn(usize) -> Tensor,
+    ) -> Result<(), Error> {
+        let Some(grad_columns) = &self.grad_columns else {
+            return Ok(());
+        };
+        let of_groups = |rows: &Tensor| rows.narrow(0, 0, groups.num_rows());
+        let sum = |index: usize| sum(index).squeeze_dim(-1);
+        sum_groups(&sum(GATE_UP_BIAS), &of_groups(&self.grad_hidden), groups)?;
+        sum_groups(&sum(DOWN_BIAS), &of_groups(grad_columns), groups)
     }
 }
 
-/// Matrices of the experts that a rank computes: its own, then lent ones.
-struct ExpertMatrices {
-    /// Stacks `[E, 2F, D]`.
-    gate_up_proj: Vec<Tensor>,
-    /// Stacks `[E, D, F]`.
-    down_proj: Vec<Tensor>,
-}
+/// The index of each weight in the order of [`GluNetworks::weights`].
+const GATE_UP: usize = 0;
+const DOWN: usize = 1;
+const GATE_UP_BIAS: usize = 2;
+const DOWN_BIAS: usize = 3;
+
+/// Weights of the networks that a rank computes: stacks of its own, then lent ones, of each of
+/// [`GluNetworks::weights`].
+struct ExpertMatrices(Vec<Vec<Tensor>>);
 
 impl ExpertMatrices {
-    fn new(gate_up_proj: &Weight, down_proj: &Weight, lent: Option<Tensor>) -> ExpertMatrices {
-        let mut matrices = ExpertMatrices {
-            gate_up_proj: vec![gate_up_proj.value()],
-            down_proj: vec![down_proj.value()],
-        };
-        if let Some(lent) = lent {
-            let [gate_up_proj, down_proj] = split_matrices(
-                &lent,
-                &matrices.gate_up_proj[0].size(),
-                &matrices.down_proj[0].size(),
-            );
-            matrices.gate_up_proj.push(gate_up_proj);
-            matrices.down_proj.push(down_proj);
+    /// Returns the bias of each network, `[E, N]`.
+    fn bias(&self, index: usize) -> Tensor {
+        match self.0[index].as_slice() {
+            [own] => own.squeeze_dim(-1),
+            stacks => Tensor::cat(stacks, 0).squeeze_dim(-1),
         }
-        matrices
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kernels::ClampedGlu;
     use parallel::{Accelerator, Cpu, GradientBuckets, Replication};
+    use tch::Kind;
 
-    fn gradient_buckets(weights: [&Weight; 2]) -> GradientBuckets {
+    fn gradient_buckets(networks: &GluNetworks) -> GradientBuckets {
         let alone = [Replication::alone()];
+        let weights = networks.weights().into_iter();
         let gradients = GradientBuckets::new(
-            &weights.map(|w| (w.clone(), 0)),
+            &weights.map(|w| (w.clone(), 0)).collect::<Vec<_>>(),
             &alone,
             1 << 20,
             true,
@@ -357,17 +446,11 @@ mod tests {
         let mut x = random(&[5, hidden]).set_requires_grad(true);
         let probe = random(&[5, hidden]);
         let [gate_up_proj, down_proj] = values.each_ref().map(|value| Weight::new(value.copy()));
-        let gradients = gradient_buckets([&gate_up_proj, &down_proj]);
+        let networks = GluNetworks::swiglu(gate_up_proj, down_proj);
+        let gradients = gradient_buckets(&networks);
         let mut run = |keep| {
             gradients.begin(1);
-            let ours = grouped_swiglu(
-                &Activation::kept(&x),
-                &gate_up_proj,
-                &down_proj,
-                &counts,
-                keep,
-            )
-            .unwrap();
+            let ours = grouped_glu(&Activation::kept(&x), &networks, &counts, keep).unwrap();
             (&ours * &probe).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             x.zero_grad();
@@ -417,25 +500,82 @@ mod tests {
     }
 
     #[test]
+    fn biases_and_a_clamped_activation_have_the_gradients_of_autograd() {
+        let glu = ClampedGlu {
+            alpha: 1.5,
+            limit: 0.4,
+        };
+        let hidden = 6i64;
+        let ffn = 5i64;
+        let counts = [3i64, 0, 2];
+        let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
+        let shapes = [
+            [3, 2 * ffn, hidden],
+            [3, hidden, ffn],
+            [3, 2 * ffn, 1],
+            [3, 4, 1],
+        ];
+        let values = shapes.each_ref().map(|shape| random(shape));
+        let [gate_up_proj, down_proj, gate_up, down] =
+            values.each_ref().map(|value| Weight::new(value.copy()));
+        let networks = GluNetworks {
+            biases: Some(GluBiases {
+                gate_up,
+                down,
+                first_column: 1,
+            }),
+            activation: Glu::Clamped(glu),
+            ..GluNetworks::swiglu(gate_up_proj, down_proj)
+        };
+        let gradients = gradient_buckets(&networks);
+        let mut x = random(&[5, hidden]).set_requires_grad(true);
+        let probe = random(&[5, hidden]);
+        let ours = grouped_glu(&Activation::kept(&x), &networks, &counts, false).unwrap();
+        (&ours * &probe).sum(Kind::Float).backward();
+        let grad_x = x.grad().copy();
+        x.zero_grad();
+        let values = values.map(|value| value.set_requires_grad(true));
+        let mut outs = Vec::new();
+        for (expert, start, len) in [(0, 0, 3), (2, 3, 2)] {
+            let [gate_up_proj, down_proj, gate_up, down] =
+                values.each_ref().map(|value| value.select(0, expert));
+            let rows = x.narrow(0, start, len);
+            let halves = (rows.matmul(&gate_up_proj.tr()) + gate_up.tr()).chunk(2, -1);
+            let gate = halves[0].clamp_max(0.4);
+            let up = halves[1].clamp(-0.4, 0.4);
+            let activation = (&gate * 1.5).sigmoid() * gate * (up + 1.0);
+            let bias = down.tr().constant_pad_nd([1, 1]);
+            outs.push(activation.matmul(&down_proj.tr()) + bias);
+        }
+        let plain = Tensor::cat(&outs, 0);
+        (&plain * &probe).sum(Kind::Float).backward();
+        assert!(ours.allclose(&plain, 1e-5, 1e-6, false));
+        assert!(grad_x.allclose(&x.grad(), 1e-5, 1e-6, false));
+        for (index, value) in values.iter().enumerate() {
+            let grad = gradients.gradient(index).view_as(value);
+            assert!(grad.allclose(&value.grad(), 1e-5, 1e-6, false), "{index}");
+        }
+    }
+
+    #[test]
     fn fp8_gives_nearly_the_same_gradients() {
         let hidden = 32i64;
         let ffn = 16i64;
         let counts = [30i64, 0, 18];
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let weights = [random(&[3, 2 * ffn, hidden]), random(&[3, hidden, ffn])].map(Weight::new);
-        let gradients = gradient_buckets([&weights[0], &weights[1]]);
+        let networks = GluNetworks::swiglu(
+            Weight::new(random(&[3, 2 * ffn, hidden])),
+            Weight::new(random(&[3, hidden, ffn])),
+        );
+        let gradients = gradient_buckets(&networks);
         let mut x = random(&[48, hidden]).set_requires_grad(true);
         let probe = random(&[48, hidden]);
         let mut run = |gemm| {
             gradients.begin(1);
             let activation = Activation::kept(&x);
-            let weights = ExpertWeights {
-                gate_up_proj: &weights[0],
-                down_proj: &weights[1],
-                lent: None,
-            };
             let groups = RowGroups::from(&counts[..]);
-            let out = grouped_swiglu_with_lent(&activation, weights, &groups, &gemm, true).unwrap();
+            let out =
+                grouped_glu_with_lent(&activation, &networks, None, &groups, &gemm, true).unwrap();
             (&out * &probe).sum(Kind::Float).backward();
             let grad_x = x.grad().copy();
             x.zero_grad();
@@ -461,14 +601,13 @@ mod tests {
     #[test]
     fn backward_works_without_rows() {
         let weight = |shape: &[i64]| Weight::new(Cpu.zeros(shape, Kind::Float).fill_(1.0));
-        let gate_up_proj = weight(&[2, 4, 3]);
-        let down_proj = weight(&[2, 3, 2]);
-        let gradients = gradient_buckets([&gate_up_proj, &down_proj]);
+        let networks = GluNetworks::swiglu(weight(&[2, 4, 3]), weight(&[2, 3, 2]));
+        let gradients = gradient_buckets(&networks);
         let rows = |count| Activation::kept(&Cpu.zeros(&[count, 3], Kind::Float));
-        let out = grouped_swiglu(&rows(0), &gate_up_proj, &down_proj, &[0, 0], true).unwrap();
+        let out = grouped_glu(&rows(0), &networks, &[0, 0], true).unwrap();
         out.sum(Kind::Float).backward();
         gradients.finish().unwrap();
         assert_eq!(absolute_sum(&gradients.gradient(0)), 0.0);
-        assert!(grouped_swiglu(&rows(1), &gate_up_proj, &down_proj, &[0, 0], true).is_err());
+        assert!(grouped_glu(&rows(1), &networks, &[0, 0], true).is_err());
     }
 }

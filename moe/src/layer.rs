@@ -3,32 +3,39 @@
 use crate::{
     balance::{BalanceScope, RouterStats},
     dispatch::{DispatchPlan, Dispatcher, PendingCombine, PendingDispatch, TokensPerExpert},
-    experts::{ExpertWeights, GemmPrecision, grouped_swiglu, grouped_swiglu_with_lent},
+    experts::{GemmPrecision, GluNetworks, grouped_glu, grouped_glu_with_lent},
     lending::weights::LentWeights,
     plan::{chunk_range, count_tokens_by_group, group_ranges},
     router::{Router, Routing},
     selection_gap,
 };
 use parallel::{
-    Activation, Communicator, ReduceOp, Weight, Work, linear_f32, tensor::TensorParallel,
+    Activation, Communicator, ReduceOp, Weight, Work, add_bias, linear_f32, tensor::TensorParallel,
 };
 use parking_lot::Mutex;
 use std::{ops::Range, sync::Arc};
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
-/// Tensors of an MoE layer. E experts in all, L on this rank, D hidden, F expert ffn, S shared ffn.
+/// Tensors of an MoE layer. E experts in all, D hidden, S shared ffn.
 pub struct MoeWeights {
     /// `[E, D]`.
     pub router: Weight,
-    /// `[E]` fp32 bias of loss-free balancing, which gradients do not train.
+    /// `[E]`, added to the logits.
+    pub router_bias: Option<Weight>,
+    /// `[E]` fp32, added to the scores that select experts. Gradients do not train it.
     pub bias: Mutex<Option<Tensor>>,
-    /// `[L, 2F, D]`; a slice of F if ranks split experts.
-    pub gate_up_proj: Weight,
-    /// `[L, D, F]`; a slice of F if ranks split experts.
-    pub down_proj: Weight,
-    /// `[1, 2S, D]` and `[1, D, S]`: all shared experts as one, split like a dense layer.
-    pub shared: Option<(Weight, Weight)>,
+    /// This rank's experts; a slice of each if ranks split experts.
+    pub experts: GluNetworks,
+    pub shared: Option<SharedExperts>,
+}
+
+/// Shared experts, which process every token.
+pub struct SharedExperts {
+    /// All of them as one network of width S, split like a dense layer.
+    pub network: GluNetworks,
+    /// `[1, D]`: the sigmoid of its product with a token multiplies the token's result.
+    pub gate: Option<Weight>,
 }
 
 /// An MoE layer, with the process groups that it works in.
@@ -187,7 +194,10 @@ impl MoeLayer {
         groups: &[Range<usize>],
     ) -> Result<Routing, Error> {
         // bf16 logits would be too coarse: close experts would tie.
-        let logits_te = linear_f32(x_td, &self.weights.router)?;
+        let mut logits_te = linear_f32(x_td, &self.weights.router)?;
+        if let Some(bias) = &self.weights.router_bias {
+            logits_te = add_bias(&logits_te, bias)?;
+        }
         let bias = self.weights.bias.lock();
         let bias = bias.as_ref().map(Tensor::shallow_clone);
         if recorded_experts.is_none() {
@@ -198,14 +208,19 @@ impl MoeLayer {
     }
 
     fn forward_shared(&self, x_td: &Activation) -> Result<Option<Tensor>, Error> {
-        let Some((gate_up_proj, down_proj)) = &self.weights.shared else {
+        let Some(SharedExperts { network, gate }) = &self.weights.shared else {
             return Ok(None);
         };
-        let network = |x: &Activation| {
+        let compute = |x: &Activation| {
             let rows = x.value.size()[0];
-            grouped_swiglu(x, gate_up_proj, down_proj, &[rows], self.save.experts)
+            grouped_glu(x, network, &[rows], self.save.experts)
         };
-        self.tensor.column_row_parallel(x_td, network).map(Some)
+        let out = self.tensor.column_row_parallel(x_td, compute)?;
+        let Some(gate) = gate else {
+            return Ok(Some(out));
+        };
+        let gate_t1 = linear_f32(x_td, gate)?.sigmoid().to_kind(out.kind());
+        Ok(Some(out * gate_t1))
     }
 
     /// Counts the routed tokens of each expert in each group, `[G, E]` fp32, over the ranks that
@@ -263,13 +278,9 @@ impl MoeLayer {
         plan: &DispatchPlan,
         overlapped: impl FnOnce(&Activation) -> Result<Option<Tensor>, Error>,
     ) -> Result<RoutedOutput, Error> {
-        let MoeWeights {
-            gate_up_proj,
-            down_proj,
-            ..
-        } = &self.weights;
+        let experts_here = &self.weights.experts;
         let num_chunks = self.dispatcher.chunks();
-        let mut pending_weights = plan.fetch(gate_up_proj, down_proj)?;
+        let mut pending_weights = plan.fetch(experts_here)?;
         // All chunks are in flight before the first is computed. The results of a chunk are in
         // flight while the next one is computed.
         let chunks = self.start_chunks(x_td, weights_tk, experts, plan)?;
@@ -297,14 +308,10 @@ impl MoeLayer {
             moe_stats.computed_tokens += groups.num_rows();
             moe_stats.lent_tokens += lent_groups.num_rows();
             moe_stats.internode_bytes += self.dispatcher.internode_bytes(&dispatched);
-            let weights = ExpertWeights {
-                gate_up_proj,
-                down_proj,
-                lent: lent_weights.clone(),
-            };
-            let y_rd = grouped_swiglu_with_lent(
+            let y_rd = grouped_glu_with_lent(
                 &dispatched.rows_rd,
-                weights,
+                experts_here,
+                lent_weights.clone(),
                 &groups,
                 &self.gemm,
                 self.save.experts,
@@ -370,23 +377,13 @@ impl MoeLayer {
 
     /// Returns the figures that are known before any token is computed.
     fn new_stats(&self, plan: &DispatchPlan) -> MoeStats {
-        let MoeWeights {
-            gate_up_proj,
-            down_proj,
-            ..
-        } = &self.weights;
-        let expert_elements: i64 = [gate_up_proj, down_proj]
-            .iter()
-            .map(|weight| weight.shape()[1..].iter().product::<i64>())
-            .sum();
-        let expert_bytes = expert_elements * gate_up_proj.kind().elt_size_in_bytes() as i64;
         let lent = plan
             .lending
             .as_ref()
             .map_or(0, |lending| lending.num_lent());
         MoeStats {
             tokens_per_expert: plan.tokens_per_expert(),
-            lent_bytes: lent * expert_bytes,
+            lent_bytes: lent * self.weights.experts.bytes(),
             plan_seconds: plan.seconds,
             ..MoeStats::default()
         }

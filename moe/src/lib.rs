@@ -57,6 +57,7 @@ mod selection_gap;
 
 pub use layer::{
     MoeLayer, MoeOutput, MoeStats, MoeWeights, RoutedOutput, RoutingReplay, SavePolicy,
+    SharedExperts,
 };
-pub use router::{Router, Routing, Score};
+pub use router::{GroupScore, Router, Routing, Score};
 pub use selection_gap::smallest_gap_during;

@@ -18,6 +18,16 @@ pub enum Score {
     Sigmoid,
 }
 
+/// Function from the scores of a group's experts to the score of the group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupScore {
+    /// The best expert's (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+    Max,
+    /// The sum of the best two (DeepSeek-V3's code).
+    Top2Sum,
+}
+
 /// The rule by which a token selects its `top_k` experts.
 #[derive(Debug, Clone)]
 pub struct Router {
@@ -32,6 +42,7 @@ pub struct Router {
     pub groups: usize,
     /// Number of best groups that experts are selected from. Equal to `groups`: all.
     pub top_groups: usize,
+    pub group_score: GroupScore,
     /// True if each token selects `top_k / groups` experts in every group (MoGE, arXiv 2505.21411,
     /// section 3.1).
     pub even_groups: bool,
@@ -65,6 +76,7 @@ impl Router {
             scale: 1.0,
             groups: 1,
             top_groups: 1,
+            group_score: GroupScore::Max,
             even_groups: false,
             force_balance: false,
         }
@@ -225,13 +237,12 @@ impl Router {
         selected_tk.gather(1, &order, false)
     }
 
-    /// Returns the score of each group `[T, groups]`: its best expert's (DeepSeek-V2) or, with
-    /// sigmoid scores, the sum of its best two (DeepSeek-V3).
+    /// Returns the score of each group `[T, groups]`.
     pub(crate) fn group_scores(&self, scores_te: &Tensor) -> Tensor {
         let grouped = self.by_group(scores_te);
-        let counted = match self.score {
-            Score::Softmax => 1,
-            Score::Sigmoid => 2.min(grouped.size()[2]),
+        let counted = match self.group_score {
+            GroupScore::Max => 1,
+            GroupScore::Top2Sum => 2.min(grouped.size()[2]),
         };
         let (best, _) = grouped.topk(counted, -1, true, false);
         best.sum_dim_intlist([-1i64].as_slice(), false, scores_te.kind())
@@ -362,13 +373,16 @@ mod tests {
         // The best expert is 0, so group {0, 1} wins. Expert 3 is better than 1, but not selected.
         let routing = route(&limited, &logits(&[5., 1., 2., 4.]), None);
         assert_eq!(list::<i64>(&routing.experts_tk), [0, 1]);
-        // With sigmoid scores the best two of a group count: {2, 3} wins, although 0 is the best.
-        let limited = Router {
-            score: Score::Sigmoid,
-            ..limited
-        };
-        let routing = route(&limited, &logits(&[5., -5., 2., 2.]), None);
-        assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
+        // If the best two of a group count, {2, 3} wins, although 0 is the best.
+        for score in [Score::Sigmoid, Score::Softmax] {
+            let limited = Router {
+                score,
+                group_score: GroupScore::Top2Sum,
+                ..limited.clone()
+            };
+            let routing = route(&limited, &logits(&[2.1, -5., 2., 2.]), None);
+            assert_eq!(list::<i64>(&routing.experts_tk).iter().sum::<i64>(), 5);
+        }
     }
 
     #[test]

@@ -86,7 +86,7 @@ fn infinite(like: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::router::Score;
+    use crate::router::{GroupScore, Score};
 
     /// One part in 10^8 is below the resolution of fp32.
     const TINY: f64 = 1e-8;
@@ -101,6 +101,10 @@ mod tests {
             score,
             groups: 2,
             top_groups,
+            group_score: match score {
+                Score::Softmax => GroupScore::Max,
+                Score::Sigmoid => GroupScore::Top2Sum,
+            },
             ..Router::new(4, top_k)
         }
     }

@@ -5,7 +5,7 @@ use moe::{
     MoeLayer, MoeWeights, Router, RoutingReplay, SavePolicy,
     balance::BalanceScope,
     dispatch::Dispatcher,
-    experts::GemmPrecision,
+    experts::{GemmPrecision, GluNetworks},
     plan::{ExpertTopology, count_tokens_per_expert},
 };
 use parallel::{Activation, Communicator, Local, Weight, tensor::TensorParallel};
@@ -47,9 +47,12 @@ fn layer(router_ed: &Tensor) -> MoeLayer {
         },
         weights: MoeWeights {
             router: Weight::new(router_ed.shallow_clone()),
+            router_bias: None,
             bias: Mutex::new(None),
-            gate_up_proj: Weight::new(numbers(3, &[EXPERTS, 16, HIDDEN])),
-            down_proj: Weight::new(numbers(4, &[EXPERTS, HIDDEN, 8])),
+            experts: GluNetworks::swiglu(
+                Weight::new(numbers(3, &[EXPERTS, 16, HIDDEN])),
+                Weight::new(numbers(4, &[EXPERTS, HIDDEN, 8])),
+            ),
             shared: None,
         },
     }

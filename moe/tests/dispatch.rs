@@ -4,11 +4,12 @@
 //! The loads are of all kinds, and every rank has different tokens. Ranks are threads that connect
 //! over loopback.
 
+use kernels::{ClampedGlu, Glu};
 use moe::{
     MoeLayer, MoeStats, MoeWeights, Router, SavePolicy,
     balance::BalanceScope,
     dispatch::{Dispatcher, Hierarchy, LeastLoaded},
-    experts::GemmPrecision,
+    experts::{GemmPrecision, GluBiases, GluNetworks},
     lending::least_loaded::{Imbalance, Planner},
     plan::ExpertTopology,
 };
@@ -22,6 +23,11 @@ use tch::{Kind, Tensor};
 
 const HIDDEN: i64 = 12;
 const FFN: i64 = 8;
+/// A limit that many values exceed.
+const CLAMPED: ClampedGlu = ClampedGlu {
+    alpha: 1.702,
+    limit: 0.5,
+};
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The experts of each rank's tokens.
@@ -31,6 +37,8 @@ struct Case {
     num_experts: usize,
     top_k: usize,
     slices: usize,
+    /// True if experts have biases and the clamped GLU.
+    biased: bool,
     /// `[rank][T * K]`.
     chosen: Vec<Vec<i64>>,
 }
@@ -57,8 +65,8 @@ struct Outcome {
     hidden: Tensor,
     grad_tokens: Tensor,
     grad_routing_weights: Tensor,
-    grad_gate_up: Tensor,
-    grad_down: Tensor,
+    /// Gradients of the experts' weights.
+    grad_experts: Vec<Tensor>,
     moe_stats: MoeStats,
 }
 
@@ -140,6 +148,25 @@ fn local_experts(case: &Case, owners: usize, rank: usize) -> [Tensor; 2] {
     [gate_up_proj.view([local, 2 * ffn, HIDDEN]), down_proj]
 }
 
+/// Returns a rank's slice of its experts' biases.
+fn local_biases(case: &Case, owners: usize, rank: usize, mode: Mode) -> GluBiases {
+    let num_experts = case.num_experts as i64;
+    let local = num_experts / owners as i64;
+    let first = (rank / case.slices) as i64 * local;
+    let slice = (rank % case.slices) as i64;
+    let of_slice = |biases: Tensor, width: i64| {
+        let own = width / case.slices as i64;
+        let biases = biases.narrow(0, first, local).narrow(2, slice * own, own);
+        let stack = biases.contiguous().view([local, -1, 1]);
+        Weight::new(stack).scale_uses(mode.chunks)
+    };
+    GluBiases {
+        gate_up: of_slice(numbers(4, &[num_experts, 2, FFN]), FFN),
+        down: of_slice(numbers(5, &[num_experts, 1, HIDDEN]), HIDDEN),
+        first_column: slice * (HIDDEN / case.slices as i64),
+    }
+}
+
 fn build_layer(groups: &Groups, case: &Case, mode: Mode) -> MoeLayer {
     let group = groups.all.clone();
     let rank = group.rank();
@@ -160,7 +187,7 @@ fn build_layer(groups: &Groups, case: &Case, mode: Mode) -> MoeLayer {
         dispatcher: Dispatcher::new(
             group,
             case.num_experts,
-            topology,
+            topology.clone(),
             least_loaded,
             hierarchy,
             mode.chunks,
@@ -175,9 +202,19 @@ fn build_layer(groups: &Groups, case: &Case, mode: Mode) -> MoeLayer {
         },
         weights: MoeWeights {
             router: Weight::new(numbers(3, &[case.num_experts as i64, HIDDEN])),
+            router_bias: None,
             bias: Mutex::new(None),
-            gate_up_proj,
-            down_proj,
+            experts: GluNetworks {
+                biases: case
+                    .biased
+                    .then(|| local_biases(case, topology.owners(), rank, mode)),
+                activation: if case.biased {
+                    Glu::Clamped(CLAMPED)
+                } else {
+                    Glu::Swiglu
+                },
+                ..GluNetworks::swiglu(gate_up_proj, down_proj)
+            },
             shared: None,
         },
     }
@@ -187,12 +224,9 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let rank = groups.all.rank();
     let seed = rank as i64;
     let layer = build_layer(groups, case, mode);
-    let MoeWeights {
-        gate_up_proj,
-        down_proj,
-        ..
-    } = &layer.weights;
-    let weights = [(gate_up_proj.clone(), 0), (down_proj.clone(), 0)];
+    let weights = layer.weights.experts.weights().into_iter();
+    let weights: Vec<_> = weights.map(|weight| (weight.clone(), 0)).collect();
+    let count = weights.len();
     let gradients =
         GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
     gradients.begin(1);
@@ -213,8 +247,9 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
         hidden: routed.hidden_td.detach(),
         grad_tokens: x.grad().copy(),
         grad_routing_weights: weights_tk.grad().copy(),
-        grad_gate_up: gradients.gradient(0).copy(),
-        grad_down: gradients.gradient(1).copy(),
+        grad_experts: (0..count)
+            .map(|index| gradients.gradient(index).copy())
+            .collect(),
         moe_stats: routed.moe_stats,
     }
 }
@@ -281,7 +316,12 @@ fn cases() -> Vec<Case> {
         num_experts,
         top_k,
         slices,
+        biased: false,
         chosen,
+    };
+    let biased = |name, slices, chosen| Case {
+        biased: true,
+        ..case(name, 8, 2, slices, chosen)
     };
     let draw = |ranks: u64, tokens: usize, experts, top_k, hot: &[i64], share| {
         (0..ranks)
@@ -348,6 +388,8 @@ fn cases() -> Vec<Case> {
             ],
         ),
         case("split experts", 4, 2, 2, draw(4, 30, 4, 2, &[0], 0.9)),
+        biased("biases", 1, draw(4, 40, 8, 2, &[2, 3], 0.9)),
+        biased("split biases", 2, draw(4, 40, 8, 2, &[2, 3], 0.9)),
     ]
 }
 
@@ -381,8 +423,9 @@ fn assert_close(name: &str, ours: &Outcome, standard: &Outcome) {
         &ours.grad_routing_weights,
         &standard.grad_routing_weights,
     );
-    assert_close("grad_gate_up", &ours.grad_gate_up, &standard.grad_gate_up);
-    assert_close("grad_down", &ours.grad_down, &standard.grad_down);
+    for (ours, standard) in ours.grad_experts.iter().zip(&standard.grad_experts) {
+        assert_close("gradient of the experts", ours, standard);
+    }
 }
 
 fn modes(case: &Case) -> Vec<Mode> {
@@ -478,8 +521,7 @@ fn equal_runs_have_equal_bits() {
         assert!(first.hidden == second.hidden);
         assert!(first.grad_tokens == second.grad_tokens);
         assert!(first.grad_routing_weights == second.grad_routing_weights);
-        assert!(first.grad_gate_up == second.grad_gate_up);
-        assert!(first.grad_down == second.grad_down);
+        assert!(first.grad_experts == second.grad_experts);
         assert_eq!(first.moe_stats.lent_bytes, second.moe_stats.lent_bytes);
     }
 }
@@ -495,6 +537,7 @@ fn a_token_crosses_to_a_node_once() {
             num_experts: 16,
             top_k,
             slices: 1,
+            biased: false,
             chosen,
         };
         let hierarchical = Mode {

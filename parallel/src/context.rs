@@ -10,13 +10,18 @@
 // Shapes: B batch, H query heads, G key/value heads, S sequence, s of it on a rank, d head width,
 // R ranks.
 
-use crate::{CommError, Communicator, Work, collectives::all_to_all};
-use kernels::{repeat_heads, sum_repeated_heads};
+use crate::{
+    AttentionResult, CommError, Communicator, Weight, Work, attention_node, collectives::all_to_all,
+};
+use kernels::{
+    AttentionOptions, ScoreMask, attention, attention_backward, block_attention,
+    block_attention_backward,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{cmp::Ordering, ops::Range, sync::Arc};
 use tch::{Device, Kind, Tensor};
-use torch_ext::{Error, attach_backward};
+use torch_ext::Error;
 
 /// Attention across the ranks that split a sequence.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -49,50 +54,139 @@ pub fn positions(kind: ContextKind, length: usize, rank: usize, ranks: usize) ->
     }
 }
 
-/// The queries and keys of a block that the causal mask lets meet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum CausalBlock {
-    /// The rank's own keys: causal.
-    Own,
-    /// Keys of an earlier rank: all queries see the first half.
-    Earlier,
-    /// Keys of a later rank: the second half of the queries sees all.
-    Later,
-}
-
-/// The positions of a block's queries and keys among those of their ranks.
-struct BlockParts {
+/// A part of a rank's queries that meets a part of a rank's keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Block {
+    /// Among the positions of the queries' rank.
     queries: Range<i64>,
+    /// Among the positions of the keys' rank.
     keys: Range<i64>,
+    visibility: Visibility,
 }
 
-impl CausalBlock {
-    fn new(rank: usize, key_rank: usize) -> CausalBlock {
-        match key_rank.cmp(&rank) {
-            Ordering::Equal => CausalBlock::Own,
-            Ordering::Less => CausalBlock::Earlier,
-            Ordering::Greater => CausalBlock::Later,
+/// The keys of a block that its queries see, within one document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Visibility {
+    /// Every query sees every key.
+    All,
+    /// Queries and keys have equal positions; a query sees earlier ones, in a window if there is
+    /// one.
+    Causal,
+    /// The window hides some of the keys from some of the queries, which come later.
+    Window,
+}
+
+/// The division of a sequence among the ranks of a ring.
+#[derive(Debug, Clone, Copy)]
+struct RingLayout {
+    ranks: usize,
+    /// Positions of a rank: a chunk from the front of the sequence and one from the back.
+    positions: i64,
+    /// Number of positions that a query sees.
+    window: Option<i64>,
+}
+
+impl RingLayout {
+    /// Returns the blocks of a rank's queries and the keys of `key_rank`.
+    fn blocks(&self, rank: usize, key_rank: usize) -> Vec<Block> {
+        match self.window {
+            Some(window) => self.blocks_in_window(rank, key_rank, window),
+            None => vec![self.block_without_window(rank, key_rank)],
         }
     }
 
-    /// Returns the parts that meet if each rank has `length` positions.
-    fn parts(self, length: i64) -> BlockParts {
-        let half = length / 2;
-        let all = 0..length;
-        match self {
-            CausalBlock::Own => BlockParts {
+    fn block_without_window(&self, rank: usize, key_rank: usize) -> Block {
+        let half = self.positions / 2;
+        let all = 0..self.positions;
+        match key_rank.cmp(&rank) {
+            Ordering::Equal => Block {
                 queries: all.clone(),
                 keys: all,
+                visibility: Visibility::Causal,
             },
-            CausalBlock::Earlier => BlockParts {
+            // All queries see the first half of an earlier rank's keys.
+            Ordering::Less => Block {
                 queries: all,
                 keys: 0..half,
+                visibility: Visibility::All,
             },
-            CausalBlock::Later => BlockParts {
+            // The second half of the queries sees all keys of a later rank.
+            Ordering::Greater => Block {
                 queries: half..2 * half,
                 keys: all,
+                visibility: Visibility::All,
             },
         }
+    }
+
+    fn blocks_in_window(&self, rank: usize, key_rank: usize, window: i64) -> Vec<Block> {
+        let mut blocks = Vec::new();
+        for (query_half, query_chunk) in (0..).zip(self.chunks(rank)) {
+            for (key_half, key_chunk) in (0..).zip(self.chunks(key_rank)) {
+                // From positions of the sequence to those of the rank.
+                let on_rank = |part: Range<i64>, chunks: i64| {
+                    let shift = chunks * (self.positions / 2);
+                    part.start + shift..part.end + shift
+                };
+                let block = self.chunk_block(query_chunk, key_chunk, window);
+                blocks.extend(block.map(|block| Block {
+                    queries: on_rank(block.queries, query_half - query_chunk),
+                    keys: on_rank(block.keys, key_half - key_chunk),
+                    visibility: block.visibility,
+                }));
+            }
+        }
+        blocks
+    }
+
+    /// Returns the parts of two chunks that meet, in positions of the sequence.
+    fn chunk_block(&self, query_chunk: i64, key_chunk: i64, window: i64) -> Option<Block> {
+        let half = self.positions / 2;
+        let queries = query_chunk * half..(query_chunk + 1) * half;
+        let keys = key_chunk * half..(key_chunk + 1) * half;
+        if query_chunk == key_chunk {
+            return Some(Block {
+                queries,
+                keys,
+                visibility: Visibility::Causal,
+            });
+        }
+        let queries = queries.start..queries.end.min(keys.end - 1 + window);
+        let keys = keys.start.max(queries.start + 1 - window)..keys.end;
+        if query_chunk < key_chunk || queries.is_empty() || keys.is_empty() {
+            return None;
+        }
+        let farthest = queries.end - 1 - keys.start;
+        let visibility = if farthest < window {
+            Visibility::All
+        } else {
+            Visibility::Window
+        };
+        Some(Block {
+            queries,
+            keys,
+            visibility,
+        })
+    }
+
+    /// Returns the two chunks of a rank, among `2 * ranks` of a sequence.
+    fn chunks(&self, rank: usize) -> [i64; 2] {
+        [rank, 2 * self.ranks - 1 - rank].map(|chunk| chunk as i64)
+    }
+
+    /// Returns the distances around the ring at which a rank needs keys, in increasing order from
+    /// zero.
+    fn distances(&self) -> Vec<usize> {
+        let is_needed = |distance: &usize| {
+            (0..self.ranks)
+                .any(|rank| !self.blocks(rank, self.key_rank(rank, *distance)).is_empty())
+        };
+        (0..self.ranks).filter(is_needed).collect()
+    }
+
+    /// Returns the rank whose keys are on `rank` after `distance` steps around the ring.
+    fn key_rank(&self, rank: usize, distance: usize) -> usize {
+        (rank + self.ranks - distance) % self.ranks
     }
 }
 
@@ -104,21 +198,22 @@ fn narrow(t: &Tensor, part: &Range<i64>) -> Tensor {
 /// The operands of attention that ranks compute block by block.
 struct RingAttention {
     group: Arc<dyn Communicator>,
+    layout: RingLayout,
+    /// The layout's distances, which cost a search.
+    distances: Vec<usize>,
     scale: f64,
     /// The document of each position `[B, S]`, if tokens see only their own document.
     documents: Option<Tensor>,
-    /// Length of the whole sequence.
-    length: usize,
-    /// `[B, H, s, d]`.
+    /// `[B, H, s, dk]`.
     q: Tensor,
-    /// This rank's keys and values `[2, B, G, s, d]`.
+    /// This rank's keys and values, one after the other.
     kv: Tensor,
-    heads_per_kv_head: i64,
+    /// `[B, G, s, dk]` and `[B, G, s, dv]`.
+    kv_shapes: [Vec<i64>; 2],
 }
 
 /// Keys and values that a rank has received, and the tensor that was sent with them.
 struct Visit<'a> {
-    block: CausalBlock,
     /// The rank that the keys and values belong to.
     key_rank: usize,
     kv: &'a Tensor,
@@ -126,50 +221,91 @@ struct Visit<'a> {
 }
 
 impl RingAttention {
-    /// Returns the additive mask `[B, 1, queries, keys]` of a block, if documents are separated.
-    fn mask(&self, block: CausalBlock, key_rank: usize) -> Option<Tensor> {
-        let documents = self.documents.as_ref()?;
-        let rank = self.group.rank();
-        let ranks = self.group.size();
-        let positions_of = |rank: usize, part: Range<i64>| {
-            let all = positions(ContextKind::Ring, self.length, rank, ranks);
-            let part = &all[part.start as usize..part.end as usize];
-            Tensor::from_slice(part).to_device(documents.device())
+    fn new(
+        [query, key, value]: [&Tensor; 3],
+        options: &RingOptions,
+        group: &Arc<dyn Communicator>,
+    ) -> RingAttention {
+        let kv_shapes = [key.size(), value.size()];
+        let numel = (key.numel() + value.numel()) as i64;
+        let kv = Tensor::empty([numel], (key.kind(), key.device()));
+        for (part, x) in key_and_value(&kv, &kv_shapes).iter_mut().zip([key, value]) {
+            part.copy_(&x.detach());
+        }
+        let layout = RingLayout {
+            ranks: group.size(),
+            positions: query.size()[2],
+            window: options.window,
         };
-        let parts = block.parts((self.length / ranks) as i64);
-        let queries = positions_of(rank, parts.queries);
-        let keys = positions_of(key_rank, parts.keys);
-        let query_documents = documents.index_select(1, &queries).unsqueeze(2);
-        let key_documents = documents.index_select(1, &keys).unsqueeze(1);
-        let causal = queries.unsqueeze(1).ge_tensor(&keys.unsqueeze(0));
-        let visible = query_documents
-            .eq_tensor(&key_documents)
-            .logical_and(&causal)
-            .unsqueeze(1);
-        // Finite, so that a query without a visible key has a log-sum-exp. Its weight in the joined
-        // result is zero.
-        let mask = Tensor::zeros(visible.size().as_slice(), (self.q.kind(), visible.device()));
-        Some(mask.masked_fill(&visible.logical_not(), -1e9))
+        RingAttention {
+            group: group.clone(),
+            layout,
+            distances: layout.distances(),
+            scale: options.scale,
+            documents: options.documents.map(Tensor::shallow_clone),
+            q: query.detach().contiguous(),
+            kv,
+            kv_shapes,
+        }
     }
 
-    /// Returns the operands of a visited block.
-    fn operands(&self, visit: &Visit, parts: &BlockParts) -> BlockOperands {
-        let keys_or_values = |index: i64| {
-            let part = narrow(&visit.kv.get(index), &parts.keys);
-            repeat_heads(&part, self.heads_per_kv_head)
+    /// Returns the mask `[1 or B, 1, queries, keys]` that is added to the scores of a block.
+    fn added_mask(&self, block: &Block, key_rank: usize) -> Tensor {
+        let RingLayout {
+            ranks,
+            positions: own,
+            window,
+        } = self.layout;
+        let length = own as usize * ranks;
+        let positions_of = |rank: usize, part: &Range<i64>| {
+            let all = positions(ContextKind::Ring, length, rank, ranks);
+            let part = &all[part.start as usize..part.end as usize];
+            Tensor::from_slice(part).to_device(self.q.device())
         };
-        let mask = self.mask(visit.block, visit.key_rank);
+        let queries = positions_of(self.group.rank(), &block.queries);
+        let keys = positions_of(key_rank, &block.keys);
+        let seen_from = |first: &Tensor| first.unsqueeze(1).ge_tensor(&keys.unsqueeze(0));
+        let mut visible = seen_from(&queries);
+        if let Some(window) = window {
+            visible = visible.logical_and(&seen_from(&(&queries - window)).logical_not());
+        }
+        if let Some(documents) = &self.documents {
+            let of_queries = documents.index_select(1, &queries).unsqueeze(2);
+            let of_keys = documents.index_select(1, &keys).unsqueeze(1);
+            let same = of_queries.eq_tensor(&of_keys).unsqueeze(1);
+            visible = same.logical_and(&visible);
+        } else {
+            visible = visible.unsqueeze(0).unsqueeze(0);
+        }
+        // Finite, so that a query without a visible key has a log-sum-exp. Its weight in the joined
+        // result is zero.
+        kernels::added_mask(&visible, self.q.kind())
+    }
+
+    fn mask(&self, block: &Block, key_rank: usize) -> BlockMask {
+        let fits = |window: i64| window >= block.queries.end - block.queries.start;
+        let window = self.layout.window.filter(|&window| !fits(window));
+        match block.visibility {
+            _ if self.documents.is_some() => BlockMask::Added(self.added_mask(block, key_rank)),
+            Visibility::All => BlockMask::None,
+            Visibility::Causal => BlockMask::Causal(window),
+            Visibility::Window => BlockMask::Added(self.added_mask(block, key_rank)),
+        }
+    }
+
+    /// Returns the operands of a block of visited keys.
+    fn operands(&self, visit: &Visit, block: &Block) -> BlockOperands {
+        let [k, v] = key_and_value(visit.kv, &self.kv_shapes);
         BlockOperands {
-            q: narrow(&self.q, &parts.queries),
-            k: keys_or_values(0),
-            v: keys_or_values(1),
-            causal: visit.block == CausalBlock::Own && mask.is_none(),
-            mask,
+            q: narrow(&self.q, &block.queries),
+            k: narrow(&k, &block.keys),
+            v: narrow(&v, &block.keys),
+            mask: self.mask(block, visit.key_rank),
             scale: self.scale,
         }
     }
 
-    /// Visits the blocks of all ranks, this rank's own first.
+    /// Visits the keys and values of all ranks with blocks, this rank's own first.
     ///
     /// While `visit` computes with one rank's keys and values, those of the next are received.
     /// `carried` is sent along with the keys and values. Every rank changes it, and it returns to
@@ -181,101 +317,119 @@ impl RingAttention {
     ) -> Result<Option<Tensor>, CommError> {
         let rank = self.group.rank();
         let ranks = self.group.size();
-        let next = (rank + 1) % ranks;
-        let previous = (rank + ranks - 1) % ranks;
         let mut kv = self.kv.shallow_clone();
-        for step in 0..ranks {
-            let key_rank = (rank + ranks - step) % ranks;
-            let arriving = kv.empty_like();
+        for (step, &distance) in self.distances.iter().enumerate() {
+            let further = self.distances.get(step + 1);
+            let stride = further.unwrap_or(&ranks) - distance;
+            let next = (rank + stride) % ranks;
+            let previous = self.layout.key_rank(rank, stride);
+            let arriving = further.map(|_| kv.empty_like());
             let mut works = Vec::new();
-            if step + 1 < ranks {
+            if let Some(arriving) = &arriving {
                 works.push(self.group.send(&kv, next, 0)?);
-                works.push(self.group.recv(&arriving, previous, 0)?);
+                works.push(self.group.recv(arriving, previous, 0)?);
             }
             visit(Visit {
-                block: CausalBlock::new(rank, key_rank),
-                key_rank,
+                key_rank: self.layout.key_rank(rank, distance),
                 kv: &kv,
                 carried: carried.as_ref(),
             });
-            if let Some(sum) = &carried {
+            if let Some(sum) = carried.take_if(|_| stride < ranks) {
                 let arriving = sum.empty_like();
-                let sent = self.group.send(sum, next, 1)?;
+                let sent = self.group.send(&sum, next, 1)?;
                 let received = self.group.recv(&arriving, previous, 1)?;
                 sent.wait()?;
                 received.wait()?;
                 carried = Some(arriving);
             }
             works.into_iter().try_for_each(Work::wait)?;
-            kv = arriving;
+            if let Some(arriving) = arriving {
+                kv = arriving;
+            }
         }
         Ok(carried)
     }
 
     /// Returns the attention of this rank's queries over all keys.
-    fn forward(&self) -> Result<Attention, CommError> {
+    fn forward(&self) -> Result<AttentionResult, CommError> {
         let options = (Kind::Float, self.q.device());
-        let size = self.q.size();
-        let positions = size[2];
-        let joined = Attention {
-            out: Tensor::zeros(size.as_slice(), options),
-            lse: Tensor::full(&size[..3], f64::NEG_INFINITY, options),
-        };
+        let mut size = self.q.size();
+        let lse = Tensor::full(&size[..3], f64::NEG_INFINITY, options);
+        size[3] = self.kv_shapes[1][3];
+        let out = Tensor::zeros(size, options);
+        let joined = AttentionResult { out, lse };
         self.rotate(None, |visit| {
-            let parts = visit.block.parts(positions);
-            let block = self.operands(&visit, &parts).forward();
-            joined.narrow(&parts.queries).join(&block);
+            for block in self.layout.blocks(self.group.rank(), visit.key_rank) {
+                let attention = self.operands(&visit, &block).forward();
+                join(narrow_result(&joined, &block.queries), &attention);
+            }
         })?;
-        Ok(Attention {
+        Ok(AttentionResult {
             out: joined.out.to_kind(self.q.kind()),
             lse: joined.lse,
         })
     }
 
     /// Returns the gradients of queries, keys and values, given that of the output.
-    fn backward(&self, grad: &Tensor, result: &Attention) -> Result<Gradients, CommError> {
+    fn backward(&self, grad: &Tensor, result: &AttentionResult) -> Result<[Tensor; 3], CommError> {
         let options = (Kind::Float, self.q.device());
-        let size = self.q.size();
-        let positions = size[2];
-        let grad_q = Tensor::zeros(size.as_slice(), options);
-        let grad_kv = Tensor::zeros(self.kv.size().as_slice(), options);
+        let grad_q = Tensor::zeros(self.q.size(), options);
+        let grad_kv = Tensor::zeros(self.kv.size(), options);
         let returned = self.rotate(Some(grad_kv), |visit| {
-            let parts = visit.block.parts(positions);
-            let gradients = self.operands(&visit, &parts).backward(
-                &narrow(grad, &parts.queries),
-                &result.narrow(&parts.queries),
-            );
-            let sum_heads = |grad: &Tensor| sum_repeated_heads(grad, self.heads_per_kv_head);
             let grad_kv = visit.carried.expect("gradients are sent with the keys");
-            add(&narrow(&grad_q, &parts.queries), &gradients.q);
-            add(
-                &narrow(&grad_kv.get(0), &parts.keys),
-                &sum_heads(&gradients.k),
-            );
-            add(
-                &narrow(&grad_kv.get(1), &parts.keys),
-                &sum_heads(&gradients.v),
-            );
+            let [grad_k, grad_v] = key_and_value(grad_kv, &self.kv_shapes);
+            for block in self.layout.blocks(self.group.rank(), visit.key_rank) {
+                let [q, k, v] = self.operands(&visit, &block).backward(
+                    &narrow(grad, &block.queries),
+                    &narrow_result(result, &block.queries),
+                );
+                add(&narrow(&grad_q, &block.queries), &q);
+                add(&narrow(&grad_k, &block.keys), &k);
+                add(&narrow(&grad_v, &block.keys), &v);
+            }
         })?;
         let kind = self.q.kind();
         let grad_kv = returned.expect("gradients return").to_kind(kind);
-        Ok(Gradients {
-            q: grad_q.to_kind(kind),
-            k: grad_kv.get(0),
-            v: grad_kv.get(1),
-        })
+        let [k, v] = key_and_value(&grad_kv, &self.kv_shapes);
+        Ok([grad_q.to_kind(kind), k, v])
     }
+}
+
+/// Returns views of keys and values that are one after the other in `kv`.
+fn key_and_value(kv: &Tensor, shapes: &[Vec<i64>; 2]) -> [Tensor; 2] {
+    let [key, value] = shapes;
+    let num_keys: i64 = key.iter().product();
+    let num_values: i64 = value.iter().product();
+    [
+        kv.narrow(0, 0, num_keys).view(key.as_slice()),
+        kv.narrow(0, num_keys, num_values).view(value.as_slice()),
+    ]
 }
 
 fn add(to: &Tensor, addend: &Tensor) {
     let _ = to.shallow_clone().g_add_(addend);
 }
 
+/// Scores and visible keys of [`ring_attention`].
+#[derive(Clone, Copy)]
+pub struct RingOptions<'a> {
+    /// Factor of the scores.
+    pub scale: f64,
+    /// Number of positions that a query sees: its own and those just before it. All earlier ones if
+    /// unset.
+    pub window: Option<i64>,
+    /// The document of each position of the whole sequence `[B, S]`, if tokens see only their own
+    /// document.
+    pub documents: Option<&'a Tensor>,
+    /// Logits `[H]` of attention sinks.
+    pub sinks: Option<&'a Weight>,
+}
+
 /// Computes causal attention of this rank's queries over the keys and values of all ranks.
 ///
-/// `query` and the result are `[B, H, s, d]`; `key` and `value` are `[B, G, s, d]`. The ranks of
-/// `group` split sequences as [`positions`] says. `documents` `[B, S]` gives the document of each
-/// position of the whole sequence, if tokens see only their own document.
+/// Queries are `[B, H, s, dk]`, keys `[B, G, s, dk]`, values `[B, G, s, dv]` and the result is
+/// `[B, H, s, dv]`. The ranks of `group` split sequences as [`positions`] says. Keys and values
+/// skip ranks in whose windows none of them are. Not yet run on hardware other than CPUs.
 ///
 /// # Collective
 /// All ranks of the group, in forward and in backward.
@@ -286,179 +440,95 @@ pub fn ring_attention(
     query: &Tensor,
     key: &Tensor,
     value: &Tensor,
-    documents: Option<&Tensor>,
-    scale: f64,
+    options: &RingOptions,
     group: &Arc<dyn Communicator>,
 ) -> Result<Tensor, Error> {
-    let size = query.size();
-    let heads = size[1];
-    let positions = size[2];
-    let ring = tch::no_grad(|| RingAttention {
-        group: group.clone(),
-        scale,
-        documents: documents.map(Tensor::shallow_clone),
-        length: positions as usize * group.size(),
-        q: query.detach().contiguous(),
-        kv: Tensor::stack(&[key, value], 0).contiguous(),
-        heads_per_kv_head: heads / key.size()[1],
-    });
+    let inputs = [query, key, value];
+    let ring = tch::no_grad(|| RingAttention::new(inputs, options, group));
     let result = tch::no_grad(|| ring.forward())?;
-    let out = result.out.shallow_clone();
-    let mut outputs = attach_backward(&[query, key, value], vec![out], move |grads| {
-        let Some(grad) = &grads[0] else {
-            return Err(Error::new("ring attention: the output has no gradient"));
-        };
-        let Gradients { q, k, v } = ring.backward(&grad.contiguous(), &result)?;
-        Ok(vec![Some(q), Some(k), Some(v)])
-    })?;
-    Ok(outputs.remove(0))
+    attention_node(inputs, result, options.sinks, move |grad, result| {
+        Ok(ring.backward(&grad.contiguous(), result)?)
+    })
 }
 
-/// Number of queries per tile of unfused attention.
-const QUERY_TILE: i64 = 512;
-
-/// An attention result, or a part of it.
-struct Attention {
-    /// `[B, H, queries, d]`.
-    out: Tensor,
-    /// Log-sum-exps of the scores `[B, H, queries]` in fp32.
-    lse: Tensor,
-}
-
-impl Attention {
-    fn narrow(&self, queries: &Range<i64>) -> Attention {
-        Attention {
-            out: narrow(&self.out, queries),
-            lse: narrow(&self.lse, queries),
-        }
-    }
-
-    /// Adds the attention over other keys, in place.
-    fn join(mut self, other: &Attention) {
-        // Both outputs are averages of values; their weights are exp(lse).
-        let joined = self.lse.logaddexp(&other.lse);
-        let weight = |lse: &Tensor| (lse - &joined).exp().unsqueeze(-1);
-        let own = &self.out * weight(&self.lse);
-        let sum = own + other.out.to_kind(Kind::Float) * weight(&other.lse);
-        self.out.copy_(&sum);
-        self.lse.copy_(&joined);
+/// Returns the part of a result that some queries have.
+fn narrow_result(result: &AttentionResult, queries: &Range<i64>) -> AttentionResult {
+    AttentionResult {
+        out: narrow(&result.out, queries),
+        lse: narrow(&result.lse, queries),
     }
 }
 
-/// The gradients of attention's operands.
-struct Gradients {
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+/// Adds the attention over other keys to `result`, in place.
+fn join(mut result: AttentionResult, other: &AttentionResult) {
+    // Both outputs are averages of values; their weights are exp(lse).
+    let joined = result.lse.logaddexp(&other.lse);
+    let weight = |lse: &Tensor| (lse - &joined).exp().unsqueeze(-1);
+    let own = &result.out * weight(&result.lse);
+    let sum = own + other.out.to_kind(Kind::Float) * weight(&other.lse);
+    result.out.copy_(&sum);
+    result.lse.copy_(&joined);
 }
 
-/// Attention of some queries over some keys and values, all `[B, H, positions, d]`.
+/// The mask of a block's scores.
+enum BlockMask {
+    None,
+    /// Causal, in a window if there is one.
+    Causal(Option<i64>),
+    Added(Tensor),
+}
+
+/// Attention of some queries `[B, H, queries, dk]` over keys and values `[B, G, keys, d]`.
 struct BlockOperands {
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    /// Additive mask `[B, 1, queries, keys]`.
-    mask: Option<Tensor>,
-    causal: bool,
+    mask: BlockMask,
     scale: f64,
 }
 
 impl BlockOperands {
-    fn forward(&self) -> Attention {
+    fn forward(&self) -> AttentionResult {
         let BlockOperands { q, k, v, .. } = self;
-        if q.device() == Device::Cpu {
-            let (out, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-                q,
-                k,
-                v,
-                0.0,
-                self.causal,
-                self.mask.as_ref(),
-                self.scale,
-            );
-            return Attention { out, lse };
-        }
-        let mut outs = Vec::new();
-        let mut lses = Vec::new();
-        for tile in self.query_tiles() {
-            let scores = self.scores(&tile);
-            let lse = scores.logsumexp([-1i64].as_slice(), false);
-            let weights = (scores - lse.unsqueeze(-1)).exp().to_kind(v.kind());
-            outs.push(weights.matmul(v));
-            lses.push(lse);
-        }
-        Attention {
-            out: Tensor::cat(&outs, 2),
-            lse: Tensor::cat(&lses, 2),
-        }
+        let (out, lse) = match self.window_on_cpu() {
+            Some(options) => attention(q, k, v, &options),
+            None => block_attention([q, k, v], self.score_mask(), self.scale),
+        };
+        AttentionResult { out, lse }
     }
 
     /// Returns this block's gradients, given the attention over all blocks and its gradient.
-    fn backward(&self, grad: &Tensor, result: &Attention) -> Gradients {
-        if self.q.device() != Device::Cpu {
-            return self.unfused_backward(grad, result);
-        }
-        let (q, k, v) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-            grad,
-            &self.q,
-            &self.k,
-            &self.v,
-            &result.out,
-            &result.lse,
-            0.0,
-            self.causal,
-            self.mask.as_ref(),
-            self.scale,
-        );
-        Gradients { q, k, v }
-    }
-
-    fn unfused_backward(&self, grad: &Tensor, result: &Attention) -> Gradients {
-        let BlockOperands { q, k, v, scale, .. } = self;
-        let mut grad_q = Vec::new();
-        let mut grad_k = k.to_kind(Kind::Float).zeros_like();
-        let mut grad_v = v.to_kind(Kind::Float).zeros_like();
-        let product = grad.to_kind(Kind::Float) * result.out.to_kind(Kind::Float);
-        let delta = product.sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
-        for tile in self.query_tiles() {
-            let lse = narrow(&result.lse, &tile).unsqueeze(-1);
-            let weights = (self.scores(&tile) - lse).exp();
-            let grad = narrow(grad, &tile);
-            let weights_t = weights.transpose(2, 3);
-            grad_v += weights_t.matmul(&grad.to_kind(Kind::Float));
-            let grad_weights = grad.matmul(&v.transpose(2, 3)).to_kind(Kind::Float);
-            let grad_scores = weights * (grad_weights - narrow(&delta, &tile)) * *scale;
-            let grad_scores = grad_scores.to_kind(q.kind());
-            grad_q.push(grad_scores.matmul(k));
-            let grad_scores_t = grad_scores.transpose(2, 3);
-            grad_k += grad_scores_t.matmul(&narrow(q, &tile)).to_kind(Kind::Float);
-        }
-        Gradients {
-            q: Tensor::cat(&grad_q, 2),
-            k: grad_k,
-            v: grad_v,
-        }
-    }
-
-    /// Returns the scaled and masked scores of the queries in `tile`: `[B, H, tile, keys]` in fp32.
-    fn scores(&self, tile: &Range<i64>) -> Tensor {
-        let q = narrow(&self.q, tile);
-        let scores = q.matmul(&self.k.transpose(2, 3)).to_kind(Kind::Float) * self.scale;
-        match &self.mask {
-            Some(mask) => scores + narrow(mask, tile).to_kind(Kind::Float),
-            None if self.causal => {
-                let shape = [q.size()[2], self.k.size()[2]];
-                let later = Tensor::ones(shape, (Kind::Bool, q.device())).triu(tile.start + 1);
-                scores.masked_fill(&later, -1e9)
+    fn backward(&self, grad: &Tensor, result: &AttentionResult) -> [Tensor; 3] {
+        let BlockOperands { q, k, v, .. } = self;
+        let AttentionResult { out, lse } = result;
+        match self.window_on_cpu() {
+            Some(options) => attention_backward(grad, [q, k, v], out, &lse.contiguous(), &options),
+            None => {
+                let mask = self.score_mask();
+                block_attention_backward(grad, [q, k, v], out, lse, mask, self.scale)
             }
-            None => scores,
         }
     }
 
-    fn query_tiles(&self) -> impl Iterator<Item = Range<i64>> + use<> {
-        let queries = self.q.size()[2];
-        let tile = move |start: i64| start..(start + QUERY_TILE).min(queries);
-        (0..queries).step_by(QUERY_TILE as usize).map(tile)
+    /// Returns the options of attention in a window, for which the CPU has a kernel.
+    fn window_on_cpu(&self) -> Option<AttentionOptions> {
+        match self.mask {
+            BlockMask::Causal(Some(window)) if self.q.device() == Device::Cpu => {
+                Some(AttentionOptions {
+                    scale: self.scale,
+                    window: Some(window),
+                })
+            }
+            _ => None,
+        }
+    }
+
+    fn score_mask(&self) -> ScoreMask<'_> {
+        match &self.mask {
+            BlockMask::None => ScoreMask::None,
+            BlockMask::Causal(window) => ScoreMask::Causal(*window),
+            BlockMask::Added(mask) => ScoreMask::Added(mask),
+        }
     }
 }
 
@@ -516,7 +586,8 @@ pub fn heads_to_sequence(x: &Tensor, group: &Arc<dyn Communicator>) -> Result<Te
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Accelerator, Cpu, run_on_threads};
+    use crate::{Accelerator, Cpu, GradientBuckets, Replication, run_on_threads};
+    use kernels::repeat_heads;
     use parking_lot::Mutex;
     use proptest::prelude::*;
     use std::time::Duration;
@@ -532,6 +603,7 @@ mod tests {
         fn every_position_is_on_one_rank_and_the_ring_sees_each_pair_once(
             ranks in 1usize..9,
             half in 1usize..6,
+            window in prop_oneof![Just(None), (1i64..100).prop_map(Some)],
         ) {
             let length = 2 * ranks * half;
             for kind in [ContextKind::Ring, ContextKind::Ulysses] {
@@ -540,29 +612,58 @@ mod tests {
                 all.sort_unstable();
                 prop_assert_eq!(all, (0..length as i64).collect::<Vec<_>>());
             }
+            let layout = RingLayout {
+                ranks,
+                positions: 2 * half as i64,
+                window,
+            };
+            let sees = |query: i64, key: i64| {
+                query >= key && window.is_none_or(|window| query - key < window)
+            };
             let of_rank = |rank| positions(ContextKind::Ring, length, rank, ranks);
+            let distances = layout.distances();
             let mut pairs = Vec::new();
             for rank in 0..ranks {
                 let mut seen = 0;
                 let own = of_rank(rank);
-                for key_rank in 0..ranks {
-                    let block = CausalBlock::new(rank, key_rank);
+                for &distance in &distances {
+                    let key_rank = layout.key_rank(rank, distance);
                     let theirs = of_rank(key_rank);
-                    let parts = block.parts(own.len() as i64);
-                    for query in &own[indices(&parts.queries)] {
-                        for key in &theirs[indices(&parts.keys)] {
-                            prop_assert!(block == CausalBlock::Own || query > key);
-                            if query >= key {
-                                pairs.push((*query, *key));
-                                seen += 1;
+                    for block in layout.blocks(rank, key_rank) {
+                        let mut hidden = 0;
+                        for &query in &own[indices(&block.queries)] {
+                            for &key in &theirs[indices(&block.keys)] {
+                                if sees(query, key) {
+                                    pairs.push((query, key));
+                                    seen += 1;
+                                } else {
+                                    hidden += 1;
+                                }
+                            }
+                        }
+                        match block.visibility {
+                            Visibility::All => prop_assert_eq!(hidden, 0),
+                            Visibility::Window => prop_assert!(hidden > 0),
+                            Visibility::Causal => {
+                                prop_assert_eq!(&block.queries, &block.keys);
+                                prop_assert_eq!(rank, key_rank);
                             }
                         }
                     }
                 }
                 // The zig-zag gives every rank an equal part.
-                prop_assert_eq!(seen * ranks, length * (length + 1) / 2);
+                if window.is_none() {
+                    prop_assert_eq!(seen * ranks, length * (length + 1) / 2);
+                }
             }
-            prop_assert_eq!(pairs.len(), length * (length + 1) / 2);
+            pairs.sort_unstable();
+            let all = (0..length as i64).flat_map(|query| (0..=query).map(move |key| (query, key)));
+            let expected: Vec<_> = all.filter(|&(query, key)| sees(query, key)).collect();
+            prop_assert_eq!(pairs, expected);
+            // A short window reaches only the chunk before its own, on a neighboring rank.
+            if window.is_some_and(|window| window <= half as i64 + 1) {
+                prop_assert!(distances.iter().all(|d| [0, 1, ranks - 1].contains(d)));
+            }
         }
     }
 
@@ -570,90 +671,152 @@ mod tests {
         Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0)
     }
 
-    /// Computes plain attention over the whole sequence.
-    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, documents: Option<&Tensor>) -> Tensor {
-        let length = q.size()[2];
-        let causal = Tensor::ones([length, length], (Kind::Bool, Device::Cpu)).tril(0);
-        let visible = match documents {
-            Some(documents) => documents
-                .unsqueeze(2)
-                .eq_tensor(&documents.unsqueeze(1))
-                .unsqueeze(1)
-                .logical_and(&causal),
-            None => causal,
-        };
-        let scores = q.matmul(&repeat_heads(k, 2).transpose(2, 3)) * 0.3;
-        scores
-            .masked_fill(&visible.logical_not(), f64::NEG_INFINITY)
-            .softmax(-1, Kind::Float)
-            .matmul(&repeat_heads(v, 2))
-    }
-
     /// Queries, keys, values and the gradient of the result, for whole sequences.
     struct Case {
         operands: [Tensor; 4],
         documents: Option<Tensor>,
+        window: Option<i64>,
+        sinks: Option<Tensor>,
+    }
+
+    /// Results of a rank.
+    struct RankPart {
+        /// Positions of the rank.
+        own: Tensor,
+        /// The output and the gradients of queries, keys and values.
+        parts: [Tensor; 4],
+        /// The rank's contribution to the gradient of the sinks.
+        sinks: Option<Tensor>,
     }
 
     impl Case {
         fn copy(&self) -> Case {
+            let copy = |t: &Option<Tensor>| t.as_ref().map(Tensor::copy);
             Case {
                 operands: self.operands.each_ref().map(Tensor::copy),
-                documents: self.documents.as_ref().map(Tensor::copy),
+                documents: copy(&self.documents),
+                window: self.window,
+                sinks: copy(&self.sinks),
             }
         }
 
-        /// Returns the positions of `rank`, and there the result and the operands' gradients.
-        fn compute_part(
-            &self,
-            kind: ContextKind,
-            group: &Arc<dyn Communicator>,
-        ) -> (Tensor, [Tensor; 4]) {
+        /// Computes plain attention over the whole sequence.
+        fn plain(&self, [q, k, v]: [&Tensor; 3], sinks: Option<&Tensor>) -> Tensor {
+            let [batch, heads, length] = [0, 1, 2].map(|dim| q.size()[dim]);
+            let all = Tensor::ones([length, length], (Kind::Bool, Device::Cpu));
+            let mut visible = kernels::causal_part(&all, self.window);
+            if let Some(documents) = &self.documents {
+                let same = documents.unsqueeze(2).eq_tensor(&documents.unsqueeze(1));
+                visible = same.unsqueeze(1).logical_and(&visible);
+            }
+            let mut scores = (q.matmul(&repeat_heads(k, 2).transpose(2, 3)) * 0.3)
+                .masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
+            if let Some(sinks) = sinks {
+                let sinks = sinks.view([1, heads, 1, 1]);
+                let column = sinks.expand([batch, heads, length, 1], false);
+                scores = Tensor::cat(&[scores, column], -1);
+            }
+            let weights = scores.softmax(-1, Kind::Float).narrow(-1, 0, length);
+            weights.matmul(&repeat_heads(v, 2))
+        }
+
+        /// Returns the output over whole sequences and the gradients of operands and sinks.
+        fn compute_whole(&self) -> ([Tensor; 4], Option<Tensor>) {
+            let [q, k, v, grad] = self.operands.each_ref().map(Tensor::copy);
+            let [q, k, v] = [q, k, v].map(|t| t.set_requires_grad(true));
+            let sinks = self
+                .sinks
+                .as_ref()
+                .map(|t| t.copy().set_requires_grad(true));
+            let out = self.plain([&q, &k, &v], sinks.as_ref());
+            (&out * grad).sum(Kind::Float).backward();
+            let whole = [out.detach(), q.grad(), k.grad(), v.grad()];
+            (whole, sinks.map(|sinks| sinks.grad()))
+        }
+
+        fn compute_part(&self, kind: ContextKind, group: &Arc<dyn Communicator>) -> RankPart {
             let length = self.operands[0].size()[2] as usize;
             let own = positions(kind, length, group.rank(), group.size());
             let own = Tensor::from_slice(&own);
-            let documents = self.documents.as_ref();
             let [q, k, v, grad] = self.operands.each_ref().map(|t| t.index_select(2, &own));
             let [q, k, v] = [q, k, v].map(|t| t.set_requires_grad(true));
+            let weight = Weight::new(self.sinks.as_ref().map_or(random(&[1]), Tensor::copy));
+            let alone = [Replication::alone()];
+            let buckets =
+                GradientBuckets::new(&[(weight.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
+            buckets.begin(1);
             let out = match kind {
-                ContextKind::Ring => ring_attention(&q, &k, &v, documents, 0.3, group).unwrap(),
+                ContextKind::Ring => {
+                    let options = RingOptions {
+                        scale: 0.3,
+                        window: self.window,
+                        documents: self.documents.as_ref(),
+                        sinks: self.sinks.as_ref().map(|_| &weight),
+                    };
+                    ring_attention(&q, &k, &v, &options, group).unwrap()
+                }
                 ContextKind::Ulysses => {
                     let [q, k, v] = [&q, &k, &v].map(|t| sequence_to_heads(t, group).unwrap());
-                    heads_to_sequence(&plain(&q, &k, &v, documents), group).unwrap()
+                    heads_to_sequence(&self.plain([&q, &k, &v], None), group).unwrap()
                 }
             };
             (&out * grad).sum(Kind::Float).backward();
-            (own, [out.detach(), q.grad(), k.grad(), v.grad()])
+            let sinks = self
+                .sinks
+                .as_ref()
+                .map(|_| buckets.gradient(0).copy().view([-1]));
+            RankPart {
+                own,
+                parts: [out.detach(), q.grad(), k.grad(), v.grad()],
+                sinks,
+            }
+        }
+
+        /// Asserts that ranks together compute what one computes.
+        fn check(&self, kind: ContextKind, ranks: usize) {
+            let told = format!("{kind:?}, {ranks} ranks, window {:?}", self.window);
+            let (whole, whole_sinks) = self.compute_whole();
+            let shared = Mutex::new(self.copy());
+            let parts = run_on_threads(ranks, Duration::from_secs(20), move |world| {
+                let case = shared.lock().copy();
+                case.compute_part(kind, &world.all("context").unwrap())
+            });
+            for part in &parts {
+                for (ours, whole) in part.parts.iter().zip(&whole) {
+                    let whole = whole.index_select(2, &part.own);
+                    assert!(ours.allclose(&whole, 1e-4, 1e-5, false), "{told}");
+                }
+            }
+            if let Some(whole) = whole_sinks {
+                let sum = parts
+                    .iter()
+                    .filter_map(|part| part.sinks.as_ref())
+                    .fold(whole.zeros_like(), |sum, part| sum + part);
+                assert!(sum.allclose(&whole, 1e-4, 1e-5, false), "sinks, {told}");
+            }
         }
     }
 
     #[test]
     fn both_kinds_are_attention_over_the_whole_sequence() {
-        let ranks = 3usize;
         let documents = [0i64, 0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3].repeat(2);
         let documents = Tensor::from_slice(&documents).view([2, 12]);
         for packed in [false, true] {
-            let operands = [6, 3, 3, 6].map(|heads| random(&[2, heads, 12, 4]));
-            let case = Case {
-                operands,
-                documents: packed.then(|| documents.copy()),
-            };
-            let [q, k, v, grad] = case.operands.each_ref().map(Tensor::copy);
-            let [q, k, v] = [q, k, v].map(|t| t.set_requires_grad(true));
-            let expected = plain(&q, &k, &v, case.documents.as_ref());
-            (&expected * grad).sum(Kind::Float).backward();
-            let whole = [expected.detach(), q.grad(), k.grad(), v.grad()];
-            for kind in [ContextKind::Ring, ContextKind::Ulysses] {
-                let shared = Mutex::new(case.copy());
-                let parts = run_on_threads(ranks, Duration::from_secs(20), move |world| {
-                    let case = shared.lock().copy();
-                    case.compute_part(kind, &world.all("context").unwrap())
-                });
-                for (own, parts) in parts {
-                    for (part, whole) in parts.iter().zip(&whole) {
-                        let whole = whole.index_select(2, &own);
-                        let close = part.allclose(&whole, 1e-4, 1e-5, false);
-                        assert!(close, "{kind:?}, packed {packed}");
+            for window in [None, Some(1), Some(3), Some(7), Some(12)] {
+                for value_width in [4, 6] {
+                    let widths = [4, 4, value_width, value_width];
+                    let shapes = std::iter::zip([6, 3, 3, 6], widths);
+                    let mut operands = shapes.map(|(heads, width)| random(&[2, heads, 12, width]));
+                    let operands = [(); 4].map(|()| operands.next().unwrap());
+                    let case = Case {
+                        operands,
+                        documents: packed.then(|| documents.copy()),
+                        window,
+                        sinks: (value_width == 6).then(|| random(&[6]) * 3.0),
+                    };
+                    case.check(ContextKind::Ring, 3);
+                    if case.sinks.is_none() {
+                        case.check(ContextKind::Ulysses, 3);
                     }
                 }
             }
@@ -661,28 +824,15 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_and_the_formula_have_the_same_gradients() {
-        let [q, k, v, grad] = [0; 4].map(|_| random(&[2, 3, 600, 8]));
-        let block = BlockOperands {
-            q,
-            k,
-            v,
-            mask: None,
-            causal: true,
-            scale: 0.4,
+    fn long_windows_use_the_kernel_inside_a_chunk() {
+        let random = |heads: i64, width: i64| random(&[1, heads, 768, width]);
+        let case = Case {
+            operands: [random(4, 16), random(2, 16), random(2, 32), random(4, 32)],
+            documents: None,
+            window: Some(40),
+            sinks: Some(Tensor::from_slice(&[0.5f32, -1.0, 2.0, 0.0])),
         };
-        let result = block.forward();
-        let scores = block.scores(&(0..600));
-        let lse = scores.logsumexp([-1i64].as_slice(), false);
-        assert!(result.lse.allclose(&lse, 1e-4, 1e-5, false));
-        let kernel = block.backward(&grad, &result);
-        let formula = block.unfused_backward(&grad, &result);
-        for (kernel, formula) in [
-            (kernel.q, formula.q),
-            (kernel.k, formula.k),
-            (kernel.v, formula.v),
-        ] {
-            assert!(kernel.allclose(&formula, 1e-3, 1e-4, false));
-        }
+        case.check(ContextKind::Ring, 2);
+        case.check(ContextKind::Ring, 4);
     }
 }

@@ -36,6 +36,7 @@
 
 mod affinity;
 pub mod agreement;
+mod attention_node;
 mod background;
 mod bounded_io;
 pub mod collectives;
@@ -62,6 +63,7 @@ mod weight;
 mod world;
 
 pub use affinity::{CpuAffinity, CpuTopology};
+pub use attention_node::{AttentionResult, attention_node};
 pub use bounded_io::{within, write_within};
 #[cfg(feature = "mpi")]
 pub use comm::finalize;
@@ -81,6 +83,6 @@ pub use secure_link::Secret;
 pub use store::{SimulatedClients, StoreAccess, StoreServer, StoreTraffic};
 pub use sum::GradientSum;
 pub use weight::{
-    Contribution, DeferredGradient, Weight, add_gradients, linear, linear_f32, linears,
+    Contribution, DeferredGradient, Weight, add_bias, add_gradients, linear, linear_f32, linears,
 };
 pub use world::{World, run_on_threads};

@@ -344,6 +344,27 @@ pub fn linear_f32(x: &Activation, weight: &Weight) -> Result<Tensor, Error> {
     Ok(outputs.remove(0))
 }
 
+/// Returns `x` `[N, F]` plus `bias` `[F]` in each row.
+///
+/// # Errors
+/// libtorch's message.
+pub fn add_bias(x: &Tensor, bias: &Weight) -> Result<Tensor, Error> {
+    let output = tch::no_grad(|| x.detach() + bias.value());
+    let weight = bias.clone();
+    let mut outputs = attach_backward(&[x, &bias.tracker()], vec![output], move |grads| {
+        let Some(grad) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
+        let rows = grad.sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
+        weight.add_gradient(move |sum| {
+            let _ = sum.tensor().view_as(&rows).g_add_(&rows);
+            Ok(())
+        })?;
+        Ok(vec![Some(grad.shallow_clone()), None])
+    })?;
+    Ok(outputs.remove(0))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -354,6 +375,25 @@ mod tests {
     fn error(ours: &Tensor, exact: &Tensor) -> f64 {
         let difference = ours.to_kind(Kind::Double) - exact;
         difference.norm().double_value(&[]) / exact.norm().double_value(&[])
+    }
+
+    #[test]
+    fn the_gradient_of_a_bias_is_the_sum_over_rows() {
+        let weight = Weight::new(Tensor::from_slice(&[1f32, 2.0, 3.0]));
+        let alone = [Replication::alone()];
+        let weights = [(weight.clone(), 0)];
+        let gradients = GradientBuckets::new(&weights, &alone, 1 << 20, true, &Cpu).unwrap();
+        gradients.begin(1);
+        let x = Tensor::zeros([2, 3], FLOAT_CPU).set_requires_grad(true);
+        let out = add_bias(&x, &weight).unwrap();
+        let expected = Tensor::from_slice(&[1f32, 2.0, 3.0]).repeat([2, 1]);
+        assert_eq!(out.detach(), expected);
+        let probe = Tensor::from_slice(&[1f32, 10.0, 100.0, 2.0, 20.0, 200.0]).view([2, 3]);
+        (&out * &probe).sum(Kind::Float).backward();
+        gradients.finish().unwrap();
+        assert_eq!(x.grad(), probe);
+        let sums = Tensor::from_slice(&[3f32, 30.0, 300.0]);
+        assert_eq!(gradients.gradient(0).view([3]), sums);
     }
 
     #[test]

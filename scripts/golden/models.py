@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes golden files: outputs, losses and gradients of tiny Hugging Face transformers models.
 
-usage: scripts/golden/models.py [--output DIR] [NAME ...]   (default: trainer/tests/golden, all)
+usage: scripts/golden/models.py [--output DIR] [NAME ...]   (default: trainer/tests/golden/models,
+                                                            all)
 
 To add a model, add an entry to MODELS: the class and configuration of transformers, or any
 torch module whose output has `loss` and `logits`, and moerun's section `model` for the same
@@ -28,12 +29,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     FlexOlmoConfig,
     FlexOlmoForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     HunYuanMoEV1Config,
@@ -42,6 +51,8 @@ from transformers import (
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -64,6 +75,8 @@ class Golden:
     vectors: tuple = (0.5, 1.5)
     # Changes the drawn parameters of the module, in place.
     adjust: Callable = lambda module: None
+    # Reorders the rows of a parameter, or of its gradient, by its name within a layer.
+    reorder: Callable = lambda name, tensor: tensor
 
 
 SHAPE = dict(
@@ -126,6 +139,78 @@ def mixtral(rope_parameters, rope):
     return Golden(MixtralForCausalLM, config, {**SMALL_OURS, "moe": moe(4, 2, 12), "rope": rope})
 
 
+def latent_rows(heads, nope, rope):
+    """Returns how rows of DeepSeek's latent attention become those of moerun.
+
+    DeepSeek rotates neighboring elements, moerun element i with i + rope / 2; and moerun has the
+    elements that rotate first. Scores are the same, as queries and keys are reordered alike.
+    """
+    halves = torch.cat([torch.arange(0, rope, 2), torch.arange(1, rope, 2)])
+
+    def reorder(name, tensor):
+        if name in ("self_attn.q_proj.weight", "self_attn.q_b_proj.weight"):
+            by_head = tensor.view(heads, nope + rope, -1)
+            rotating = by_head[:, nope:][:, halves]
+            return torch.cat([rotating, by_head[:, :nope]], dim=1).flatten(0, 1)
+        if name == "self_attn.kv_a_proj_with_mqa.weight":
+            rank = tensor.shape[0] - rope
+            return torch.cat([tensor[:rank], tensor[rank:][halves]])
+        return tensor
+
+    return reorder
+
+
+def set_correction_biases(module):
+    """Sets biases that change the choice of experts but not their weights."""
+    for name, bias in [*module.named_parameters(), *module.named_buffers()]:
+        if name.endswith("e_score_correction_bias") or name.endswith("expert_bias"):
+            bias.copy_(0.3 * torch.randn(bias.shape))
+
+
+def expert_matrices(name, tensor):
+    """Returns gpt-oss's stacks `[E, in, out]` as `[E, out, in]`, gate before up."""
+    if name.endswith("_proj"):
+        tensor = tensor.transpose(1, 2)
+    if "gate_up" in name:
+        tensor = torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
+    return tensor
+
+
+def reach_the_limits(module):
+    """Draws wide sinks, and experts whose values reach the limit of the clamped GLU."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("sinks"):
+            parameter.uniform_(-3, 3)
+        elif "experts.gate_up_proj" in name:
+            parameter.mul_(20)
+        elif name.endswith("bias"):
+            parameter.sub_(1)
+
+
+# Sizes of models with latent attention.
+LATENT = dict(
+    vocab_size=48,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=64,
+    intermediate_size=20,
+    moe_intermediate_size=8,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    kv_lora_rank=12,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=10,
+    # The norms of latents keep their own term.
+    rms_norm_eps=1e-3,
+    use_cache=False,
+    pad_token_id=None,
+)
+LATENT_OURS = dict(
+    vocab_size=48, hidden=16, layers=2, heads=4, ffn=20, dense_layers=1, norm_eps=1e-3
+)
 LONGROPE = {"short": [1.0, 1.5, 2.0, 2.5], "long": [1.5, 3.0, 6.0, 12.0]}
 # Families in which a norm after attention has the name that others use for the one before the
 # feed-forward block.
@@ -337,7 +422,246 @@ MODELS = {
         names=OUTPUT_NORMS,
         vectors=(-0.2, 0.3),
     ),
+    # A dense layer between MoE layers.
+    "qwen3-moe": Golden(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **{
+                **SMALL,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "tie_word_embeddings": True,
+            },
+            moe_intermediate_size=8,
+            intermediate_size=12,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            mlp_only_layers=[2],
+        ),
+        {
+            **SMALL_OURS,
+            "layers": 4,
+            "heads": 2,
+            "kv_heads": 1,
+            "qk_norm": "head",
+            "ffn": 12,
+            "tie_embeddings": True,
+            "moe": moe(4, 2, 8, layers=[0, 1, 3]),
+        },
+    ),
+    # Sinks, a window in every other layer, biases everywhere, and the clamped GLU.
+    "gpt-oss": Golden(
+        GptOssForCausalLM,
+        GptOssConfig(
+            **SMALL,
+            intermediate_size=12,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 15e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        ),
+        {
+            **SMALL_OURS,
+            "rope_theta": 15e4,
+            "rope": {
+                "scaling": {"yarn": {"factor": 8.0, "original_length": 8, "truncate": False}}
+            },
+            "attention": {
+                "grouped": {
+                    "window": {"size": 4, "layers": {"every": 2}},
+                    "sinks": True,
+                    "bias": "all",
+                }
+            },
+            "moe": moe(
+                4,
+                2,
+                12,
+                expert_bias=True,
+                activation={"clamped_glu": {}},
+                router={"bias": "trained"},
+            ),
+        },
+        adjust=reach_the_limits,
+        reorder=expert_matrices,
+    ),
+    # Every layer slides.
+    "mixtral-window": Golden(
+        MixtralForCausalLM,
+        MixtralConfig(
+            **SMALL,
+            intermediate_size=12,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        {
+            **SMALL_OURS,
+            "moe": moe(4, 2, 12),
+            "attention": {"grouped": {"window": {"size": 5}}},
+        },
+    ),
+    # Three of four layers slide and rotate, outputs of heads are gated, four norms a layer.
+    "afmoe": Golden(
+        AfmoeForCausalLM,
+        AfmoeConfig(
+            **{**SMALL, "num_hidden_layers": 4, "tie_word_embeddings": True},
+            intermediate_size=10,
+            moe_intermediate_size=4,
+            num_dense_layers=3,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_shared_experts=1,
+            route_scale=2.5,
+            global_attn_every_n_layers=4,
+            sliding_window=4,
+            mup_enabled=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        {
+            **SMALL_OURS,
+            "layers": 4,
+            "dense_layers": 3,
+            "ffn": 10,
+            "tie_embeddings": True,
+            "qk_norm": "head",
+            "norm": {"placement": "sandwich"},
+            "rope": {"layers": {"all_but": {"every": 4, "from": 3}}},
+            "attention": {
+                "grouped": {
+                    "window": {"size": 4, "layers": {"all_but": {"every": 4, "from": 3}}},
+                    "output_gate": True,
+                }
+            },
+            "multipliers": {"embedding": 4.0},
+            "moe": {
+                "experts": 4,
+                "top_k": 2,
+                "ffn": 4,
+                "shared_experts": 1,
+                "load_balance": 0.0,
+                "router": {"score": "sigmoid", "scale": 2.5, "bias": "frozen"},
+            },
+        },
+        names={
+            "post_attention_layernorm.weight": "attention_post_norm",
+            "pre_mlp_layernorm.weight": "feed_forward_norm",
+            "post_mlp_layernorm.weight": "feed_forward_post_norm",
+            "self_attn.gate_proj.weight": "attention.gate",
+            "mlp.router.gate.weight": "moe.gate",
+            "mlp.expert_bias": "moe.bias",
+        },
+        adjust=set_correction_biases,
+    ),
+    # Latent attention with a latent of queries, and YaRN, which also scales the softmax.
+    "deepseek-v3": Golden(
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **LATENT,
+            q_lora_rank=14,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+            num_mtp_layers=0,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 0.9,
+            },
+        ),
+        {
+            **LATENT_OURS,
+            "attention": {
+                "latent": {
+                    "query_rank": 14,
+                    "kv_rank": 12,
+                    "nope_dim": 6,
+                    "rope_dim": 4,
+                    "value_dim": 10,
+                }
+            },
+            "rope": {
+                "scaling": {
+                    "yarn": {
+                        "factor": 8.0,
+                        "original_length": 8,
+                        "mscale": 0.7,
+                        "mscale_all_dim": 0.9,
+                    }
+                }
+            },
+            "moe": {
+                "experts": 8,
+                "top_k": 2,
+                "ffn": 8,
+                "shared_experts": 1,
+                "load_balance": 0.0,
+                "router": {
+                    "score": "sigmoid",
+                    "scale": 2.5,
+                    "groups": 4,
+                    "top_groups": 2,
+                    "bias": "frozen",
+                },
+            },
+        },
+        adjust=set_correction_biases,
+        reorder=latent_rows(4, 6, 4),
+    ),
+    # Latent attention whose queries come from the residual stream.
+    "deepseek-v2": Golden(
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config(
+            **LATENT,
+            q_lora_rank=None,
+            n_routed_experts=6,
+            n_shared_experts=2,
+            topk_method="greedy",
+            routed_scaling_factor=1.5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        ),
+        {
+            **LATENT_OURS,
+            "attention": {
+                "latent": {"kv_rank": 12, "nope_dim": 6, "rope_dim": 4, "value_dim": 10}
+            },
+            "moe": {
+                "experts": 6,
+                "top_k": 2,
+                "ffn": 8,
+                "shared_experts": 2,
+                "load_balance": 0.0,
+                "router": {"normalize": False, "scale": 1.5},
+            },
+        },
+        reorder=latent_rows(4, 6, 4),
+    ),
 }
+# Biases of queries, keys and values.
+MODELS["glm4-moe-bias"] = replace(
+    MODELS["glm4-moe"],
+    config=Glm4MoeConfig(**{**MODELS["glm4-moe"].config.to_diff_dict(), "attention_bias": True}),
+    model={**MODELS["glm4-moe"].model, "attention": {"grouped": {"bias": "qkv"}}},
+)
 MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)
 
 # Names in transformers -> names in moerun, outside the layers.
@@ -356,9 +680,22 @@ NAMES = {
     "self_attn.o_proj.weight": "attention.output",
     "self_attn.q_norm.weight": "attention.query_norm",
     "self_attn.k_norm.weight": "attention.key_norm",
+    "self_attn.q_proj.bias": "attention.query_bias",
+    "self_attn.k_proj.bias": "attention.key_bias",
+    "self_attn.v_proj.bias": "attention.value_bias",
+    "self_attn.o_proj.bias": "attention.output_bias",
+    "self_attn.q_a_proj.weight": "attention.query_down",
+    "self_attn.q_a_layernorm.weight": "attention.query_norm",
+    "self_attn.q_b_proj.weight": "attention.query",
+    "self_attn.kv_a_proj_with_mqa.weight": "attention.kv_down",
+    "self_attn.kv_a_layernorm.weight": "attention.kv_norm",
+    "self_attn.kv_b_proj.weight": "attention.kv_up",
     "self_attn.query_layernorm.weight": "attention.query_norm",
     "self_attn.key_layernorm.weight": "attention.key_norm",
+    "self_attn.sinks": "attention.sinks",
     "mlp.gate.weight": "moe.gate",
+    "mlp.router.weight": "moe.gate",
+    "mlp.router.bias": "moe.gate_bias",
     "mlp.gate.wg.weight": "moe.gate",
     "mlp.gate.e_score_correction_bias": "moe.bias",
     "block_sparse_moe.router.weight": "moe.gate",
@@ -367,6 +704,8 @@ NAMES = {
 STACKED = {
     "mlp.experts.gate_up_proj": "gate_up",
     "mlp.experts.down_proj": "down",
+    "mlp.experts.gate_up_proj_bias": "gate_up_bias",
+    "mlp.experts.down_proj_bias": "down_bias",
     "block_sparse_moe.experts.gate_up_proj": "gate_up",
     "block_sparse_moe.experts.down_proj": "down",
 }
@@ -378,9 +717,9 @@ NETWORKS = {
 }
 
 
-def ours(tensors, names):
+def ours(tensors, golden):
     """Returns tensors by moerun's names, from tensors by those of transformers."""
-    names = {**NAMES, **names}
+    names = {**NAMES, **golden.names}
     out = {}
     for name, tensor in tensors.items():
         if name in TOP:
@@ -390,9 +729,9 @@ def ours(tensors, names):
         layer = f"layers.{layer}"
         network, _, part = rest.removesuffix("_proj.weight").rpartition(".")
         if rest in names:
-            out[f"{layer}.{names[rest]}"] = tensor
+            out[f"{layer}.{names[rest]}"] = golden.reorder(rest, tensor)
         elif rest in STACKED:
-            for expert, matrix in enumerate(tensor):
+            for expert, matrix in enumerate(golden.reorder(rest, tensor)):
                 out[f"{layer}.moe.experts.{expert}.{STACKED[rest]}"] = matrix
         elif part == "gate":
             up = tensors[name.replace(".gate_proj.", ".up_proj.")]
@@ -402,6 +741,11 @@ def ours(tensors, names):
         elif part != "up":
             raise KeyError(f"{name} has no name in moerun")
     return out
+
+
+def decays(name, parameter):
+    """Returns true for matrices. Biases of experts are matrices in transformers."""
+    return parameter.dim() > 1 and not name.endswith("bias")
 
 
 def run(golden):
@@ -427,7 +771,7 @@ def run(golden):
         out["labels"] = labels
 
     def put(kind, tensors):
-        for name, tensor in ours(tensors, golden.names).items():
+        for name, tensor in ours(tensors, golden).items():
             out[f"{kind}/{name}"] = tensor.detach().clone().contiguous()
 
     put("weight", trained)
@@ -436,8 +780,8 @@ def run(golden):
     put("bias", {name: bias for name, bias in biases.items() if bias.any()})
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for n, p in trained.items() if decays(n, p)], "weight_decay": 0.1},
+            {"params": [p for n, p in trained.items() if not decays(n, p)], "weight_decay": 0.0},
         ],
         lr=1e-2,
         betas=(0.9, 0.95),
@@ -467,7 +811,7 @@ def run(golden):
 
 def main():
     parser = argparse.ArgumentParser(description="Writes golden files.")
-    folder = Path(__file__).parents[2] / "trainer/tests/golden"
+    folder = Path(__file__).parents[2] / "trainer/tests/golden/models"
     parser.add_argument("--output", type=Path, default=folder, help="folder of the files")
     parser.add_argument("names", nargs="*", default=sorted(MODELS), metavar="NAME")
     arguments = parser.parse_args()

@@ -8,14 +8,14 @@ use crate::{
     model::{
         ModelPart, PipelineSplit, StagePart,
         activations::{Activations, BlockShape, FP32_BYTES},
-        decoder::{layer_activations, layer_specs, stream_norm_spec, vocabulary_spec},
+        decoder::{layer_activations, model_specs, part_units},
         logits_chunk_bytes,
         position::ShardPosition,
         replicas::Replicas,
         role::Role,
         spec::ParamSpec,
     },
-    optim::groups::Groups,
+    optim::{groups::Groups, transform_bytes},
     replica_ranks::zero_rank_and_size,
 };
 use parallel::{
@@ -56,7 +56,8 @@ pub struct RankMemory {
     pub microbatches_in_flight: f64,
     /// Tensors that forward saves for backward.
     pub activations: u64,
-    /// The largest set of short-lived tensors: a layer's backward, the loss, gathered weights.
+    /// The largest set of short-lived tensors: a layer's backward, the loss, gathered weights, or
+    /// the optimizer's whole matrices.
     pub transient: u64,
 }
 
@@ -73,6 +74,8 @@ struct ParameterShape {
     cols: u64,
     replicas: Replicas,
     role: Role,
+    /// Elements of each whole matrix.
+    matrix: u64,
     /// Number of the unit that is gathered together.
     unit: usize,
 }
@@ -127,23 +130,8 @@ impl Config {
 impl RankSizes<'_> {
     /// Returns all parameters of `part`, in the model's order.
     fn parameters(&self, part: &ModelPart) -> Vec<ParameterShape> {
-        let model = &self.config.model;
         let position = self.position(part);
-        let shares_vocabulary = part.vocabulary.is_some();
-        let has_embedding = shares_vocabulary || part.has_first();
-        let mut units = Vec::new();
-        if has_embedding {
-            units.push(vec![vocabulary_spec(model, "embedding")]);
-        }
-        let layers = part.stages.iter().flat_map(|stage| stage.layers.clone());
-        units.extend(layers.map(|layer| layer_specs(model, layer)));
-        if part.has_last() {
-            units.push(vec![stream_norm_spec(model, "", "norm")]);
-        }
-        let has_head = shares_vocabulary || part.has_last();
-        if has_head && !(model.tie_embeddings && has_embedding) {
-            units.push(vec![vocabulary_spec(model, "head")]);
-        }
+        let units = part_units(&self.config.model, part);
         let shape = |unit: usize, spec: &ParamSpec| {
             let (rows, cols) = matrix_shape(&spec.local_shape(&position));
             ParameterShape {
@@ -151,6 +139,7 @@ impl RankSizes<'_> {
                 cols: cols as u64,
                 replicas: spec.replicas(&position),
                 role: spec.role,
+                matrix: spec.matrix_shape().iter().product::<i64>() as u64,
                 unit,
             }
         };
@@ -178,7 +167,6 @@ impl RankSizes<'_> {
             element: self.element,
             recompute: &self.config.parallel.recompute,
             on_host: self.config.run.device == "cpu",
-            is_causal: self.config.data.eod_token.is_none(),
         }
     }
 
@@ -253,10 +241,26 @@ impl Shards<'_> {
 
     /// Returns the bytes of the optimizer's state.
     fn state_bytes(&self) -> u64 {
-        let groups = Groups::new(&self.config.optimizer, self.config.train.dtype.kind());
+        let groups = self.config.optimizer_groups();
         let of_shape =
             |shape: &ParameterShape| self.own_elements(shape) * groups.state_bytes(shape.role);
         self.shapes.iter().map(of_shape).sum()
+    }
+
+    /// Returns the bytes of the whole matrices that an optimizer transforms at once.
+    fn matrix_bytes(&self) -> u64 {
+        let groups = self.config.optimizer_groups();
+        let mut own = 0;
+        let mut largest = 0;
+        for shape in self
+            .shapes
+            .iter()
+            .filter(|s| groups.need_matrices_of(s.role))
+        {
+            own += self.own_elements(shape);
+            largest = largest.max(shape.matrix);
+        }
+        transform_bytes(own, largest, FP32_BYTES)
     }
 
     /// Returns the bytes of the experts' weights in 8 bits, for forward and for backward.
@@ -349,6 +353,19 @@ impl Shards<'_> {
 }
 
 impl Config {
+    fn optimizer_groups(&self) -> Groups {
+        Groups::new(&self.optimizer, self.train.dtype.kind())
+    }
+
+    /// Returns the bytes of a checkpoint: fp32 weights and optimizer state.
+    pub fn checkpoint_bytes(&self) -> u128 {
+        let groups = self.optimizer_groups();
+        let bytes = |spec: ParamSpec| {
+            spec.elements() * u128::from(FP32_BYTES + groups.state_bytes(spec.role))
+        };
+        model_specs(&self.model).map(bytes).sum()
+    }
+
     /// Estimates the memory of each of `ranks` ranks.
     ///
     /// # Errors
@@ -478,6 +495,11 @@ impl RankSizes<'_> {
             state
         };
         let activations = self.activations(&held.part);
+        let saved = (activations.saved as f64 * in_flight) as u64;
+        let transient =
+            shards.gathered_weight_bytes() + shards.bucket_bytes() + activations.transient;
+        // The optimizer runs when the activations of the step are gone.
+        let in_optimizer = shards.matrix_bytes().saturating_sub(saved);
         RankMemory {
             stages: held.part.stages.clone(),
             parameters,
@@ -486,10 +508,8 @@ impl RankSizes<'_> {
             optimizer,
             host: if is_offloaded { state_and_masters } else { 0 },
             microbatches_in_flight: in_flight,
-            activations: (activations.saved as f64 * in_flight) as u64,
-            transient: shards.gathered_weight_bytes()
-                + shards.bucket_bytes()
-                + activations.transient,
+            activations: saved,
+            transient: transient.max(in_optimizer),
         }
     }
 }
@@ -513,6 +533,33 @@ mod tests {
             config["model"][key] = value.clone();
         }
         serde_json::from_value(config).unwrap()
+    }
+
+    #[test]
+    fn state_follows_the_optimizers() {
+        let mut config = config(json!({}), json!({}));
+        let mut memory = |optimizer: Value| {
+            config.optimizer = serde_json::from_value(optimizer).unwrap();
+            let memory = config.memory(1).unwrap().remove(0).memory;
+            (memory, config.checkpoint_bytes())
+        };
+        let (adamw, saved) = memory(json!({}));
+        let all = adamw.parameters;
+        assert_eq!(adamw.optimizer, 8 * all);
+        assert_eq!(saved, 12 * u128::from(all));
+        let (rounded, saved) = memory(json!({"state_dtype": "bf16"}));
+        assert_eq!(rounded.optimizer, 4 * all);
+        assert_eq!(saved, 8 * u128::from(all));
+        let (plain, saved) = memory(json!({"groups": [{"sgd": {"momentum": 0}}]}));
+        assert_eq!(plain.optimizer, 0);
+        assert_eq!(saved, 4 * u128::from(all));
+        let (muon, saved) = memory(json!({"groups": [{"muon": {}}]}));
+        let specs = model_specs(&config.model);
+        let matrices = specs.filter(|spec| matches!(spec.role, Role::Matrix | Role::Expert));
+        let matrices = matrices.map(|spec| spec.elements() as u64).sum::<u64>();
+        assert_eq!(muon.optimizer, 8 * all - 4 * matrices);
+        assert_eq!(saved, 12 * u128::from(all) - 4 * u128::from(matrices));
+        assert!(matrices > all / 2 && muon.transient >= adamw.transient);
     }
 
     /// Computes each rank on its own.
@@ -590,8 +637,6 @@ mod tests {
             let parallel = json!({"context": context, "context_attention": kind});
             let mut config = config(parallel, json!({"layers": layers}));
             config.data.eod_token = documents.then_some(0);
-            // Without documents attention would save fewer keys on the host.
-            config.run.device = "cuda".into();
             config.memory(context).unwrap()[0].memory.activations
         };
         let mask = |context, kind, layers| {

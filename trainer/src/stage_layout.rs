@@ -66,8 +66,8 @@ impl StageLayout {
         self.0[0].position.expert.ranks
     }
 
-    /// Returns the global slices that the rows of `spec` are which rank `rank` of the stage updates,
-    /// in order. `experts_by_slot` are the matrices in the physical slots of all ranks.
+    /// Returns the global slices of `spec` that rank `rank` of the stage updates, in the order of
+    /// its rows. `experts_by_slot` are the matrices in the physical slots of all ranks.
     pub(crate) fn slices(
         &self,
         rank: usize,

@@ -24,7 +24,8 @@ struct Golden {
 /// Returns the folder of the golden files.
 fn folder() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    std::env::var_os("MOERUN_TEST_GOLDEN").map_or(here, Into::into)
+    let golden: PathBuf = std::env::var_os("MOERUN_TEST_GOLDEN").map_or(here, Into::into);
+    golden.join("models")
 }
 
 /// Returns the names of all golden models.

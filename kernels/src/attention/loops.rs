@@ -1,8 +1,9 @@
 //! Our own loops for causal attention, on the kernels of module `gemm`.
 //!
 //! The keys and values of a head are packed once, for all query heads that they serve. The loops
-//! run over blocks of queries and, for each, over the blocks of keys that it sees. The scores of two
-//! blocks fit the cache. A thread works on whole key heads, so the number of threads changes no bit.
+//! run over blocks of queries and, for each, over blocks of the keys that it sees. The scores of
+//! two blocks fit the cache. A thread works on whole key heads, so the number of threads changes no
+//! bit.
 
 use super::options::AttentionOptions;
 use crate::{
@@ -144,8 +145,8 @@ fn widened(inputs: [&Tensor; 3], instructions: InstructionSet) -> Option<[Tensor
     unreadable.then(|| inputs.map(|x| x.to_kind(Kind::Float)))
 }
 
-/// Returns an uninitialized tensor `[B, H, S, width]` with the sizes of `x` `[B, H, S, d]` and memory
-/// order `[B, S, H, width]`.
+/// Returns an uninitialized tensor `[B, H, S, width]` for `x` `[B, H, S, d]`, with memory order
+/// `[B, S, H, width]`.
 ///
 /// The next operation reads the rows of all heads of a token.
 fn in_token_order(x: &Tensor, width: usize) -> Tensor {

@@ -48,6 +48,7 @@ pub(super) fn source() -> String {
         ("common.cuh", include_str!("source/common.cuh")),
         ("norm.cu", include_str!("source/norm.cu")),
         ("swiglu.cu", include_str!("source/swiglu.cu")),
+        ("clamped_glu.cu", include_str!("source/clamped_glu.cu")),
         ("rotary.cu", include_str!("source/rotary.cu")),
         ("combine.cu", include_str!("source/combine.cu")),
         ("cross_entropy.cu", include_str!("source/cross_entropy.cu")),

@@ -182,6 +182,8 @@ static const Named kernels[] = {
     NAMED(softmax_gradient),
     NAMED(swiglu),
     NAMED(swiglu_backward),
+    NAMED(clamped_glu),
+    NAMED(clamped_glu_backward),
 };
 
 static void (*body)(void**);

@@ -8,6 +8,7 @@
 
 mod adamw;
 mod add_rows;
+mod clamped_glu;
 mod code_cache;
 mod combine;
 mod compiler;
@@ -26,6 +27,7 @@ mod swiglu;
 
 pub(crate) use adamw::adamw;
 pub(crate) use add_rows::add_rows;
+pub(crate) use clamped_glu::{clamped_glu, clamped_glu_backward};
 pub(crate) use combine::{combine, combine_backward};
 pub(crate) use cross_entropy::{cross_entropy, softmax, softmax_gradient};
 pub(crate) use launch::Gpu;

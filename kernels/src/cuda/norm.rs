@@ -5,7 +5,7 @@ use super::launch::{
     arguments,
 };
 use crate::{
-    norm::Gain,
+    gain::Gain,
     tensors::{FIRST_DIM, empty_f32},
 };
 use tch::{Kind, Tensor};

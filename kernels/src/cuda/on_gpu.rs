@@ -4,7 +4,7 @@
 use super::tests::test_gpu;
 use crate::{
     RowGroups, combine, cross_entropy, gemm_accumulate, grouped_gemm, grouped_gemm_accumulate,
-    grouped_gemm_overwrite, quantize_rows, rms_norm, rms_norm_backward, swiglu,
+    grouped_gemm_overwrite, quantize_rows, rms_norm, rms_norm_backward, swiglu::swiglu,
     tensors::tests::TestTensor,
 };
 use std::time::Instant;

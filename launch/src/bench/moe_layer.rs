@@ -18,7 +18,7 @@ use moe::{
     MoeLayer, MoeStats, MoeWeights, Router, SavePolicy,
     balance::BalanceScope,
     dispatch::{Dispatcher, LeastLoaded},
-    experts::GemmPrecision,
+    experts::{GemmPrecision, GluNetworks},
     lending::{
         calibrate::{ExpertSize, agree_on_break_even, break_even},
         least_loaded::Planner,
@@ -177,9 +177,12 @@ impl LayerBench {
         let ffn = args.ffn as i64;
         let local = (experts / ranks) as i64;
         let random = |shape: &[i64]| group.device.zeros(shape, Kind::Float).uniform_(-0.05, 0.05);
-        let [gate_up_proj, down_proj] = [[local, 2 * ffn, hidden], [local, hidden, ffn]]
-            .map(|shape| Weight::new(random(&shape)));
-        let held = [(down_proj.clone(), 0), (gate_up_proj.clone(), 0)];
+        let experts_here = GluNetworks::swiglu(
+            Weight::new(random(&[local, 2 * ffn, hidden])),
+            Weight::new(random(&[local, hidden, ffn])),
+        );
+        let weights = experts_here.weights().into_iter().rev();
+        let held: Vec<_> = weights.map(|weight| (weight.clone(), 0)).collect();
         let gradients = GradientBuckets::new(
             &held,
             &[Replication::alone()],
@@ -212,9 +215,9 @@ impl LayerBench {
             },
             weights: MoeWeights {
                 router: Weight::new(Cpu.zeros(&[0, hidden], Kind::Float)),
+                router_bias: None,
                 bias: Mutex::new(None),
-                gate_up_proj: gate_up_proj.clone(),
-                down_proj: down_proj.clone(),
+                experts: experts_here.clone(),
                 shared: None,
             },
         };

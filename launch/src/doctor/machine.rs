@@ -297,10 +297,9 @@ pub(super) fn disk(config: &Config) -> Finding {
     }
     let free =
         statvfs(Path::new(dir)).map_or(0, |stat| stat.blocks_available() * stat.fragment_size());
-    // fp32 weights and two moments. While the next checkpoint is written, there is one more than
-    // are kept.
+    // While the next checkpoint is written, there is one more than are kept.
     let checkpoints = config.checkpoint.keep as u128 + 1;
-    let needed = config.model.num_parameters().total * 12 * checkpoints;
+    let needed = config.checkpoint_bytes() * checkpoints;
     let detail = format!(
         "{} MiB are free in {}; {checkpoints} checkpoints take about {} MiB",
         free / MIB,

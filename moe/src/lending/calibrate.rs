@@ -70,19 +70,19 @@ fn time_transfer(
     device: &dyn Accelerator,
     weights: &[Tensor; 2],
 ) -> Result<f64, Error> {
-    let [gate_up_proj, down_proj] = weights;
-    let grad_gate_up = device.zeros(&gate_up_proj.size(), Kind::Float);
-    let grad_down = device.zeros(&down_proj.size(), Kind::Float);
+    let sums = weights
+        .each_ref()
+        .map(|weight| device.zeros(&weight.size(), Kind::Float));
     let lending = Lending::ring(lending);
     let fetches = if expert.refetched_in_backward { 2 } else { 1 };
     shortest_time(|| {
         for _ in 0..fetches {
-            let _ = lending.fetch(gate_up_proj, down_proj)?.wait()?;
+            let _ = lending.fetch(weights)?.wait()?;
         }
         let gradients = device.zeros(&[1, 3 * expert.hidden * expert.ffn], Kind::Float);
         lending
             .send_gradients(&gradients)?
-            .wait_and_add_to(&grad_gate_up, &grad_down)?;
+            .wait_and_add_to(&sums.each_ref())?;
         device.synchronize()
     })
 }

@@ -8,7 +8,9 @@
 //! # Collective
 //! Every rank of the group takes part in each exchange, in the same order, on a communicator that
 //! carries nothing else.
-// Shapes: L local experts, M experts lent to this rank, F ffn, D hidden.
+// Shapes: L local experts, M experts lent to this rank.
+//
+// An expert's weights are one tensor of each of several stacks `[L, ...]`.
 
 use crate::{
     lending::assignment::Transfer,
@@ -182,29 +184,23 @@ impl Lending {
         parts
     }
 
-    /// Starts to send this rank's weights `[L, 2F, D]` and `[L, D, F]` to its helpers.
-    pub(crate) fn fetch(
-        &self,
-        gate_up_proj: &Tensor,
-        down_proj: &Tensor,
-    ) -> Result<PendingWeights, Error> {
-        let elements = expert_numel(&gate_up_proj.size()) + expert_numel(&down_proj.size());
+    /// Starts to send weights of this rank's experts to its helpers, from all stacks `[L, ...]`.
+    pub(crate) fn fetch(&self, stacks: &[Tensor]) -> Result<PendingWeights, Error> {
+        let elements = stacks.iter().map(|stack| expert_numel(&stack.size())).sum();
         // Helpers with equal experts share a buffer.
         let mut packed: HashMap<&[i64], Tensor> = HashMap::new();
         for helper in &self.helpers {
             packed
                 .entry(&helper.experts)
-                .or_insert_with(|| pack_experts(&helper.experts, gate_up_proj, down_proj));
+                .or_insert_with(|| pack_experts(&helper.experts, stacks));
         }
         let sends: Vec<_> = self
             .helpers
             .iter()
             .map(|helper| (&packed[helper.experts.as_slice()], helper.rank))
             .collect();
-        let weights = Tensor::empty(
-            [self.num_received(), elements],
-            (gate_up_proj.kind(), gate_up_proj.device()),
-        );
+        let options = (stacks[0].kind(), stacks[0].device());
+        let weights = Tensor::empty([self.num_received(), elements], options);
         let parts = self.by_owner(&weights);
         let receives: Vec<_> = parts
             .iter()
@@ -264,14 +260,11 @@ impl PendingGradients {
         Ok(())
     }
 
-    /// Waits for the helpers' gradients, and adds them to the gradients `[L, 2F, D]` and
-    /// `[L, D, F]` of this rank's experts.
-    pub(crate) fn wait_and_add_to(
-        mut self,
-        grad_gate_up: &Tensor,
-        grad_down: &Tensor,
-    ) -> Result<(), Error> {
+    /// Waits for the helpers' gradients, and adds them to the gradients `[L, ...]` of this rank's
+    /// experts, one for each stack.
+    pub(crate) fn wait_and_add_to(mut self, stacks: &[&Tensor]) -> Result<(), Error> {
         let lending = self.lending.clone();
+        let shapes: Vec<Vec<i64>> = stacks.iter().map(|stack| stack.size()).collect();
         for round in 0..lending.rounds {
             let Round { work, received } = self
                 .in_flight
@@ -279,12 +272,11 @@ impl PendingGradients {
                 .expect("two rounds are in flight, or all that remain");
             work.wait()?;
             if let Some(received) = received {
-                let [gate_up, down] =
-                    split_matrices(&received, &grad_gate_up.size(), &grad_down.size());
-                for (row, &expert) in lending.helpers[round].experts.iter().enumerate() {
-                    let row = row as i64;
-                    let _ = grad_gate_up.select(0, expert).g_add_(&gate_up.get(row));
-                    let _ = grad_down.select(0, expert).g_add_(&down.get(row));
+                for (stack, gradients) in stacks.iter().zip(split_stacks(&received, &shapes)) {
+                    for (row, &expert) in lending.helpers[round].experts.iter().enumerate() {
+                        let gradient = gradients.get(row as i64);
+                        let _ = stack.select(0, expert).g_add_(&gradient);
+                    }
                 }
             }
             if round + 2 < lending.rounds {
@@ -295,30 +287,29 @@ impl PendingGradients {
     }
 }
 
-/// Copies the weights of `experts` into one buffer: for each expert gate-up, then down.
-fn pack_experts(experts: &[i64], gate_up_proj: &Tensor, down_proj: &Tensor) -> Tensor {
-    let matrices = experts.iter().flat_map(|&expert| {
-        [gate_up_proj, down_proj].map(|weights| weights.select(0, expert).view([-1]))
-    });
-    tch::no_grad(|| Tensor::cat(&matrices.collect::<Vec<_>>(), 0))
+/// Copies the weights of `experts` into one buffer: for each expert those of all stacks.
+fn pack_experts(experts: &[i64], stacks: &[Tensor]) -> Tensor {
+    let of_expert = |&expert: &i64| {
+        let weights = stacks.iter().map(move |stack| stack.select(0, expert));
+        weights.map(|weights| weights.view([-1]))
+    };
+    let weights: Vec<Tensor> = experts.iter().flat_map(of_expert).collect();
+    tch::no_grad(|| Tensor::cat(&weights, 0))
 }
 
-/// Views experts' elements `[M, elements]` as matrices `[M, 2F, D]` and `[M, D, F]`. The shapes
-/// given are `[L, 2F, D]` and `[L, D, F]`.
-pub(crate) fn split_matrices(
-    flat: &Tensor,
-    gate_up_shape: &[i64],
-    down_shape: &[i64],
-) -> [Tensor; 2] {
+/// Divides experts' elements `[M, elements]` into stacks `[M, ...]`, for owners' stacks of these
+/// shapes `[L, ...]`. One expert's part of a stack is contiguous.
+pub(crate) fn split_stacks(flat: &Tensor, shapes: &[Vec<i64>]) -> Vec<Tensor> {
     let mut start = 0;
-    [gate_up_shape, down_shape].map(|shape| {
+    let mut stacks = Vec::new();
+    for shape in shapes {
         let elements = expert_numel(shape);
-        let mut shape = shape.to_vec();
+        let mut shape = shape.clone();
         shape[0] = flat.size()[0];
-        let matrices = flat.narrow(1, start, elements);
+        stacks.push(flat.narrow(1, start, elements).view(shape.as_slice()));
         start += elements;
-        matrices.view(shape.as_slice())
-    })
+    }
+    stacks
 }
 
 /// Returns the number of elements of one expert in weights of this shape.

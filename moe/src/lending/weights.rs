@@ -62,20 +62,15 @@ impl LentWeights {
         }
     }
 
-    /// Returns the weights `[M, elements]`. Fetches them if they were freed.
-    pub(crate) fn weights(
-        &self,
-        gate_up_proj: &Weight,
-        down_proj: &Weight,
-    ) -> Result<Tensor, Error> {
+    /// Returns the weights `[M, elements]`. Fetches them if they were freed, for which this rank
+    /// sends those that it lends of `own`, all weights of its experts.
+    pub(crate) fn weights(&self, own: &[&Weight]) -> Result<Tensor, Error> {
         let mut state = self.lock();
         if let Some(weights) = &state.weights {
             return Ok(weights.shallow_clone());
         }
-        let pending = state
-            .lending
-            .fetch(&gate_up_proj.value(), &down_proj.value())?;
-        let weights = pending.wait()?;
+        let own: Vec<Tensor> = own.iter().map(|weight| weight.value()).collect();
+        let weights = state.lending.fetch(&own)?.wait()?;
         state.weights = Some(weights.shallow_clone());
         Ok(weights)
     }
@@ -86,14 +81,14 @@ impl LentWeights {
         &self,
         elements: i64,
         like: &Tensor,
-        add: impl FnOnce(&Tensor),
+        add: impl FnOnce(&Tensor) -> Result<(), Error>,
     ) -> Result<Option<PendingGradients>, Error> {
         let mut state = self.lock();
         let count = state.count;
         let sum = state
             .gradients
             .get_or_insert_with(|| Tensor::zeros([count, elements], (Kind::Float, like.device())));
-        add(sum);
+        add(sum)?;
         state.pending_chunks -= 1;
         if state.pending_chunks > 0 {
             return Ok(None);

@@ -54,8 +54,12 @@ pub use snapshot::{
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
 pub use crate::model::{
-    attention::grouped::QkNorm,
-    moe_block::{MoeConfig, RouterConfig},
+    attention::{
+        AttentionConfig,
+        grouped::{AttentionBias, GroupedConfig, QkNorm, WindowConfig},
+        latent::LatentConfig,
+    },
+    moe_block::{ClampedGluConfig, ExpertActivation, MoeConfig, RouterBias, RouterConfig},
 };
 use config_derive::ResumeKeys;
 use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};
@@ -120,7 +124,7 @@ impl Config {
         resolved.model.kv_heads = heads.kv_heads;
         resolved.model.head_dim = heads.head_dim;
         if let Some(moe) = &mut resolved.model.moe {
-            moe.router.normalize = Some(moe.normalizes());
+            moe.resolve();
         }
         resolved.schedule = Some(self.schedule());
         resolved

@@ -3,7 +3,10 @@
 use super::limits::{MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH};
 use super::multipliers::MultipliersConfig;
 use crate::model::{
-    attention::grouped::QkNorm, moe_block::MoeConfig, norm::NormConfig, rope::RopeConfig,
+    attention::{AttentionConfig, grouped::QkNorm},
+    moe_block::MoeConfig,
+    norm::NormConfig,
+    rope::RopeConfig,
 };
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;
@@ -81,6 +84,10 @@ pub struct ModelConfig {
     #[on_resume(refused)]
     #[serde(default)]
     pub qk_norm: QkNorm,
+    /// The kind of attention, with what it has beyond the keys above.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub attention: AttentionConfig,
     /// Uses the transposed embedding as the output layer.
     #[on_resume(refused)]
     #[serde(default)]
@@ -119,6 +126,7 @@ impl ModelConfig {
             norm_eps: default_norm_eps(),
             norm: NormConfig::default(),
             qk_norm: QkNorm::default(),
+            attention: AttentionConfig::default(),
             tie_embeddings: false,
             init_std: default_init_std(),
             mup: None,
@@ -146,9 +154,15 @@ impl ModelConfig {
 
     /// Returns the MoE section if this layer is an MoE layer.
     pub fn moe_config(&self, layer: usize) -> Option<&MoeConfig> {
-        let after_dense = layer.checked_sub(self.dense_layers)?;
-        let is_moe = after_dense.is_multiple_of(self.moe_every.max(1));
-        self.moe.as_ref().filter(|_| is_moe)
+        let moe = self.moe.as_ref()?;
+        let is_moe = match &moe.layers {
+            Some(layers) => layers.contains(layer),
+            None => {
+                let after_dense = layer.checked_sub(self.dense_layers);
+                after_dense.is_some_and(|after| after.is_multiple_of(self.moe_every.max(1)))
+            }
+        };
+        is_moe.then_some(moe)
     }
 
     /// Returns true if any layer is dense.

@@ -28,6 +28,4 @@ pub(crate) struct BlockShape<'a> {
     pub(crate) recompute: &'a RecomputeConfig,
     /// True if the model is on the CPU.
     pub(crate) on_host: bool,
-    /// True if a position sees all earlier ones: documents do not cut sequences.
-    pub(crate) is_causal: bool,
 }

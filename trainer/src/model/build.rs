@@ -3,13 +3,12 @@
 use super::{
     Model, Stage, VocabularyWeight,
     build_context::BuildContext,
-    decoder::{block_norm_specs, dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
-    feed_forward::DenseFeedForward,
+    decoder::{block_norm_specs, layer_name, stream_norm_spec, vocabulary_spec},
     layer::{FeedForward, Layer},
     moe_block,
     norm::{BlockNorms, Norm, NormNames},
     parameters::Unit,
-    part::{ModelPart, StagePart},
+    part::{HeadWeight, ModelPart, StagePart},
     position::ShardPosition,
     rope::Rope,
     weights::WeightBuilder,
@@ -41,23 +40,19 @@ impl Model {
             config,
             rope: Arc::new(Rope::new(ctx.device, &positions, &frequencies)),
         };
-        let shares_vocabulary = part.vocabulary.is_some();
-        let has_embedding = shares_vocabulary || part.has_first();
-        let embedding = has_embedding.then(|| builder.vocabulary_weight("embedding"));
+        let ends = part.ends(config.tie_embeddings);
+        let embedding = (ends.embedding).then(|| builder.vocabulary_weight("embedding"));
         let stages = part.stages.iter().map(|stage| builder.stage(stage));
         let mut stages: Vec<Stage> = stages.collect();
         if let Some(last) = part.stages.iter().position(|stage| stage.last) {
             stages[last].norm = Some(builder.final_norm());
         }
-        let has_head = shares_vocabulary || part.has_last();
-        let head = has_head.then(|| match &embedding {
-            Some(embedding) if config.tie_embeddings => VocabularyWeight {
-                weight: embedding.weight.tied(),
-                unit: embedding.unit.clone(),
-            },
-            None if config.tie_embeddings => builder.vocabulary_weight("embedding"),
-            _ => builder.vocabulary_weight("head"),
-        });
+        let head = match ends.head {
+            HeadWeight::None => None,
+            HeadWeight::Own => Some(builder.vocabulary_weight("head")),
+            HeadWeight::Embedding => embedding.as_ref().map(VocabularyWeight::tied),
+            HeadWeight::EmbeddingCopy => Some(builder.vocabulary_weight("embedding")),
+        };
 
         let parameters = builder.weights.parameters;
         let splits_sequences = context.size() > 1;
@@ -73,6 +68,16 @@ impl Model {
             tensor: ctx.groups.tensor.clone(),
             rows: position.vocabulary.part(config.vocab_size),
             positions,
+        }
+    }
+}
+
+impl VocabularyWeight {
+    /// Returns the same weight for the other end of the model.
+    fn tied(&self) -> VocabularyWeight {
+        VocabularyWeight {
+            weight: self.weight.tied(),
+            unit: self.unit.clone(),
         }
     }
 }
@@ -165,8 +170,8 @@ impl Builder<'_> {
         let config = self.config;
         match config.moe_config(index) {
             None => {
-                let specs = dense_specs(config, layer);
-                FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
+                let name = format!("{layer}.mlp");
+                FeedForward::Dense(config.dense().build(&mut self.weights, &name))
             }
             Some(moe) => {
                 let name = format!("{layer}.moe");

@@ -2,9 +2,10 @@
 
 use super::{
     activations::{Activations, BlockShape},
-    attention::{AttentionPlan, ScoreScale, grouped::GroupedAttention},
-    feed_forward::{self, Networks, SwigluSpecs},
+    attention::{AttentionKeys, AttentionPlan, ScoreScale},
+    feed_forward::DensePlan,
     norm::{BlockNorms, NormNames, norm_spec},
+    part::{HeadWeight, ModelPart},
     rules::ParameterRules,
     spec::{Dim, ParamSpec, Role, Split, Stack},
     work::Flops,
@@ -18,6 +19,14 @@ pub struct ParameterCount {
     pub total: u128,
     /// Parameters that one token uses: those of its experts and all others.
     pub active: u128,
+}
+
+/// What distinguishes layers of one model from each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct LayerKind {
+    has_experts: bool,
+    window: Option<usize>,
+    rotates: bool,
 }
 
 /// Returns the global name of layer `index`.
@@ -60,13 +69,6 @@ pub(crate) fn block_norm_specs(
     )
 }
 
-/// Returns the description of the network of a dense layer with this global name.
-pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
-    let ffn = Dim::new("model.ffn", config.ffn.unwrap_or(0) as u64);
-    let block = format!("{layer}.mlp");
-    SwigluSpecs::new(&block, Dim::hidden(config.hidden), ffn, Networks::Dense)
-}
-
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
@@ -89,7 +91,7 @@ pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> 
 fn feed_forward_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
     match config.moe_config(index) {
-        None => dense_specs(config, &layer).into_list(),
+        None => config.dense().specs(&format!("{layer}.mlp")).into_list(),
         Some(moe) => moe.specs(config.hidden, &format!("{layer}.moe")),
     }
 }
@@ -104,6 +106,27 @@ pub(crate) fn end_specs(config: &ModelConfig) -> Vec<ParamSpec> {
         specs.push(vocabulary_spec(config, "head"));
     }
     specs
+}
+
+/// Returns the descriptions of the parameters of `part`, by the units that are gathered together,
+/// in the order of use.
+pub(crate) fn part_units(config: &ModelConfig, part: &ModelPart) -> Vec<Vec<ParamSpec>> {
+    let ends = part.ends(config.tie_embeddings);
+    let mut units = Vec::new();
+    if ends.embedding {
+        units.push(vec![vocabulary_spec(config, "embedding")]);
+    }
+    let layers = part.stages.iter().flat_map(|stage| stage.layers.clone());
+    units.extend(layers.map(|layer| layer_specs(config, layer)));
+    if ends.norm {
+        units.push(vec![stream_norm_spec(config, "", "norm")]);
+    }
+    match ends.head {
+        HeadWeight::None | HeadWeight::Embedding => {}
+        HeadWeight::Own => units.push(vec![vocabulary_spec(config, "head")]),
+        HeadWeight::EmbeddingCopy => units.push(vec![vocabulary_spec(config, "embedding")]),
+    }
+    units
 }
 
 /// Returns the descriptions of all parameters of a model. Layers are in order.
@@ -124,11 +147,7 @@ pub(crate) fn layer_activations(
     let attention = config.attention(index).activations(at);
     let moe = config.moe_config(index);
     let feed_forward = match moe {
-        None => {
-            let columns = config.ffn.unwrap_or(0) / at.mesh.tensor;
-            let hidden = config.hidden as u64;
-            feed_forward::activations(at.tokens, hidden, columns as u64, at)
-        }
+        None => config.dense().activations(at),
         Some(moe) => moe.activations(config.hidden, at),
     };
     saved += attention.saved + feed_forward.saved;
@@ -168,17 +187,30 @@ impl ModelConfig {
         count
     }
 
-    /// Returns the plan of the attention of layer `_layer`.
-    pub(crate) fn attention(&self, _layer: usize) -> Box<dyn AttentionPlan> {
-        Box::new(GroupedAttention {
+    /// Returns the plan of the attention of layer `layer`.
+    pub(crate) fn attention(&self, layer: usize) -> Box<dyn AttentionPlan> {
+        self.attention.plan(AttentionKeys {
             hidden: self.hidden,
             heads: self.heads,
-            kv_heads: self.kv_heads.unwrap_or(self.heads),
+            kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             qk_norm: self.qk_norm,
             norm_eps: self.norm_eps,
             score_scale: self.score_scale(),
+            latent_scale_factor: self.rope.softmax_scale_factor(),
+            layer,
+            layers: self.layers,
         })
+    }
+
+    /// Returns the kind of layer `index`. Layers of one kind have parameters of the same shapes and
+    /// run the same kernels.
+    pub(crate) fn layer_kind(&self, index: usize) -> LayerKind {
+        LayerKind {
+            has_experts: self.moe_config(index).is_some(),
+            window: self.attention(index).window(),
+            rotates: self.rope.layers.contains(index),
+        }
     }
 
     fn score_scale(&self) -> ScoreScale {
@@ -186,6 +218,14 @@ impl ModelConfig {
             Some(scale) => ScoreScale::Given(scale),
             None if self.mup.is_some() => ScoreScale::Inverse,
             None => ScoreScale::InverseRoot,
+        }
+    }
+
+    /// Returns the plan of the dense layers' networks.
+    pub(crate) fn dense(&self) -> DensePlan {
+        DensePlan {
+            hidden: self.hidden,
+            ffn: Dim::new("model.ffn", self.ffn.unwrap_or(0) as u64),
         }
     }
 
@@ -285,6 +325,10 @@ mod tests {
                 model.as_object_mut().unwrap().remove("dense_layers");
             }),
             config(|model| model["head_dim"] = json!(6)),
+            config(|model| {
+                model["moe"]["layers"] = json!([0, 2]);
+                model["dense_layers"] = json!(0);
+            }),
         ];
         for config in configs {
             let groups = ProcessGroups::single_rank();

@@ -1,18 +1,16 @@
 //! Document boundaries, across which tokens do not attend.
 
 use parking_lot::Mutex;
+use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
-
-/// Score of a key of another document or of a later position. Its exponential is zero in every
-/// dtype, and unlike infinity it has defined differences.
-const MASKED_SCORE: f64 = -65504.0;
 
 /// The document of each position of a microbatch.
 pub(crate) struct Documents {
     /// `[B, S]` int64.
     document_ids: Mutex<Tensor>,
-    /// `[B, 1, S, S]`. Made on first use, because only ranks with whole sequences need it.
-    mask: Mutex<Option<Tensor>>,
+    /// Masks `[B, 1, S, S]` by their window. Made on first use, because only ranks with whole
+    /// sequences need them.
+    masks: Mutex<BTreeMap<Option<i64>, Tensor>>,
 }
 
 impl Documents {
@@ -23,7 +21,7 @@ impl Documents {
         let document_ids = ends.cumsum(1, Kind::Int64) - ends;
         Documents {
             document_ids: Mutex::new(document_ids),
-            mask: Mutex::new(None),
+            masks: Mutex::default(),
         }
     }
 
@@ -34,28 +32,30 @@ impl Documents {
 
     /// Returns the causal mask within documents for queries of dtype `kind`, `[B, 1, S, S]`.
     ///
-    /// It is added to scores. libtorch would make such a mask of a boolean one in each layer, and
-    /// keep all of them until backward. NPUs, whose attention takes boolean masks, get one.
-    pub(crate) fn mask(&self, kind: Kind) -> Tensor {
-        let mut mask = self.mask.lock();
+    /// With a `window` a query sees its own position and those just before it, as many in all.
+    pub(crate) fn mask(&self, kind: Kind, window: Option<i64>) -> Tensor {
+        let mut masks = self.masks.lock();
         let make = || {
             let document_ids = self.document_ids();
             let queries = document_ids.unsqueeze(2);
             let keys = document_ids.unsqueeze(1);
-            let is_visible = queries.eq_tensor(&keys).tril(0).unsqueeze(1);
-            match is_visible.device() {
-                Device::Cpu | Device::Cuda(_) => added_to_scores(&is_visible, kind),
-                _ => is_visible,
-            }
+            let same = queries.eq_tensor(&keys).unsqueeze(1);
+            mask_for_device(&kernels::causal_part(&same, window), kind)
         };
-        mask.get_or_insert_with(make).shallow_clone()
+        masks.entry(window).or_insert_with(make).shallow_clone()
     }
 }
 
-/// Returns 0 where `is_visible` is true, and [`MASKED_SCORE`] elsewhere.
-fn added_to_scores(is_visible: &Tensor, kind: Kind) -> Tensor {
-    let scores = Tensor::zeros(is_visible.size(), (kind, is_visible.device()));
-    scores.masked_fill(&is_visible.logical_not(), MASKED_SCORE)
+/// Returns the mask that attention on the device of `is_visible` takes, for queries of dtype
+/// `kind`.
+///
+/// It is added to scores. libtorch would make such a mask of a boolean one in each layer, and keep
+/// all of them until backward. NPUs, whose attention takes boolean masks, get one.
+pub(super) fn mask_for_device(is_visible: &Tensor, kind: Kind) -> Tensor {
+    match is_visible.device() {
+        Device::Cpu | Device::Cuda(_) => kernels::added_mask(is_visible, kind),
+        _ => is_visible.shallow_clone(),
+    }
 }
 
 #[cfg(test)]
@@ -89,7 +89,7 @@ mod tests {
             let ids = documents.document_ids();
             let boolean = ids.unsqueeze(2).eq_tensor(&ids.unsqueeze(1));
             let boolean = boolean.tril(0).unsqueeze(1);
-            let mask = documents.mask(kind);
+            let mask = documents.mask(kind, None);
             assert_eq!(
                 (mask.kind(), mask.size()),
                 (kind, vec![2, 1, length, length])
@@ -98,7 +98,7 @@ mod tests {
             let x = [(); 3].map(|()| random());
             assert_eq!(attend(&x, &mask), attend(&x, &boolean), "{kind:?}");
             // The same tensor serves every layer.
-            assert_eq!(documents.mask(kind).data_ptr(), mask.data_ptr());
+            assert_eq!(documents.mask(kind, None).data_ptr(), mask.data_ptr());
         }
     }
 }

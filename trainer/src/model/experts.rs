@@ -2,16 +2,14 @@
 
 use super::parameters::Parameters;
 use moe::dispatch::Dispatcher;
+use std::ops::Range;
 
-/// A rank's part of the experts of one MoE layer: two parameters, in which experts follow each
-/// other.
+/// A rank's part of the experts of one MoE layer: parameters in which experts follow each other.
 pub(crate) struct LocalExperts {
     /// Global name of the MoE layer.
     pub(crate) name: String,
-    /// Index of the gate-up parameter.
-    pub(crate) gate_up: usize,
-    /// Index of the down parameter.
-    pub(crate) down: usize,
+    /// Indices of the parameters.
+    pub(crate) parameters: Range<usize>,
 }
 
 impl LocalExperts {
@@ -24,8 +22,9 @@ impl LocalExperts {
         physical_slots: &[i64],
     ) {
         let experts = experts_by_slot(physical_slots);
-        parameters.get(self.gate_up).set_experts(&experts);
-        parameters.get(self.down).set_experts(&experts);
+        for index in self.parameters.clone() {
+            parameters.get(index).set_experts(&experts);
+        }
         dispatcher.set_physical_slots(physical_slots.to_vec());
     }
 }

@@ -6,9 +6,12 @@ use super::{
     spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
     weights::WeightBuilder,
 };
-use crate::config::layout::RecomputedPart;
-use moe::experts::grouped_swiglu;
-use parallel::{Activation, Weight, tensor::TensorParallel};
+use crate::{
+    config::layout::RecomputedPart,
+    problems::{Problems, Quantity},
+};
+use moe::experts::{GluNetworks, grouped_glu};
+use parallel::{Activation, MeshShape, tensor::TensorParallel};
 use tch::Tensor;
 use torch_ext::Error;
 
@@ -69,9 +72,57 @@ impl SwigluSpecs {
         }
     }
 
+    /// Builds a rank's part of the networks.
+    pub(crate) fn build(&self, builder: &mut WeightBuilder) -> GluNetworks {
+        let gate_up_proj = builder.add(&self.gate_up);
+        let down_proj = builder.add(&self.down);
+        GluNetworks::swiglu(gate_up_proj, down_proj)
+    }
+
     /// Returns the descriptions in the order of use.
     pub(crate) fn into_list(self) -> Vec<ParamSpec> {
         vec![self.gate_up, self.down]
+    }
+}
+
+/// The plan of a dense network.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DensePlan {
+    /// Width of the residual stream.
+    pub(crate) hidden: usize,
+    /// Inner width.
+    pub(crate) ffn: Dim,
+}
+
+impl DensePlan {
+    /// Describes the parameters of the block with this global name.
+    pub(crate) fn specs(&self, block: &str) -> SwigluSpecs {
+        SwigluSpecs::new(block, Dim::hidden(self.hidden), self.ffn, Networks::Dense)
+    }
+
+    /// Returns the bytes of activations on a rank.
+    pub(crate) fn activations(&self, at: &BlockShape) -> Activations {
+        let columns = self.ffn.size / at.mesh.tensor as u64;
+        activations(at.tokens, self.hidden as u64, columns, at)
+    }
+
+    /// Adds the reasons why ranks of this mesh cannot divide the network.
+    pub(crate) fn layout_problems(&self, mesh: &MeshShape, problems: &mut Problems) {
+        let Dim { size, key } = self.ffn;
+        problems.divides(
+            Quantity::new(key.unwrap_or_default(), size as usize),
+            Quantity::new("parallel.tensor", mesh.tensor),
+            "each rank must hold an equal slice of a layer",
+        );
+    }
+
+    /// Builds a rank's part of the block with this global name.
+    pub(crate) fn build(&self, builder: &mut WeightBuilder, block: &str) -> DenseFeedForward {
+        DenseFeedForward {
+            network: self.specs(block).build(builder),
+            tensor: builder.ctx.groups.tensor.clone(),
+            save_gate_up: builder.ctx.recompute.keeps(RecomputedPart::Experts),
+        }
     }
 }
 
@@ -91,25 +142,14 @@ pub(crate) fn activations(rows: u64, hidden: u64, ffn: u64, at: &BlockShape) -> 
 
 /// A rank's part of a dense feed-forward network.
 pub(crate) struct DenseFeedForward {
-    /// `[1, 2F, D]`; of F this rank's part.
-    gate_up: Weight,
-    /// `[1, D, F]`; of F this rank's part.
-    down: Weight,
+    /// One network; of F this rank's part.
+    network: GluNetworks,
     tensor: TensorParallel,
     /// True if the gate-up output is saved for backward.
     save_gate_up: bool,
 }
 
 impl DenseFeedForward {
-    pub(crate) fn new(builder: &mut WeightBuilder, specs: &SwigluSpecs) -> DenseFeedForward {
-        DenseFeedForward {
-            gate_up: builder.add(&specs.gate_up),
-            down: builder.add(&specs.down),
-            tensor: builder.ctx.groups.tensor.clone(),
-            save_gate_up: builder.ctx.recompute.keeps(RecomputedPart::Experts),
-        }
-    }
-
     /// Maps this rank's rows `[T / ranks, D]` to the same shape.
     ///
     /// # Collective
@@ -117,7 +157,7 @@ impl DenseFeedForward {
     pub(crate) fn forward(&self, x: &Activation) -> Result<Tensor, Error> {
         self.tensor.column_row_parallel(x, |x| {
             let tokens = x.value.size()[0];
-            grouped_swiglu(x, &self.gate_up, &self.down, &[tokens], self.save_gate_up)
+            grouped_glu(x, &self.network, &[tokens], self.save_gate_up)
         })
     }
 }

@@ -1,4 +1,4 @@
-//! One transformer layer.
+//! One layer: attention and feed-forward, with norms around them.
 // Shapes: T tokens (of a microbatch, on this rank), D hidden.
 
 use super::{

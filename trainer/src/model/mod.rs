@@ -6,6 +6,7 @@
 pub(crate) mod activations;
 pub(crate) mod attention;
 mod batch;
+mod bias;
 mod build;
 mod build_context;
 mod core_attention;
@@ -33,6 +34,7 @@ pub(crate) mod slices;
 pub(crate) mod spec;
 pub(crate) mod vocabulary;
 mod weights;
+mod window_masks;
 mod work;
 
 use crate::{

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 use torch_ext::{Error, attach_backward};
 
-/// RMSNorm.
+/// Placement and weights of the norms.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ResumeKeys,
 )]
@@ -43,12 +43,12 @@ pub enum NormPlacement {
 
 impl NormPlacement {
     /// Returns true if a block reads normalized tokens.
-    pub(crate) fn has_input_norms(self) -> bool {
+    fn has_input_norms(self) -> bool {
         self != NormPlacement::Post
     }
 
     /// Returns true if a block's output is normalized.
-    pub(crate) fn has_output_norms(self) -> bool {
+    fn has_output_norms(self) -> bool {
         self != NormPlacement::Pre
     }
 
@@ -85,7 +85,7 @@ impl NormNames {
     };
 }
 
-/// What belongs to the norm of a block's input, and to that of its output.
+/// The norms of a block's input and of its output, or their descriptions.
 pub(crate) struct BlockNorms<T> {
     pub(crate) input: Option<T>,
     pub(crate) output: Option<T>,
@@ -116,7 +116,7 @@ impl BlockNorms<Norm> {
         }
     }
 
-    /// Returns what a block with the output `x` adds to the residual stream.
+    /// Returns the contribution to the residual stream of a block with the output `x`.
     pub(crate) fn output(&self, x: Tensor) -> Result<Tensor, Error> {
         match &self.output {
             None => Ok(x),

@@ -25,7 +25,48 @@ pub struct ModelPart {
     pub vocabulary: Option<Share>,
 }
 
+/// The ends of the model that one rank holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ends {
+    /// True if the rank embeds tokens.
+    pub(crate) embedding: bool,
+    /// True if the rank has the final norm.
+    pub(crate) norm: bool,
+    pub(crate) head: HeadWeight,
+}
+
+/// The weight of a rank's output layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeadWeight {
+    /// The rank has no output layer.
+    None,
+    /// The output layer's own.
+    Own,
+    /// That of the rank's embedding.
+    Embedding,
+    /// A copy of the embedding, which another rank embeds tokens with.
+    EmbeddingCopy,
+}
+
 impl ModelPart {
+    /// Returns the ends of the model on the rank. With `ties`, the embedding is also the output
+    /// layer.
+    pub(crate) fn ends(&self, ties: bool) -> Ends {
+        let shares_vocabulary = self.vocabulary.is_some();
+        let embedding = shares_vocabulary || self.has_first();
+        let has_head = shares_vocabulary || self.has_last();
+        Ends {
+            embedding,
+            norm: self.has_last(),
+            head: match (has_head, ties, embedding) {
+                (false, ..) => HeadWeight::None,
+                (true, false, _) => HeadWeight::Own,
+                (true, true, true) => HeadWeight::Embedding,
+                (true, true, false) => HeadWeight::EmbeddingCopy,
+            },
+        }
+    }
+
     /// Returns a whole model on one rank.
     pub fn whole(layers: usize) -> ModelPart {
         let stage = StagePart {

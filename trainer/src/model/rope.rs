@@ -44,7 +44,7 @@ impl Default for RopeConfig {
     }
 }
 
-/// Rotation per position.
+/// Rotation of a head from one position to the next.
 pub(crate) struct Frequencies {
     /// Radians of each pair, `[n / 2]`.
     pub(crate) radians: Vec<f32>,
@@ -90,7 +90,7 @@ impl RopeConfig {
 
     /// Adds what is impossible or useless in a model of `layers` layers whose heads have `head_dim`
     /// elements.
-    pub(crate) fn check(
+    pub(crate) fn problems(
         &self,
         theta: f64,
         head_dim: usize,
@@ -99,8 +99,8 @@ impl RopeConfig {
     ) {
         if let Some(layer) = self.layers.unknown_layer(layers) {
             problems.add(format!(
-                "model.rope.layers has layer {layer}, but model.layers is {layers} and the first \
-                 layer is 0"
+                "model.rope.layers names layer {layer}; the model has 0 to {}",
+                layers.saturating_sub(1)
             ));
         }
         if !(0..layers).any(|layer| self.layers.contains(layer)) {
@@ -128,7 +128,7 @@ impl RopeConfig {
                 nearest as f64 / head_dim as f64
             ));
         } else if let Some(scaling) = &self.scaling {
-            scaling.check(Unscaled { theta, width }, problems);
+            scaling.problems(Unscaled { theta, width }, problems);
         }
     }
 }
@@ -311,7 +311,7 @@ mod tests {
         for case in cases {
             let GoldenCase { name, rope, .. } = &case;
             let mut problems = Problems::default();
-            rope.check(case.theta, case.head_dim, 1, &mut problems);
+            rope.problems(case.theta, case.head_dim, 1, &mut problems);
             assert_eq!(problems.into_list(), Vec::<String>::new(), "{name}");
             let width = rope.width(case.head_dim);
             let ours = rope.frequencies(case.theta, width, case.length);
@@ -335,7 +335,7 @@ mod tests {
 
     fn problems(value: Value) -> String {
         let mut problems = Problems::default();
-        config(value).check(10_000.0, 12, 4, &mut problems);
+        config(value).problems(10_000.0, 12, 4, &mut problems);
         problems.into_list().join("; ")
     }
 
@@ -377,7 +377,10 @@ mod tests {
             (json!({"fraction": 0.3}), "would be 4"),
             (json!({"fraction": 0.25}), "not an even number"),
             (json!({"fraction": 0.01}), "would be 2"),
-            (json!({"layers": [4]}), "has layer 4"),
+            (
+                json!({"layers": [4]}),
+                "names layer 4; the model has 0 to 3",
+            ),
             (json!({"layers": "none", "fraction": 0.5}), "no effect"),
             (
                 json!({"fraction": 1.0 / 6.0, "scaling": {"ntk_alpha": {"alpha": 2.0}}}),
@@ -405,7 +408,7 @@ mod tests {
         }
         let odd = |config: RopeConfig| {
             let mut problems = Problems::default();
-            config.check(10_000.0, 3, 1, &mut problems);
+            config.problems(10_000.0, 3, 1, &mut problems);
             problems.into_list()
         };
         assert_eq!(
@@ -420,7 +423,7 @@ mod tests {
         assert_eq!(RopeConfig::default().softmax_scale_factor(), 1.0);
         let yarn = json!({"factor": 40.0, "original_length": 4096, "mscale_all_dim": 1.0});
         let yarn: YarnScaling = serde_json::from_value(yarn).unwrap();
-        // DeepSeek-V3's.
+        // The factor of DeepSeek-V3.
         assert!((yarn.softmax_scale_factor() - 1.8739).abs() < 1e-4);
     }
 }

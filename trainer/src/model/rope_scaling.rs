@@ -80,7 +80,7 @@ pub struct Llama3Scaling {
     pub original_length: usize,
 }
 
-/// YaRN.
+/// Scaling of YaRN, and its factors for attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct YarnScaling {
@@ -157,7 +157,7 @@ fn default_truncate() -> bool {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Unscaled {
     pub(crate) theta: f64,
-    /// Even.
+    /// Number of rotating elements, which is even.
     pub(crate) width: usize,
 }
 
@@ -236,9 +236,8 @@ impl RopeScaling {
         }
     }
 
-    /// Adds what makes the scaling impossible or useless. Without rotating elements in pairs, only
-    /// what does not depend on them.
-    pub(crate) fn check(&self, unscaled: Unscaled, problems: &mut Problems) {
+    /// Adds what makes the scaling impossible or useless.
+    pub(crate) fn problems(&self, unscaled: Unscaled, problems: &mut Problems) {
         let Unscaled { theta, width } = unscaled;
         match self {
             RopeScaling::Linear(_) => {}
@@ -259,7 +258,7 @@ impl RopeScaling {
                 }
             }
             RopeScaling::Yarn(scaling) => {
-                scaling.check_factors(problems);
+                scaling.factor_problems(problems);
                 let (low, high) = scaling.transition(unscaled);
                 if scaling.beta_slow > scaling.beta_fast || theta <= 1.0 || low > high {
                     problems.add(format!(
@@ -271,7 +270,7 @@ impl RopeScaling {
                     ));
                 }
             }
-            RopeScaling::Longrope(scaling) => scaling.check(width, problems),
+            RopeScaling::Longrope(scaling) => scaling.list_problems(width, problems),
         }
     }
 }
@@ -326,7 +325,7 @@ impl YarnScaling {
         (0..unscaled.width / 2).map(move |i| ((i as f64 - low) / length).clamp(0.0, 1.0))
     }
 
-    fn check_factors(&self, problems: &mut Problems) {
+    fn factor_problems(&self, problems: &mut Problems) {
         if self.mscale.is_some() && self.attention_factor.is_some() {
             problems.add(
                 "model.rope.scaling.yarn has attention_factor and mscale, which both set the \
@@ -350,7 +349,7 @@ impl LongropeScaling {
         self.attention_factor.unwrap_or_else(from_factor)
     }
 
-    fn check(&self, width: usize, problems: &mut Problems) {
+    fn list_problems(&self, width: usize, problems: &mut Problems) {
         for (key, list) in [("short", &self.short), ("long", &self.long)] {
             if list.len() != width / 2 {
                 problems.add(format!(

@@ -167,7 +167,9 @@ impl ParamSpec {
             Stack::GroupOfOne => [vec![1], shape].concat(),
             Stack::Experts(experts) => {
                 let local = experts as i64 / position.expert.ranks as i64;
-                [vec![local], shape].concat()
+                // Vectors are columns, so that their elements are rows of the parameter.
+                let column = if shape.len() == 1 { vec![1] } else { vec![] };
+                [vec![local], shape, column].concat()
             }
         }
     }

@@ -7,6 +7,7 @@ use super::{
     position::ShardPosition,
     rules::ParameterRules,
     spec::{ParamSpec, Split},
+    window_masks::WindowMasks,
 };
 use parallel::Weight;
 use std::sync::Arc;
@@ -16,6 +17,8 @@ pub(crate) struct WeightBuilder<'a> {
     pub(crate) parameters: Parameters,
     pub(crate) ctx: &'a BuildContext<'a>,
     pub(crate) position: ShardPosition,
+    /// Shared by the layers.
+    pub(crate) window_masks: WindowMasks,
     rules: ParameterRules,
 }
 
@@ -36,6 +39,7 @@ impl<'a> WeightBuilder<'a> {
             ),
             ctx,
             position,
+            window_masks: WindowMasks::default(),
             rules,
         }
     }

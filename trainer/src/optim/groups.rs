@@ -123,9 +123,111 @@ impl Groups {
         (tensors * self.state_kind().elt_size_in_bytes()) as u64
     }
 
+    /// True if the update of parameters with this role needs whole matrices.
+    pub(crate) fn need_matrices_of(&self, role: Role) -> bool {
+        matches!(self.of(role).rule.update(), Update::Matrices(_))
+    }
+
     /// True if the update of some parameters needs whole matrices.
     pub(crate) fn need_matrices(&self) -> bool {
-        let mut rules = Role::ALL.iter().map(|&role| &self.of(role).rule);
-        rules.any(|rule| matches!(rule.update(), Update::Matrices(_)))
+        Role::ALL.iter().any(|&role| self.need_matrices_of(role))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn check(groups: Value) -> (Groups, Vec<String>) {
+        let config = serde_json::from_value(json!({"groups": groups})).unwrap();
+        let mut problems = Problems::default();
+        let groups = Groups::check(&config, Kind::Float, &mut problems);
+        (groups, problems.into_list())
+    }
+
+    /// Returns the names of the state of each role.
+    fn state(groups: Value) -> Vec<&'static str> {
+        let (groups, problems) = check(groups);
+        assert_eq!(problems, Vec::<String>::new());
+        let first = |&role: &Role| groups.of(role).rule.state().first().copied().unwrap_or("");
+        Role::ALL.iter().map(first).collect()
+    }
+
+    #[test]
+    fn roles_choose_the_optimizer() {
+        let adamw = "exp_avg";
+        let muon = "muon_momentum";
+        let sgd = "sgd_momentum";
+        assert_eq!(state(json!([])), [adamw; 6]);
+        assert_eq!(
+            state(json!([{"muon": {}}])),
+            [adamw, adamw, adamw, muon, muon, adamw]
+        );
+        assert_eq!(
+            state(json!([{"muon": {}}, {"sgd": {}}])),
+            [sgd, sgd, sgd, muon, muon, sgd]
+        );
+        assert_eq!(
+            state(json!([{"sgd": {"momentum": 0}}, {"roles": ["router"], "muon": {}}])),
+            ["", "", muon, "", "", ""]
+        );
+        // The first group with a role by default takes it, whatever its place.
+        assert_eq!(
+            state(json!([{"roles": ["expert"], "adamw": {"beta1": 0.8}}, {"muon": {}}])),
+            [adamw, adamw, adamw, muon, adamw, adamw]
+        );
+    }
+
+    #[test]
+    fn groups_that_contradict_or_do_nothing_are_refused() {
+        for (groups, expected) in [
+            (
+                json!([{"roles": ["norm"]}]),
+                "groups[0] needs one optimizer",
+            ),
+            (
+                json!([{"sgd": {}, "muon": {}}]),
+                "groups[0] needs one optimizer",
+            ),
+            (
+                json!([{"roles": ["norm", "matrix"], "muon": {}}]),
+                "groups[0].roles: leave norm out",
+            ),
+            (
+                json!([{"roles": ["vocabulary"], "muon": {}}]),
+                "leave vocabulary out",
+            ),
+            (
+                json!([{"roles": ["norm"], "sgd": {}}, {"roles": ["norm"], "adamw": {}}]),
+                "groups[1].roles: norm is named twice",
+            ),
+            (
+                json!([{"sgd": {}}, {"adamw": {}}]),
+                "groups[1] updates no parameters",
+            ),
+            (
+                json!([{"roles": ["matrix", "expert"], "sgd": {}}, {"muon": {}}]),
+                "groups[1] updates no parameters",
+            ),
+            (
+                json!([{"roles": [], "sgd": {}}]),
+                "groups[0] updates no parameters",
+            ),
+            (
+                json!([
+                    {"roles": ["vocabulary", "norm", "router", "matrix", "expert", "bias"],
+                     "sgd": {}},
+                    {"adamw": {}},
+                ]),
+                "groups[1] updates no parameters",
+            ),
+        ] {
+            let (_, problems) = check(groups.clone());
+            assert!(
+                problems.len() == 1 && problems[0].contains(expected),
+                "{groups}: {problems:?}"
+            );
+        }
     }
 }

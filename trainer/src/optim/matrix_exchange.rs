@@ -25,6 +25,18 @@ use tch::{Device, Kind, Tensor};
 /// Elements of the matrices that a rank transforms in a round. Two rounds are in memory at once.
 const ROUND_ELEMENTS: i64 = 16 << 20;
 
+/// Copies of a round's matrices at once: those that arrive and leave, packed and unpacked.
+const COPIES_OF_ROUND: u64 = 6;
+/// Copies of one matrix during its transformation.
+const COPIES_OF_MATRIX: u64 = 4;
+
+/// Returns about how many bytes a rank needs for whole matrices of up to `largest` elements of
+/// `element` bytes, if its share of all has `own` elements.
+pub(crate) fn transform_bytes(own: u64, largest: u64, element: u64) -> u64 {
+    let round = own.min(ROUND_ELEMENTS as u64).max(largest);
+    element * (COPIES_OF_ROUND * round + COPIES_OF_MATRIX * largest)
+}
+
 /// The ranks of a pipeline stage, which exchange matrices, and the rows that each updates.
 pub struct StageRanks {
     group: Arc<dyn Communicator>,
@@ -78,7 +90,7 @@ impl MatrixRounds {
         self.experts == experts_of(parameters, members)
     }
 
-    /// Replaces `tensors`, this rank's rows of each parameter, by those of the transformed matrices.
+    /// Replaces `tensors`, this rank's rows of each parameter, by rows of the transformed matrices.
     ///
     /// # Collective
     /// All ranks of the stage.
@@ -321,4 +333,182 @@ fn view(tensors: &[Tensor], place: &Place) -> Tensor {
     tensors[place.tensor]
         .narrow(0, rows.start, rows.end - rows.start)
         .narrow(1, columns.start, columns.end - columns.start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::{ModelConfig, ParallelConfig},
+        model::decoder::layer_specs,
+        optim::rule::{RowUpdate, StepScalars},
+    };
+    use parallel::{Mesh, MeshShape, run_on_threads};
+    use proptest::prelude::*;
+    use serde_json::json;
+    use std::time::Duration;
+
+    /// A transformation in which each result depends on the shape and on all elements.
+    struct Mix;
+
+    impl MatrixRule for Mix {
+        fn kind(&self) -> Kind {
+            Kind::Float
+        }
+        fn flops(&self, rows: i64, columns: i64) -> f64 {
+            (rows * columns) as f64
+        }
+        fn prepare(&self, _update: &RowUpdate, _scalars: StepScalars) -> Result<(), Error> {
+            Ok(())
+        }
+        fn transform(&self, matrix: &Tensor) -> Tensor {
+            let rows = matrix.size()[0] as f64;
+            matrix * 2.0 + matrix.sum(Kind::Float) + rows
+        }
+        fn apply(
+            &self,
+            _update: &RowUpdate,
+            _shape: [i64; 2],
+            _scalars: StepScalars,
+        ) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    /// The matrices of a layer: attention, router, experts and a shared expert.
+    fn specs() -> Vec<ParamSpec> {
+        let moe = json!({"experts": 12, "top_k": 1, "ffn": 12, "shared_experts": 1});
+        let model = json!({"layers": 1, "hidden": 8, "heads": 4, "kv_heads": 2, "vocab_size": 1,
+                           "moe": moe});
+        let model: ModelConfig = serde_json::from_value(model).unwrap();
+        let mut specs = layer_specs(&model, 0);
+        specs.retain(|spec| spec.dims.len() == 2);
+        specs
+    }
+
+    /// Returns global tensors with whole numbers, by name.
+    fn globals(specs: &[ParamSpec]) -> HashMap<String, Tensor> {
+        let mut next = 0;
+        let mut tensors = HashMap::new();
+        for spec in specs {
+            for expert in 0..spec.matrices() as usize {
+                let shape = spec.shape();
+                let count: i64 = shape.iter().product();
+                let values = Tensor::arange(count, (Kind::Float, Device::Cpu));
+                let values = values.remainder(7.0) + next % 5;
+                tensors.insert(spec.name(expert), values.view(shape.as_slice()));
+                next += 1;
+            }
+        }
+        tensors
+    }
+
+    /// Transforms the matrices of global tensors in place.
+    fn transform_globals(specs: &[ParamSpec], tensors: &HashMap<String, Tensor>) {
+        for spec in specs {
+            for expert in 0..spec.matrices() as usize {
+                for at in fused_matrices(spec) {
+                    let place = Place { tensor: 0, at };
+                    let global = tensors[&spec.name(expert)].shallow_clone();
+                    let mut matrix = view(&[global], &place);
+                    matrix.copy_(&Mix.transform(&matrix));
+                }
+            }
+        }
+    }
+
+    /// Returns a rank's rows of each parameter.
+    fn rows(
+        layout: &StageLayout,
+        rank: usize,
+        specs: &[ParamSpec],
+        slots: &[usize],
+        globals: &HashMap<String, Tensor>,
+    ) -> Vec<Tensor> {
+        let of_spec = |spec: &ParamSpec| {
+            let experts: &[usize] = if spec.matrices() > 1 { slots } else { &[0] };
+            let slices = layout.slices(rank, spec, experts);
+            let parts: Vec<Tensor> = slices
+                .iter()
+                .map(|slice| {
+                    globals[&slice.name]
+                        .narrow(0, slice.offset[0], slice.shape[0])
+                        .narrow(1, slice.offset[1], slice.shape[1])
+                })
+                .collect();
+            if parts.is_empty() {
+                Tensor::empty([0, 1], (Kind::Float, Device::Cpu))
+            } else {
+                Tensor::cat(&parts, 0)
+            }
+        };
+        specs.iter().map(of_spec).collect()
+    }
+
+    /// Random meshes of a stage, with ZeRO and its groups.
+    fn stages() -> impl Strategy<Value = (MeshShape, ParallelConfig)> {
+        let axes = (1usize..5, 1usize..4, 1usize..3, 0u8..4);
+        let fold = any::<[prop::sample::Index; 2]>();
+        (axes, fold).prop_map(|((data, tensor, context, zero), [fold, block])| {
+            let stage = data * tensor * context;
+            let pairs = (1..=stage).flat_map(|e| (1..=stage).map(move |t| (e, t)));
+            let fits = |&(e, t): &(usize, usize)| {
+                stage.is_multiple_of(e * t)
+                    && 12usize.is_multiple_of(e)
+                    && 12usize.is_multiple_of(t)
+            };
+            let folds: Vec<_> = pairs.filter(fits).collect();
+            let (expert, expert_tensor) = folds[fold.index(folds.len())];
+            let replicas = data * context;
+            let blocks: Vec<usize> = (1..=replicas)
+                .filter(|block| replicas.is_multiple_of(*block))
+                .collect();
+            let group = (zero > 0).then(|| blocks[block.index(blocks.len())]);
+            let parallel = json!({"zero": zero, "zero_group_size": group});
+            let shape = MeshShape {
+                data,
+                tensor,
+                pipeline: 1,
+                context,
+                expert,
+                expert_tensor,
+            };
+            (shape, serde_json::from_value(parallel).unwrap())
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn every_layout_transforms_whole_matrices(
+            (shape, parallel) in stages(),
+            slots in Just((0..12usize).collect::<Vec<_>>()).prop_shuffle(),
+            round_elements in prop::sample::select(vec![1i64, 200, 1 << 20]),
+        ) {
+            let ranks = shape.data * shape.tensor * shape.context;
+            run_on_threads(ranks, Duration::from_secs(60), move |world| {
+                let mesh = Mesh::new(shape, world.rank(), ranks).unwrap();
+                let layout = StageLayout::new(&parallel, &mesh).unwrap();
+                let specs = specs();
+                let globals = globals(&specs);
+                let tensors = rows(&layout, world.rank(), &specs, &slots, &globals);
+                transform_globals(&specs, &globals);
+                let expected = rows(&layout, world.rank(), &specs, &slots, &globals);
+                let matrices = || {
+                    specs.iter().enumerate().flat_map(|(tensor, spec)| {
+                        let experts: &[usize] = if spec.matrices() > 1 { &slots } else { &[0] };
+                        split_matrices(&layout, spec, experts, tensor, &Mix)
+                    })
+                };
+                let rounds = MatrixRounds {
+                    experts: Vec::new(),
+                    rounds: plan(matrices, world.rank(), ranks, round_elements),
+                };
+                let stage = StageRanks::new(world.all("stage").unwrap(), layout);
+                rounds.run(&stage, &Mix, &tensors).unwrap();
+                assert_eq!(tensors, expected);
+            });
+        }
+    }
 }

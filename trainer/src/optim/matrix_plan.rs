@@ -2,8 +2,8 @@
 //! of it travel.
 //!
 //! Ranks hold parts of a matrix: columns or rows by tensor parallelism, rows by ZeRO, and copies of
-//! either. One rank gathers the parts, transforms the matrix once, and scatters the result. The plan
-//! is a pure function of the parts, so all ranks have the same.
+//! either. One rank gathers the parts, transforms the matrix once, and scatters the result. The
+//! plan is a pure function of the parts, so all ranks have the same.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -109,8 +109,8 @@ pub(crate) fn owners(costs: &[f64], holders: &[Vec<usize>], ranks: usize) -> Vec
     owners
 }
 
-/// Plans the rounds of rank `own` of `ranks`. A rank transforms up to `round_elements` elements in a
-/// round, or one matrix.
+/// Plans the rounds of rank `own` of `ranks`. A rank transforms up to `round_elements` elements in
+/// a round, or one matrix.
 ///
 /// `matrices` returns the matrices of the stage, in the same order on each call and each rank. It
 /// is called twice, because all parts together may take much memory.
@@ -193,5 +193,52 @@ fn add_matrix(round: &mut Round, matrix: &SplitMatrix, owner: usize, own: usize,
     for part in &matrix.parts {
         let to = (part.rank, of_holder(part));
         round.scatter.add(own, (owner, of_owner(part)), to);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Costs of matrices and the ranks that hold each: one block of equally many neighbors, or all.
+    fn held() -> impl Strategy<Value = (usize, Vec<(u32, usize)>)> {
+        (1usize..13, 0usize..40).prop_flat_map(|(ranks, count)| {
+            let matrix = (1u32..100, 0usize..ranks + 1);
+            (Just(ranks), prop::collection::vec(matrix, count))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn costs_are_balanced_among_holders((ranks, matrices) in held(), block in 1usize..5) {
+            let costs: Vec<f64> = matrices.iter().map(|(cost, _)| f64::from(*cost)).collect();
+            let holders_of = |&(_, at): &(u32, usize)| {
+                if at == ranks {
+                    return (0..ranks).collect();
+                }
+                let start = at / block * block;
+                (start..(start + block).min(ranks)).collect()
+            };
+            let holders: Vec<Vec<usize>> = matrices.iter().map(holders_of).collect();
+            let owners = owners(&costs, &holders, ranks);
+            let mut loads = vec![0.0; ranks];
+            for (matrix, &owner) in owners.iter().enumerate() {
+                prop_assert!(holders[matrix].contains(&owner));
+                loads[owner] += costs[matrix];
+            }
+            // Without one of its matrices, a rank has no more than any holder of that matrix.
+            for rank in 0..ranks {
+                let mut own = (0..costs.len()).filter(|&matrix| owners[matrix] == rank).peekable();
+                let is_even = |matrix: usize| {
+                    let others = holders[matrix].iter();
+                    let least = others.map(|&other| loads[other]).fold(f64::INFINITY, f64::min);
+                    loads[rank] - costs[matrix] <= least
+                };
+                prop_assert!(own.peek().is_none() || own.any(is_even), "{loads:?}");
+            }
+        }
     }
 }

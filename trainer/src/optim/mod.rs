@@ -4,6 +4,8 @@
 //! count state iterate over its names.
 
 pub(crate) mod adamw;
+#[cfg(test)]
+mod golden_file;
 pub(crate) mod groups;
 mod matrix_exchange;
 mod matrix_plan;
@@ -37,6 +39,7 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 pub use matrix_exchange::StageRanks;
+pub(crate) use matrix_exchange::transform_bytes;
 
 /// The optimizer's state on this rank.
 pub struct Optimizer {
@@ -280,4 +283,78 @@ fn update_matrices(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        BuildContext, Model, ModelPart, ProcessGroups,
+        config::{Dtype, ModelConfig},
+    };
+    use parallel::{Cpu, Local, Replication};
+    use serde_json::{Value, json};
+
+    /// Returns the weights, masters and state after steps with given gradients.
+    fn after_steps(optimizer: &Value, dtype: Dtype, offload: bool) -> Vec<Tensor> {
+        tch::manual_seed(1);
+        let model = json!({
+            "layers": 2, "hidden": 8, "heads": 2, "vocab_size": 11, "ffn": 12, "dense_layers": 1,
+            "moe": {"experts": 3, "top_k": 1, "ffn": 6},
+        });
+        let model: ModelConfig = serde_json::from_value(model).unwrap();
+        let groups = ProcessGroups::single_rank();
+        let ctx = BuildContext {
+            offload,
+            ..BuildContext::single_rank(4, dtype, &Cpu, &groups)
+        };
+        let model = Model::new(&model, ModelPart::whole(2), &ctx);
+        let parameters = &model.parameters;
+        let weights: Vec<_> = parameters.iter().map(|p| (p.weight.clone(), 0)).collect();
+        let single = [Replication::alone()];
+        let gradients = GradientBuckets::new(&weights, &single, 1 << 20, true, &Cpu).unwrap();
+        let config = serde_json::from_value(optimizer.clone()).unwrap();
+        let world = Arc::new(Local::new(0, "alone"));
+        let stage = StageRanks::alone();
+        let mut optimizer = Optimizer::new(&config, 1.0, parameters, &Cpu, world, stage).unwrap();
+        gradients.begin(1);
+        for step in 1..4 {
+            for index in 0..parameters.len() {
+                let mut gradient = gradients.gradient(index);
+                gradient.copy_(&gradient.randn_like());
+            }
+            let norm = optimizer.grad_norm(parameters, &gradients).unwrap();
+            let stepped = optimizer.step(parameters, &gradients, step, 1e-2, norm, &Cpu);
+            stepped.unwrap();
+        }
+        let states = optimizer.states.iter().flatten();
+        let states = states.map(|state| state.tensor.shallow_clone());
+        let values = parameters.iter().flat_map(|parameter| {
+            let weight = parameter.weight.value();
+            [weight, parameter.master.shallow_clone()]
+        });
+        values.chain(states).collect()
+    }
+
+    #[test]
+    fn state_in_host_memory_changes_nothing() {
+        for groups in [
+            json!([]),
+            json!([{"muon": {}}]),
+            json!([{"muon": {"dtype": "fp32"}}, {"sgd": {}}]),
+        ] {
+            for state in ["fp32", "bf16"] {
+                for dtype in [Dtype::Fp32, Dtype::Bf16] {
+                    let optimizer = json!({"groups": groups, "state_dtype": state});
+                    let plain = after_steps(&optimizer, dtype, false);
+                    assert!(
+                        plain
+                            .iter()
+                            .all(|x| bool::try_from(x.isfinite().all()).unwrap())
+                    );
+                    assert_eq!(after_steps(&optimizer, dtype, true), plain, "{optimizer}");
+                }
+            }
+        }
+    }
 }

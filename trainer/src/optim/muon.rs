@@ -177,3 +177,48 @@ impl Muon {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::golden_file::{GoldenFile, SHAPES, WEIGHT_DECAY, largest_difference};
+
+    /// Compares steps in `kind` with the golden file's `reference`.
+    fn check(kind: Kind, reference: &str, tolerance: f64) {
+        let golden = GoldenFile::open();
+        for (name, nesterov, adjust_lr) in [
+            ("original", true, AdjustLr::Original),
+            ("match_rms_adamw", true, AdjustLr::MatchRmsAdamw),
+            ("plain", false, AdjustLr::Original),
+        ] {
+            let config = MuonConfig {
+                nesterov,
+                adjust_lr,
+                ..MuonConfig::default()
+            };
+            let rule = config.resolve(WEIGHT_DECAY, kind);
+            for shape in SHAPES {
+                let ours = golden.steps(shape, rule.state().len(), |update, scalars| {
+                    rule.prepare(update, scalars).unwrap();
+                    let transformed = rule.transform(&update.gradient.to_kind(kind));
+                    update.gradient.shallow_clone().copy_(&transformed);
+                    rule.apply(update, shape, scalars).unwrap();
+                });
+                let theirs = golden.tensor(shape, &format!("muon/{name}/{reference}"));
+                let begun = golden.tensor(shape, "weight");
+                let difference = largest_difference(&ours, theirs, begun);
+                assert!(difference < tolerance, "{name} {shape:?}: {difference}");
+            }
+        }
+    }
+
+    #[test]
+    fn steps_in_fp32_equal_the_algorithm_in_fp32() {
+        check(Kind::Float, "fp32", 1e-5);
+    }
+
+    #[test]
+    fn steps_in_bf16_equal_those_of_torch_within_rounding() {
+        check(Kind::BFloat16, "torch", 0.02);
+    }
+}

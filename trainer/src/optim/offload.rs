@@ -1,12 +1,12 @@
 //! Updates on the host for weights on a device (ZeRO-Offload, arXiv 2101.06840, section 4).
 //!
-//! Masters and optimizer state never leave host memory. Gradients arrive chunk by chunk through pinned
-//! memory, on a stream of their own: while the host updates one chunk, the next one arrives.
+//! Masters and optimizer state never leave host memory. Gradients arrive chunk by chunk through
+//! pinned memory, on a stream of their own: while the host updates one chunk, the next one arrives.
 //! Updated weights return in the model's dtype.
 
 use super::{
     rounded_state::update_rows,
-    rule::{RowRule, RowUpdate, StepScalars},
+    rule::{RowRule, RowUpdate, StepScalars, flat_slice},
 };
 use crate::Error;
 use kernels::profile::{Cost, span};
@@ -88,7 +88,7 @@ impl Offload {
         device.synchronize()?;
         let gradients = chunks
             .iter()
-            .map(|chunk| updates[chunk.update].elements(&chunk.elements).gradient);
+            .map(|chunk| flat_slice(&updates[chunk.update].gradient, &chunk.elements));
         let sent = self.wanted.send(gradients.collect());
         sent.map_err(|_| thread_exited())?;
         for chunk in &chunks {

@@ -26,7 +26,7 @@ pub(crate) fn update_rows(
     })
 }
 
-/// Calls `apply` with parts of `update` whose state is in fp32, and rounds the state that it leaves.
+/// Calls `apply` with parts of `update` whose state is in fp32, and rounds the new state.
 ///
 /// # Errors
 /// The errors of `apply`.

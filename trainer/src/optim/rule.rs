@@ -61,8 +61,8 @@ pub(crate) trait MatrixRule {
     /// Transforms a matrix.
     fn transform(&self, matrix: &Tensor) -> Tensor;
 
-    /// Applies the transformed elements, which replace the gradient, to the weights. `shape` is that
-    /// of the matrix.
+    /// Applies the transformed elements, which replace the gradient, to the weights. `shape` is the
+    /// shape of the matrix.
     ///
     /// # Errors
     /// If libtorch refuses an operation.
@@ -101,7 +101,7 @@ impl RowUpdate {
 }
 
 /// Returns the elements `range` of a tensor, seen as one row.
-fn flat_slice(tensor: &Tensor, range: &Range<i64>) -> Tensor {
+pub(crate) fn flat_slice(tensor: &Tensor, range: &Range<i64>) -> Tensor {
     let row = tensor.view([-1]);
     row.narrow(0, range.start, range.end - range.start)
 }

@@ -80,3 +80,35 @@ impl SgdConfig {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::golden_file::{GoldenFile, SHAPES, largest_difference};
+
+    #[test]
+    fn steps_equal_those_of_torch() {
+        let golden = GoldenFile::open();
+        for (name, momentum, nesterov, weight_decay) in [
+            ("momentum", 0.9, false, 0.0),
+            ("nesterov", 0.9, true, 0.1),
+            ("none", 0.0, false, 0.1),
+        ] {
+            let rule = SgdConfig {
+                momentum,
+                nesterov,
+                weight_decay,
+            };
+            for shape in SHAPES {
+                let ours = golden.steps(shape, rule.state().len(), |update, scalars| {
+                    let updates = std::slice::from_ref(update);
+                    rule.update_rows(updates, scalars).unwrap();
+                });
+                let theirs = golden.tensor(shape, &format!("sgd/{name}"));
+                let begun = golden.tensor(shape, "weight");
+                let difference = largest_difference(&ours, theirs, begun);
+                assert!(difference < 1e-6, "{name} {shape:?}: {difference}");
+            }
+        }
+    }
+}

@@ -29,6 +29,16 @@ pub(crate) enum Mismatch {
     },
 }
 
+impl Mismatch {
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Mismatch::Missing { name, .. }
+            | Mismatch::Unplaced { name, .. }
+            | Mismatch::Reshaped { name, .. } => name,
+        }
+    }
+}
+
 impl Display for Mismatch {
     fn fmt(&self, out: &mut Formatter<'_>) -> std::fmt::Result {
         match self {

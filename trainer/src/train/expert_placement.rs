@@ -9,7 +9,7 @@ use super::run_state::PlacementState;
 use crate::{
     Error,
     config::{Config, MoeConfig, PlacementConfig},
-    model::{LocalExperts, Model, experts::experts_by_slot, feed_forward::SwigluSpecs},
+    model::{LocalExperts, Model, experts::experts_by_slot, spec::ParamSpec},
     optim::Optimizer,
     stage_layout::StageLayout,
 };
@@ -141,8 +141,8 @@ impl ExpertPlacement {
     fn moved_tensors(&self, moe_layer: usize, slots: &[i64], name: &str) -> BTreeSet<String> {
         let before = &self.state.physical_slots[moe_layer];
         let moved = (0..slots.len()).filter(|&expert| before[expert] != slots[expert]);
-        let names =
-            |expert| ["gate_up", "down"].map(|part| format!("{name}.experts.{expert}.{part}"));
+        let specs = self.rows.specs(name);
+        let names = |expert| specs.iter().map(move |spec| spec.name(expert));
         moved.flat_map(names).collect()
     }
 
@@ -203,7 +203,7 @@ impl ExpertPlacement {
             |rows| find_rows(&before, rows),
             |rows| find_rows(&after, rows),
         )?;
-        for index in [experts.gate_up, experts.down] {
+        for index in experts.parameters.clone() {
             model.parameters.get(index).sync_from_master();
         }
         Ok(())
@@ -254,6 +254,11 @@ impl ExpertRows {
         self.layout.expert_owners()
     }
 
+    /// Returns the descriptions of the experts of layer `name`.
+    fn specs(&self, name: &str) -> Vec<ParamSpec> {
+        self.moe.expert_specs(self.hidden, name)
+    }
+
     /// Returns the slices of the tensors `names` of layer `name` that each rank holds, where expert
     /// e has the physical slot `physical_slots[e]`.
     fn of_stage(
@@ -263,10 +268,10 @@ impl ExpertRows {
         names: &BTreeSet<String>,
     ) -> Vec<Vec<TensorSlice>> {
         let experts = experts_by_slot(physical_slots);
-        let SwigluSpecs { gate_up, down } = self.moe.expert_specs(self.hidden, name);
+        let specs = self.specs(name);
         let held = |rank| {
-            let slices = [&gate_up, &down].map(|spec| self.layout.slices(rank, spec, &experts));
-            let slices = slices.into_iter().flatten();
+            let specs = specs.iter();
+            let slices = specs.flat_map(|spec| self.layout.slices(rank, spec, &experts));
             slices.filter(|slice| names.contains(&slice.name)).collect()
         };
         (0..self.layout.len()).map(held).collect()
@@ -281,7 +286,7 @@ fn held_slices(
     names: &BTreeSet<String>,
 ) -> Vec<HeldSlice> {
     let mut held = Vec::new();
-    for index in [experts.gate_up, experts.down] {
+    for index in experts.parameters.clone() {
         let parameter = model.parameters.get(index);
         let state = optimizer.state(index).iter().map(|state| &state.tensor);
         let tensors = std::iter::once(&parameter.master).chain(state);

@@ -108,8 +108,8 @@ fn shortened(config: &Config, mesh: &Mesh) -> Config {
 fn few_layers(config: &Config, mut part: ModelPart) -> ModelPart {
     let recompute = &config.parallel.recompute;
     let kind = |layer| {
-        let is_moe = config.model.moe_config(layer).is_some();
-        (is_moe, recompute.recomputes_layer(layer))
+        let kind = config.model.layer_kind(layer);
+        (kind, recompute.recomputes_layer(layer))
     };
     for stage in &mut part.stages {
         let kinds: Vec<_> = stage.layers.clone().map(kind).collect();

@@ -3,12 +3,16 @@
 //! Every key of the configuration has an effect ([`ResumeEffect`]), and every tensor has a
 //! counterpart. The rules are checked before anything is copied or written.
 
-use super::{accounting::Mismatch, run_state::RunState};
+use super::{
+    accounting::Mismatch,
+    run_state::RunState,
+    saved_config::{has_kind, kind},
+};
 use crate::{
     Error,
     config::{Config, KeyChange, ResumeEffect},
 };
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 /// Tensors that an error lists.
 const LISTED: usize = 8;
@@ -44,7 +48,7 @@ impl ResumeRules<'_> {
     /// If a key differs that changes what the saved weights compute: all of them.
     pub(crate) fn check_keys(&self, path: &Path, saved: &Config) -> Result<AllowedChanges, Error> {
         let mut changes = AllowedChanges {
-            lacks_biases: !updates_biases(saved),
+            lacks_biases: !selects_with_bias(saved),
             ..AllowedChanges::default()
         };
         let mut refused = Vec::new();
@@ -88,6 +92,7 @@ impl ResumeRules<'_> {
         if !changes.accepts_mismatches && !unexplained.is_empty() {
             return Err(mismatch_error(path, &unexplained));
         }
+        let mut states: BTreeMap<String, usize> = BTreeMap::new();
         for mismatch in unexplained {
             let outcome = match mismatch {
                 Mismatch::Unplaced { .. } => "it is omitted",
@@ -95,8 +100,18 @@ impl ResumeRules<'_> {
                     "it starts from its initial value"
                 }
             };
-            changes.notes.push(format!("{mismatch}: {outcome}"));
+            let name = mismatch.name();
+            match name.split_once('/') {
+                Some((state, _)) if !has_kind(name, &[kind::MASTER, kind::BIAS]) => {
+                    *states.entry(format!("{state}: {outcome}")).or_default() += 1;
+                }
+                _ => changes.notes.push(format!("{mismatch}: {outcome}")),
+            }
         }
+        // As many as weights, or more.
+        let states = states.into_iter();
+        let counted = states.map(|(note, count)| format!("{count} tensors of state {note}"));
+        changes.notes.extend(counted);
         Ok(())
     }
 }
@@ -106,6 +121,11 @@ fn is_accepted(key: &str, accepted: &[String]) -> bool {
         let rest = key.strip_prefix(accepted.as_str());
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
     })
+}
+
+fn selects_with_bias(config: &Config) -> bool {
+    let moe = config.model.moe.as_ref();
+    moe.is_some_and(|moe| moe.has_selection_bias())
 }
 
 fn updates_biases(config: &Config) -> bool {
@@ -149,7 +169,7 @@ fn refused_error(path: &Path, refused: &[KeyChange]) -> Error {
         .collect();
     let keys: Vec<&str> = refused.iter().map(|change| change.key.as_str()).collect();
     Error::Resume(format!(
-        "{}: the saved weights would compute something else with these changes:{list}\n\
+        "{}: the saved state does not fit these changes:{list}\n\
          hint: give the saved values, choose another run.dir to start over, or accept them with \
          --accept-changes {}",
         path.display(),

@@ -1,4 +1,5 @@
-// RMSNorm (arXiv 1910.07467). The gain of a column is `weight + offset`. A block has several rows of 32 threads, or one row of more threads.
+// RMSNorm (arXiv 1910.07467). The gain of a column is `weight + offset`. A block has several rows
+// of 32 threads, or one row of more threads.
 
 KERNEL void rms_norm(
     const Number* x, const Number* weight, float offset, Number* out, float* scale, Long rows,

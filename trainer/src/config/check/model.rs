@@ -2,7 +2,7 @@
 
 use crate::{
     config::{
-        Config,
+        Config, LayerSet,
         limits::{MAX_ACTIVATION, MAX_PARAMETERS},
     },
     problems::Problems,
@@ -17,7 +17,7 @@ impl Config {
             let width = attention.rotary_width();
             model
                 .rope
-                .check(model.rope_theta, width, model.layers, problems);
+                .problems(model.rope_theta, width, model.layers, problems);
         }
         if model.has_dense_layers() && model.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
@@ -30,6 +30,31 @@ impl Config {
         }
         if let Some(moe) = &model.moe {
             moe.problems(problems);
+            if let Some(layers) = &moe.layers {
+                self.check_moe_layers(layers, problems);
+            }
+        }
+    }
+
+    fn check_moe_layers(&self, layers: &LayerSet, problems: &mut Problems) {
+        let model = &self.model;
+        if model.dense_layers > 0 || model.moe_every != 1 {
+            problems.add(format!(
+                "model.moe.layers names the MoE layers, and model.dense_layers {} and moe_every {} \
+                 describe them too: leave the latter out",
+                model.dense_layers, model.moe_every
+            ));
+        }
+        if let Some(layer) = layers.unknown_layer(model.layers) {
+            problems.add(format!(
+                "model.moe.layers names layer {layer}; the model has 0 to {}",
+                model.layers.saturating_sub(1)
+            ));
+        } else if model.num_moe_layers() == 0 {
+            problems.add(
+                "model.moe.layers has none of the model's layers: leave model.moe out for a dense \
+                 model",
+            );
         }
     }
 

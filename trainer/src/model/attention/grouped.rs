@@ -2,15 +2,14 @@
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
 // G key/value heads of this rank, d head width.
 
-use super::{Attention, AttentionPlan, HeadKeys, ScoreScale};
+use super::{Attention, AttentionKeys, AttentionPlan, HeadKeys, saved::SavedAttention};
 use crate::{
-    config::layout::RecomputedPart,
+    config::{layer_set::LayerSet, layout::RecomputedPart, limits::MAX_TOKENS},
     model::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
-        build_context::BuildContext,
+        bias::bias_spec,
         core_attention::CoreAttention,
-        documents::Documents,
         norm::{Norm, norm_spec},
         rope::Rope,
         spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
@@ -20,12 +19,12 @@ use crate::{
     problems::{Problems, Quantity},
 };
 use parallel::{
-    Activation, MeshShape, Weight, context::ContextKind, linear, linears, recompute::recomputed,
+    Activation, MeshShape, Weight, add_bias, context::ContextKind, linear, linears,
     tensor::TensorParallel,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 use tch::Tensor;
 use torch_ext::Error;
 
@@ -44,18 +43,56 @@ pub enum QkNorm {
     HeadAfterRope,
 }
 
+/// Grouped-query attention.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GroupedConfig {
+    /// Sliding window. By default a token sees all earlier ones.
+    pub window: Option<WindowConfig>,
+    /// Multiplies each element of the heads' outputs by the sigmoid of a projection of the block's
+    /// input, before the output matrix (Gated Attention, arXiv 2505.06708).
+    pub output_gate: bool,
+    /// Adds a learned logit per head to the softmax, like that of one more token without a value
+    /// (attention sinks, arXiv 2309.17453; gpt-oss).
+    pub sinks: bool,
+    /// Vectors added to the outputs of the block's matrices.
+    pub bias: AttentionBias,
+}
+
+/// Biases of an attention block.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionBias {
+    /// No bias.
+    #[default]
+    None,
+    /// Of queries, keys and values (Qwen2).
+    Qkv,
+    /// Of queries, keys, values and the output (gpt-oss).
+    All,
+}
+
+/// Sliding-window attention (Longformer, arXiv 2004.05150; Mistral, arXiv 2310.06825).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WindowConfig {
+    /// Number of tokens that a token sees: itself and those just before it.
+    #[schemars(range(min = 1, max = MAX_TOKENS))]
+    pub size: usize,
+    /// Layers with the window.
+    #[serde(default = "all_layers")]
+    pub layers: LayerSet,
+}
+
+fn all_layers() -> LayerSet {
+    LayerSet::ALL
+}
+
 /// The plan of grouped-query attention.
 #[derive(Debug, Clone)]
 pub(crate) struct GroupedAttention {
-    /// Width of the residual stream.
-    pub(crate) hidden: usize,
-    pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    /// Width of a head. `None`: the heads divide `hidden`.
-    pub(crate) head_dim: Option<usize>,
-    pub(crate) qk_norm: QkNorm,
-    pub(crate) norm_eps: f64,
-    pub(crate) score_scale: ScoreScale,
+    pub(crate) model: AttentionKeys,
+    pub(crate) config: GroupedConfig,
 }
 
 /// This rank's part of grouped-query attention.
@@ -63,7 +100,13 @@ struct GroupedHeads {
     query: Weight,
     key: Weight,
     value: Weight,
+    /// Biases of queries, keys and values.
+    biases: Option<[Weight; 3]>,
+    /// Logits of the output gate.
+    gate: Option<Weight>,
     output: Weight,
+    /// Bias of the output, which each rank adds to its own tokens.
+    output_bias: Option<Weight>,
     /// Norms of queries and of keys.
     norms: Option<(Norm, Norm)>,
     heads: i64,
@@ -76,9 +119,7 @@ struct GroupedHeads {
     /// True if ranks split key heads as they split query heads.
     splits_kv_heads: bool,
     tensor: TensorParallel,
-    core_attention: CoreAttention,
-    /// True if the output of core attention is saved for backward.
-    save_output: bool,
+    attention: SavedAttention,
 }
 
 /// Heads of one rank, among all heads of the model.
@@ -96,8 +137,8 @@ struct HeadRanges {
 
 impl HeadRanges {
     fn new(plan: &GroupedAttention, tensor: &TensorParallel) -> HeadRanges {
-        let heads = plan.heads as i64;
-        let kv_heads = plan.kv_heads as i64;
+        let heads = plan.model.heads as i64;
+        let kv_heads = plan.kv_heads() as i64;
         let queries = tensor.local_range(heads);
         let queries_per_kv = heads / kv_heads;
         let first = queries.start / queries_per_kv;
@@ -111,7 +152,7 @@ impl HeadRanges {
             0..kv_heads
         };
         // A norm over all key heads needs them all.
-        let computed = if plan.qk_norm == QkNorm::Full {
+        let computed = if plan.model.qk_norm == QkNorm::Full {
             held.clone()
         } else {
             needed.clone()
@@ -134,16 +175,22 @@ struct GroupedSpecs {
     value: ParamSpec,
     /// Norms of queries and of keys.
     norms: Option<[ParamSpec; 2]>,
+    /// Biases of queries, keys and values.
+    biases: Option<[ParamSpec; 3]>,
+    /// A logit per head.
+    sinks: Option<ParamSpec>,
+    gate: Option<ParamSpec>,
     output: ParamSpec,
+    output_bias: Option<ParamSpec>,
 }
 
 impl GroupedSpecs {
     /// Describes the parameters of the block with this global name.
     fn new(plan: &GroupedAttention, block: &str) -> GroupedSpecs {
         let head_dim = plan.head_dim() as u64;
-        let heads = plan.heads as u64;
-        let kv_heads = plan.kv_heads as u64;
-        let hidden = Dim::hidden(plan.hidden);
+        let heads = plan.model.heads as u64;
+        let kv_heads = plan.kv_heads() as u64;
+        let hidden = Dim::hidden(plan.model.hidden);
         let queries = Dim::new("model.heads x head_dim", heads.saturating_mul(head_dim));
         let keys = Dim::new(
             "model.kv_heads x head_dim",
@@ -165,7 +212,7 @@ impl GroupedSpecs {
             role: Role::Matrix,
             writes_residual,
         };
-        let norms = match plan.qk_norm {
+        let norms = match plan.model.qk_norm {
             QkNorm::None => None,
             QkNorm::Full => Some([
                 norm_spec(block, "query_norm", queries, of_heads(0, heads)),
@@ -184,7 +231,22 @@ impl GroupedSpecs {
             key: matrix("key", [keys, hidden], of_heads(0, kv_heads), false),
             value: matrix("value", [keys, hidden], of_heads(0, kv_heads), false),
             norms,
+            biases: (plan.config.bias != AttentionBias::None).then(|| {
+                [
+                    bias_spec(block, "query_bias", queries, of_heads(0, heads)),
+                    bias_spec(block, "key_bias", keys, of_heads(0, kv_heads)),
+                    bias_spec(block, "value_bias", keys, of_heads(0, kv_heads)),
+                ]
+            }),
+            sinks: plan.config.sinks.then(|| {
+                let each = Dim::new("model.heads", heads);
+                bias_spec(block, "sinks", each, of_heads(0, heads))
+            }),
+            gate: (plan.config.output_gate)
+                .then(|| matrix("gate", [queries, hidden], of_heads(0, heads), false)),
             output: matrix("output", [hidden, queries], of_heads(1, heads), true),
+            output_bias: (plan.config.bias == AttentionBias::All)
+                .then(|| bias_spec(block, "output_bias", hidden, Split::Whole)),
         }
     }
 
@@ -192,30 +254,49 @@ impl GroupedSpecs {
     fn into_list(self) -> Vec<ParamSpec> {
         let mut list = vec![self.query, self.key, self.value];
         list.extend(self.norms.into_iter().flatten());
+        list.extend(self.biases.into_iter().flatten());
+        list.extend(self.sinks);
+        list.extend(self.gate);
         list.push(self.output);
+        list.extend(self.output_bias);
         list
     }
 }
 
 impl GroupedAttention {
+    fn kv_heads(&self) -> usize {
+        self.model.kv_heads.unwrap_or(self.model.heads)
+    }
+
     fn head_dim(&self) -> usize {
-        self.head_dim.unwrap_or(self.hidden / self.heads.max(1))
+        self.model
+            .head_dim
+            .unwrap_or(self.model.hidden / self.model.heads.max(1))
     }
 
     /// Returns the key heads of each rank. If the ranks do not divide them, every rank has all.
     fn kv_heads_per_rank(&self, tensor_ranks: usize) -> usize {
-        if self.kv_heads.is_multiple_of(tensor_ranks) {
-            self.kv_heads / tensor_ranks
+        if self.kv_heads().is_multiple_of(tensor_ranks) {
+            self.kv_heads() / tensor_ranks
         } else {
-            self.kv_heads
+            self.kv_heads()
         }
     }
 
-    fn core_attention(&self, ctx: &BuildContext, ranges: &HeadRanges) -> CoreAttention {
+    fn core_attention(
+        &self,
+        builder: &WeightBuilder,
+        ranges: &HeadRanges,
+        sinks: Option<Weight>,
+    ) -> CoreAttention {
+        let ctx = builder.ctx;
         let first = ranges.needed.start;
         let kv_head = |head: i64| head / ranges.queries_per_kv - first;
         CoreAttention {
-            scale: self.score_scale.of_width(self.head_dim()),
+            scale: self.model.score_scale.of_width(self.head_dim()),
+            window: self.window().map(|size| size as i64),
+            sinks,
+            window_masks: builder.window_masks.clone(),
             kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
             context: ctx.groups.context.clone(),
             kind: ctx.context_attention,
@@ -230,7 +311,7 @@ impl AttentionPlan for GroupedAttention {
 
     fn head_keys(&self) -> HeadKeys {
         HeadKeys {
-            kv_heads: Some(self.kv_heads),
+            kv_heads: Some(self.kv_heads()),
             head_dim: Some(self.head_dim()),
         }
     }
@@ -239,30 +320,37 @@ impl AttentionPlan for GroupedAttention {
         self.head_dim()
     }
 
+    fn window(&self) -> Option<usize> {
+        let window = self.config.window.as_ref();
+        let window = window.filter(|window| window.layers.contains(self.model.layer));
+        window.map(|window| window.size)
+    }
+
     fn widest(&self) -> usize {
-        self.heads.max(self.kv_heads) * self.head_dim()
+        self.model.heads.max(self.kv_heads()) * self.head_dim()
     }
 
     fn flops(&self, length: usize) -> Flops {
         let specs = self.specs("");
         let matrices = specs.iter().filter(|spec| spec.role == Role::Matrix);
-        let scores_and_values = 2 * self.heads * self.head_dim();
+        let seen = self.window().map_or(length, |window| window.min(length));
+        let scores_and_values = 2 * self.model.heads * self.head_dim();
         Flops {
-            activations: 2.0 * scores_and_values as f64 * length as f64,
+            activations: 2.0 * scores_and_values as f64 * seen as f64,
             ..Flops::of_weights(matrices.map(ParamSpec::elements).sum())
         }
     }
 
     fn activations(&self, at: &BlockShape) -> Activations {
         let width = self.head_dim() as u64;
-        let heads = (self.heads / at.mesh.tensor) as u64;
+        let heads = (self.model.heads / at.mesh.tensor) as u64;
         let kv_heads = self.kv_heads_per_rank(at.mesh.tensor) as u64;
         let queries = at.tokens * heads * width * at.element;
         let keys = at.tokens * kv_heads * width * at.element;
         let log_sum_exps = at.tokens * heads * FP32_BYTES;
         let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
         // libtorch's own attention saves keys and values once per query head.
-        let repeats_keys = !(at.mesh.context > 1 || at.on_host && at.is_causal);
+        let repeats_keys = !(at.mesh.context > 1 || at.on_host);
         let mut saved = if keeps_output && repeats_keys {
             4 * queries + log_sum_exps
         } else if keeps_output {
@@ -270,11 +358,15 @@ impl AttentionPlan for GroupedAttention {
         } else {
             2 * queries + 2 * keys
         };
-        if self.qk_norm != QkNorm::None {
+        if self.model.qk_norm != QkNorm::None {
             saved += queries + keys;
         }
+        if self.config.output_gate {
+            // The sigmoid, and the heads' outputs before and after the gate.
+            saved += 2 * queries;
+        }
         // Gradients of what is saved, and four fp32 rows per token for a norm.
-        let norm = at.own_tokens * self.hidden as u64 * FP32_BYTES;
+        let norm = at.own_tokens * self.model.hidden as u64 * FP32_BYTES;
         Activations {
             saved,
             transient: 4 * queries + 4 * norm,
@@ -282,30 +374,42 @@ impl AttentionPlan for GroupedAttention {
     }
 
     fn problems(&self, problems: &mut Problems) {
-        let heads = || Quantity::new("model.heads", self.heads);
-        if self.head_dim.is_none() {
+        let heads = || Quantity::new("model.heads", self.model.heads);
+        if self.model.head_dim.is_none() {
             problems.divides(
-                Quantity::new("model.hidden", self.hidden),
+                Quantity::new("model.hidden", self.model.hidden),
                 heads(),
                 "or give model.head_dim",
             );
         }
         problems.divides(
             heads(),
-            Quantity::new("model.kv_heads", self.kv_heads),
+            Quantity::new("model.kv_heads", self.kv_heads()),
             "each key head must serve the same number of query heads",
         );
+        let window = self.config.window.as_ref();
+        let layer = window.and_then(|window| window.layers.unknown_layer(self.model.layers));
+        if let Some(layer) = layer {
+            problems.add(format!(
+                "model.attention.grouped.window.layers has layer {layer}, but model.layers is {} \
+                 and the first layer is 0",
+                self.model.layers
+            ));
+        }
     }
 
     fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
         problems.divides(
-            Quantity::new("model.heads", self.heads),
+            Quantity::new("model.heads", self.model.heads),
             Quantity::new("parallel.tensor", mesh.tensor),
             "each rank must have the same number of heads",
         );
         if context == ContextKind::Ulysses && mesh.tensor > 0 {
             problems.divides(
-                Quantity::new("model.heads / parallel.tensor", self.heads / mesh.tensor),
+                Quantity::new(
+                    "model.heads / parallel.tensor",
+                    self.model.heads / mesh.tensor,
+                ),
                 Quantity::new("parallel.context", mesh.context),
                 "ulysses splits the heads; ring does not",
             );
@@ -322,10 +426,17 @@ impl AttentionPlan for GroupedAttention {
         let key = builder.add(&specs.key);
         let value = builder.add(&specs.value);
         let norms = specs.norms.map(|norms| {
-            let [query_norm, key_norm] = norms.map(|norm| builder.add_norm(&norm, self.norm_eps));
+            let [query_norm, key_norm] =
+                norms.map(|norm| builder.add_norm(&norm, self.model.norm_eps));
             (query_norm, key_norm)
         });
+        let biases = specs
+            .biases
+            .map(|biases| biases.map(|bias| builder.add(&bias)));
+        let sinks = specs.sinks.map(|sinks| builder.add(&sinks));
+        let gate = specs.gate.map(|gate| builder.add(&gate));
         let output = builder.add(&specs.output);
+        let output_bias = specs.output_bias.map(|bias| builder.add(&bias));
         let wide = |heads: &Range<i64>| heads.start * head_dim..heads.end * head_dim;
         let used_rows = |weight: Weight| {
             if ranges.computed == ranges.held {
@@ -339,17 +450,22 @@ impl AttentionPlan for GroupedAttention {
             query,
             key: used_rows(key),
             value: used_rows(value),
+            biases: biases.map(|[query, key, value]| [query, used_rows(key), used_rows(value)]),
+            gate,
             output,
+            output_bias,
             norms,
-            heads: self.heads as i64 / tensor.size() as i64,
+            heads: self.model.heads as i64 / tensor.size() as i64,
             kv_heads: ranges.computed.end - first_computed,
             used_kv_heads: ranges.needed.start - first_computed..ranges.needed.end - first_computed,
             head_dim,
-            qk_norm: self.qk_norm,
+            qk_norm: self.model.qk_norm,
             splits_kv_heads: ranges.splits_kv_heads,
             tensor,
-            core_attention: self.core_attention(ctx, &ranges),
-            save_output: ctx.recompute.keeps(RecomputedPart::Attention),
+            attention: SavedAttention {
+                core: self.core_attention(builder, &ranges, sinks),
+                keeps_output: ctx.recompute.keeps(RecomputedPart::Attention),
+            },
         })
     }
 }
@@ -361,8 +477,15 @@ impl Attention for GroupedHeads {
         batch: &BatchContext,
         rope: Option<&Rope>,
     ) -> Result<Tensor, Error> {
-        let weights = [&self.query, &self.key, &self.value];
+        let mut weights = vec![&self.query, &self.key, &self.value];
+        weights.extend(&self.gate);
         let mut projected = self.tensor.column_parallel(x, |x| linears(x, &weights))?;
+        let gate = self.gate.as_ref().and_then(|_| projected.pop());
+        if let Some(biases) = &self.biases {
+            for (projected, bias) in projected.iter_mut().zip(biases) {
+                *projected = add_bias(projected, bias)?;
+            }
+        }
         let value = projected.remove(2);
         let mut key = projected.remove(1);
         let mut query = projected.remove(0);
@@ -392,37 +515,25 @@ impl Attention for GroupedHeads {
         }
         let value = self.split_heads(&value, batch.sequences, self.kv_heads);
         let value = self.used_heads(&value);
-        let mixed = self.attend(&query, &key, &value, batch.documents.as_ref())?;
-        let merged = mixed
+        let documents = batch.documents.as_ref();
+        let mixed = self.attention.attend(&query, &key, &value, documents)?;
+        let mut merged = mixed
             .transpose(1, 2)
             .reshape([-1, self.heads * self.head_dim]);
-        self.tensor
-            .row_parallel(&merged, |merged| linear(merged, &self.output))
+        if let Some(gate) = gate {
+            merged = merged * gate.sigmoid();
+        }
+        let out = self
+            .tensor
+            .row_parallel(&merged, |merged| linear(merged, &self.output))?;
+        match &self.output_bias {
+            Some(bias) => add_bias(&out, bias),
+            None => Ok(out),
+        }
     }
 }
 
 impl GroupedHeads {
-    fn attend(
-        &self,
-        query: &Tensor,
-        key: &Tensor,
-        value: &Tensor,
-        documents: Option<&Arc<Documents>>,
-    ) -> Result<Tensor, Error> {
-        if self.save_output {
-            let documents = documents.map(Arc::as_ref);
-            return self.core_attention.attend(query, key, value, documents);
-        }
-        let core_attention = self.core_attention.clone();
-        let documents = documents.cloned();
-        let attend = move |x: &[Tensor]| {
-            let documents = documents.as_ref().map(Arc::as_ref);
-            let out = core_attention.attend(&x[0], &x[1], &x[2], documents)?;
-            Ok(vec![out])
-        };
-        Ok(recomputed(&[query, key, value], attend)?.remove(0))
-    }
-
     /// Maps `[T, heads * d]` to `[B, heads, s, d]`.
     fn split_heads(&self, x: &Tensor, batch: i64, heads: i64) -> Tensor {
         x.view([batch, -1, heads, self.head_dim]).transpose(1, 2)

@@ -1,6 +1,8 @@
 //! Attention: its kinds as plans and as layers.
 
 pub(crate) mod grouped;
+pub(crate) mod latent;
+mod saved;
 
 use super::{
     activations::{Activations, BlockShape},
@@ -11,9 +13,59 @@ use super::{
     work::Flops,
 };
 use crate::problems::Problems;
+use grouped::{GroupedAttention, GroupedConfig, QkNorm};
+use latent::{LatentAttention, LatentConfig};
 use parallel::{Activation, MeshShape, context::ContextKind};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 use torch_ext::Error;
+
+/// The kind of attention.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AttentionConfig {
+    /// Grouped-query attention (arXiv 2305.13245) with `model.heads`, `kv_heads`, `head_dim` and
+    /// `qk_norm`.
+    Grouped(GroupedConfig),
+    /// Multi-head latent attention (arXiv 2405.04434) with `model.heads`.
+    Latent(LatentConfig),
+}
+
+impl Default for AttentionConfig {
+    fn default() -> AttentionConfig {
+        AttentionConfig::Grouped(GroupedConfig::default())
+    }
+}
+
+impl AttentionConfig {
+    /// Returns the plan of the attention of one layer.
+    pub(crate) fn plan(&self, model: AttentionKeys) -> Box<dyn AttentionPlan> {
+        match self.clone() {
+            AttentionConfig::Grouped(config) => Box::new(GroupedAttention { model, config }),
+            AttentionConfig::Latent(config) => Box::new(LatentAttention { model, config }),
+        }
+    }
+}
+
+/// What the rest of a model's configuration says about the attention of a layer.
+#[derive(Debug, Clone)]
+pub(crate) struct AttentionKeys {
+    /// Width of the residual stream.
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: Option<usize>,
+    pub(crate) head_dim: Option<usize>,
+    pub(crate) qk_norm: QkNorm,
+    pub(crate) norm_eps: f64,
+    pub(crate) score_scale: ScoreScale,
+    /// Factor on the scale of latent attention, from the scaling of rotary embedding.
+    pub(crate) latent_scale_factor: f64,
+    /// Index of the layer.
+    pub(crate) layer: usize,
+    /// Number of layers of the model.
+    pub(crate) layers: usize,
+}
 
 /// The keys `kv_heads` and `head_dim` of a model, if its attention has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +107,9 @@ pub(crate) trait AttentionPlan {
 
     /// Returns the elements of a head of which rotary position embedding turns all or a part.
     fn rotary_width(&self) -> usize;
+
+    /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
+    fn window(&self) -> Option<usize>;
 
     /// Returns the most elements that a token has in one of the block's tensors, over all ranks.
     fn widest(&self) -> usize;

@@ -1,38 +1,42 @@
 //! The MoE layer of a decoder: its configuration, parameters, memory, conflicts and construction.
 
+mod experts;
+#[cfg(test)]
+mod golden;
 mod router;
+mod shared;
 
-pub use router::RouterConfig;
+pub use experts::{ClampedGluConfig, ExpertActivation};
+pub use router::{RouterBias, RouterConfig};
 
 use super::{
     activations::{Activations, BlockShape, FP32_BYTES},
     experts::LocalExperts,
-    feed_forward::{self, Networks, SwigluSpecs},
     spec::{Dim, ParamSpec},
     weights::WeightBuilder,
 };
 use crate::{
     config::{
         dispatch::{Dispatch, LeastLoadedConfig, PlacementConfig},
+        layer_set::LayerSet,
         layout::RecomputedPart,
         limits::{MAX_EXPERTS, MAX_WIDTH},
     },
-    problems::{Problems, Quantity},
+    problems::Problems,
 };
 use config_derive::ResumeKeys;
+use experts::RoutedExperts;
 use moe::{MoeLayer, MoeWeights, SavePolicy, balance::BalanceScope, dispatch::Dispatcher};
 use parallel::MeshShape;
 use parking_lot::Mutex;
-use router::Selection;
+use router::{RouterSpecs, Selection};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use shared::SharedPlan;
 use tch::Kind;
 
 /// Bytes of an index.
 const INDEX_BYTES: u64 = 8;
-
-/// Widths of fp8 matrices are multiples of this.
-const FP8_WIDTH: usize = 16;
 
 /// MoE layers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
@@ -50,11 +54,36 @@ pub struct MoeConfig {
     #[on_resume(refused)]
     #[schemars(range(min = 1, max = MAX_WIDTH))]
     pub ffn: usize,
-    /// Number of shared experts, which process every token.
+    /// The MoE layers: `all`, a list of layer numbers, or a period such as `{every: 2, from: 1}` or
+    /// `{all_but: {every: 4, from: 3}}`. Without it, `model.dense_layers` and `model.moe_every`
+    /// decide.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub layers: Option<LayerSet>,
+    /// Activation of the experts, shared ones included: `swiglu`, or
+    /// `{clamped_glu: {alpha: 1.702, limit: 7}}`.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub activation: ExpertActivation,
+    /// Adds biases to both products of an expert. Shared experts have none.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub expert_bias: bool,
+    /// Number of shared experts, which process every token. Each has the width `ffn`.
     #[on_resume(refused)]
     #[schemars(range(min = 0, max = MAX_EXPERTS))]
     #[serde(default)]
     pub shared_experts: usize,
+    /// Inner width of all shared experts together, instead of `shared_experts`.
+    #[on_resume(refused)]
+    #[schemars(range(min = 1, max = MAX_WIDTH))]
+    #[serde(default)]
+    pub shared_ffn: Option<usize>,
+    /// Scales the shared experts' result for each token by the sigmoid of a product with the token
+    /// (Qwen2-MoE, arXiv 2407.10671).
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub shared_gate: bool,
     /// The router's rule.
     #[on_resume(section)]
     #[serde(default)]
@@ -98,23 +127,9 @@ pub struct MoeConfig {
     pub placement: Option<PlacementConfig>,
 }
 
-/// Descriptions of the parameters of one MoE layer.
-struct MoeSpecs {
-    router: ParamSpec,
-    experts: SwigluSpecs,
-    /// All shared experts as one network.
-    shared: Option<SwigluSpecs>,
-}
-
-impl MoeSpecs {
-    /// Returns the descriptions in the order of use.
-    fn into_list(self) -> Vec<ParamSpec> {
-        let mut list = vec![self.router];
-        list.extend(self.experts.into_list());
-        list.extend(self.shared.into_iter().flat_map(SwigluSpecs::into_list));
-        list
-    }
-}
+/// Rows that a rank's experts compute.
+#[derive(Debug, Clone, Copy)]
+struct RoutedRows(u64);
 
 impl MoeConfig {
     /// Returns a section with these sizes and the defaults of all other keys.
@@ -123,7 +138,12 @@ impl MoeConfig {
             experts,
             top_k,
             ffn,
+            layers: None,
+            activation: ExpertActivation::default(),
+            expert_bias: false,
             shared_experts: 0,
+            shared_ffn: None,
+            shared_gate: false,
             router: RouterConfig::default(),
             load_balance: default_load_balance(),
             load_balance_over: default_load_balance_over(),
@@ -136,9 +156,14 @@ impl MoeConfig {
         }
     }
 
-    /// Returns true if the routing weights of each token are scaled to a sum of 1.
-    pub fn normalizes(&self) -> bool {
-        self.router.normalizes(self.top_k)
+    /// Sets the values that unset keys stand for.
+    pub(crate) fn resolve(&mut self) {
+        self.router.resolve(self.top_k);
+    }
+
+    /// Returns true if a bias that is not trained takes part in the selection of experts.
+    pub fn has_selection_bias(&self) -> bool {
+        self.bias_update_rate > 0.0 || self.router.bias == Some(RouterBias::Frozen)
     }
 
     fn selection(&self) -> Selection {
@@ -148,91 +173,120 @@ impl MoeConfig {
         }
     }
 
-    /// Returns the inner width of all shared experts together, as one network.
-    fn shared_width(&self) -> Option<usize> {
-        let width = self.shared_experts.saturating_mul(self.ffn);
-        (width > 0).then_some(width)
+    fn routed(&self, hidden: usize) -> RoutedExperts {
+        RoutedExperts {
+            hidden,
+            count: self.experts,
+            ffn: self.ffn,
+            activation: self.activation,
+            biased: self.expert_bias,
+        }
+    }
+
+    fn shared(&self, hidden: usize) -> Option<SharedPlan> {
+        let width = match self.shared_ffn {
+            Some(width) => Dim::new("model.moe.shared_ffn", width as u64),
+            None => {
+                let size = self.shared_experts.saturating_mul(self.ffn);
+                Dim::new("model.moe.shared_experts x ffn", size as u64)
+            }
+        };
+        (width.size > 0).then_some(SharedPlan {
+            hidden,
+            width,
+            activation: self.activation,
+            gated: self.shared_gate,
+        })
     }
 
     /// Returns the inner width of the part of an expert that each of `slices` ranks holds.
     pub(crate) fn ffn_per_slice(&self, slices: usize) -> usize {
-        self.ffn / slices.max(1)
-    }
-
-    fn specs_by_part(&self, hidden: usize, block: &str) -> MoeSpecs {
-        let experts = self.expert_specs(hidden, block);
-        let hidden = Dim::hidden(hidden);
-        let shared = self.shared_width().map(|width| {
-            let ffn = Dim::new("model.moe.shared_experts x ffn", width as u64);
-            SwigluSpecs::new(&format!("{block}.shared"), hidden, ffn, Networks::Dense)
-        });
-        MoeSpecs {
-            router: self.router.specs(self.experts, hidden, block),
-            experts,
-            shared,
-        }
+        self.routed(0).ffn_per_slice(slices)
     }
 
     /// Returns the descriptions of the parameters of the block with this global name, in the order
     /// of use.
     pub(crate) fn specs(&self, hidden: usize, block: &str) -> Vec<ParamSpec> {
-        self.specs_by_part(hidden, block).into_list()
+        let router = self.router.specs(self.experts, hidden, block);
+        let mut specs = router.into_list();
+        specs.extend(self.expert_specs(hidden, block));
+        let shared = self.shared(hidden).map(|shared| shared.specs(block));
+        specs.extend(shared.unwrap_or_default());
+        specs
     }
 
     /// Returns the descriptions of the routed experts in the block with this global name.
-    pub(crate) fn expert_specs(&self, hidden: usize, block: &str) -> SwigluSpecs {
-        let hidden = Dim::hidden(hidden);
-        let ffn = Dim::new("model.moe.ffn", self.ffn as u64);
-        SwigluSpecs::new(block, hidden, ffn, Networks::Experts(self.experts as u64))
+    pub(crate) fn expert_specs(&self, hidden: usize, block: &str) -> Vec<ParamSpec> {
+        self.routed(hidden).specs(block).into_list()
     }
 
     /// Returns the rows at a rank's experts, which are as many as it gets back.
-    fn routed_rows(&self, at: &BlockShape) -> u64 {
-        at.own_tokens * (self.top_k * at.mesh.expert_tensor) as u64
+    fn routed_rows(&self, at: &BlockShape) -> RoutedRows {
+        RoutedRows(at.own_tokens * (self.top_k * at.mesh.expert_tensor) as u64)
     }
 
     /// Returns the bytes of activations of one MoE layer on a rank, for an even load.
     pub(crate) fn activations(&self, hidden: usize, at: &BlockShape) -> Activations {
-        let hidden = hidden as u64;
         let rows = self.routed_rows(at);
-        let columns = self.ffn_per_slice(at.mesh.expert_tensor) as u64;
-        let routed = feed_forward::activations(rows, hidden, columns, at);
-        let mut saved = routed.saved;
-        let mut transient = routed.transient;
-        if let Some(width) = self.shared_width() {
-            let columns = (width / at.mesh.tensor) as u64;
-            let shared = feed_forward::activations(at.tokens, hidden, columns, at);
+        let Activations {
+            mut saved,
+            mut transient,
+        } = self.routed(hidden).activations(rows, at);
+        if let Some(shared) = self.shared(hidden) {
+            let shared = shared.activations(at);
             saved += shared.saved;
             transient = transient.max(shared.transient);
         }
+        let row_elements = rows.0 * hidden as u64;
         // Rows at the experts.
         if at.recompute.keeps(RecomputedPart::Dispatch) {
-            saved += rows * hidden * at.element;
+            saved += row_elements * at.element;
         }
         // Rows that come back, router scores, indices.
-        saved += rows * hidden * at.element;
+        saved += row_elements * at.element;
         saved += 3 * at.own_tokens * self.experts as u64 * FP32_BYTES;
-        saved += 4 * rows * INDEX_BYTES;
+        saved += 4 * rows.0 * INDEX_BYTES;
         Activations { saved, transient }
     }
 
     /// Returns the bytes that a layer keeps of which only the input is saved: the experts of each
     /// token and the routes of the rows.
     pub(crate) fn replay_bytes(&self, at: &BlockShape) -> u64 {
-        self.routed_rows(at) * (INDEX_BYTES + 4 * FP32_BYTES)
+        self.routed_rows(at).0 * (INDEX_BYTES + 4 * FP32_BYTES)
     }
 
     /// Returns the largest number of values that a token has on all `slices` ranks that split its
     /// experts.
     pub(crate) fn widest(&self, hidden: usize, slices: usize) -> usize {
         let routed = self.top_k * self.ffn.max(hidden) * slices;
-        let shared = self.shared_width().unwrap_or(0);
-        routed.max(shared).max(self.experts)
+        let shared = self.shared(hidden).map_or(0, |shared| shared.width.size);
+        routed.max(shared as usize).max(self.experts)
     }
 
     /// Adds the reasons why the section contradicts itself.
     pub(crate) fn problems(&self, problems: &mut Problems) {
         self.router.problems(self.selection(), problems);
+        if let Some(width) = self.shared_ffn
+            && self.shared_experts > 0
+        {
+            problems.add(format!(
+                "model.moe.shared_ffn {width} is the width of all shared experts together, which \
+                 model.moe.shared_experts {} also gives: leave one of them out",
+                self.shared_experts
+            ));
+        }
+        if self.shared_gate && self.shared(0).is_none() {
+            problems.add(
+                "model.moe.shared_gate scales the result of shared experts, and there are none: \
+                 give model.moe.shared_ffn, or leave shared_gate out",
+            );
+        }
+        if self.bias_update_rate > 0.0 && self.router.bias.is_some() {
+            problems.add(
+                "model.moe.bias_update_rate updates a bias of its own, and model.moe.router.bias \
+                 is another one: leave one of them out",
+            );
+        }
         let is_default = self.least_loaded == LeastLoadedConfig::default();
         if !is_default && !self.dispatch.least_loaded() {
             problems.add(
@@ -243,35 +297,16 @@ impl MoeConfig {
     }
 
     /// Adds the reasons why ranks of this mesh cannot divide the layer.
-    pub(crate) fn layout_problems(&self, mesh: &MeshShape, problems: &mut Problems) {
-        if let Some(width) = self.shared_width() {
-            problems.divides(
-                Quantity::new("model.moe.shared_experts x ffn", width),
-                Quantity::new("parallel.tensor", mesh.tensor),
-                "each rank must hold an equal slice of a layer",
-            );
+    pub(crate) fn layout_problems(&self, hidden: usize, mesh: &MeshShape, problems: &mut Problems) {
+        if let Some(shared) = self.shared(hidden) {
+            shared.layout_problems(mesh, problems);
         }
-        problems.divides(
-            Quantity::new("model.moe.ffn", self.ffn),
-            Quantity::new("parallel.expert_tensor", mesh.expert_tensor),
-            "each rank must hold an equal slice of every expert",
-        );
-        problems.divides(
-            Quantity::new("model.moe.experts", self.experts),
-            Quantity::new("parallel.expert", mesh.expert),
-            "each rank must hold the same number of experts",
-        );
+        self.routed(hidden).layout_problems(mesh, problems);
     }
 
     /// Adds the reasons why `slices` ranks that split each expert cannot compute it in fp8.
     pub(crate) fn fp8_problems(&self, hidden: usize, slices: usize, problems: &mut Problems) {
-        let widths = [hidden, self.ffn_per_slice(slices)];
-        if widths.iter().any(|width| !width.is_multiple_of(FP8_WIDTH)) {
-            problems.add(format!(
-                "train.fp8_experts multiplies matrices whose widths are multiples of \
-                 {FP8_WIDTH}; model.hidden and each rank's part of model.moe.ffn are {widths:?}"
-            ));
-        }
+        self.routed(hidden).fp8_problems(slices, problems);
     }
 }
 
@@ -288,22 +323,21 @@ pub(crate) fn build(
     hidden: usize,
     config: &MoeConfig,
 ) -> MoeBlock {
-    let specs = config.specs_by_part(hidden, name);
-    let router = builder.add(&specs.router);
+    let RouterSpecs { gate, bias } = config.router.specs(config.experts, hidden, name);
+    let router = builder.add(&gate);
+    let router_bias = bias.map(|bias| builder.add(&bias));
+    let first = builder.parameters.len();
+    let networks = config.routed(hidden).build(builder, name);
     let experts = LocalExperts {
         name: name.to_string(),
-        gate_up: builder.parameters.len(),
-        down: builder.parameters.len() + 1,
+        parameters: first..builder.parameters.len(),
     };
-    let gate_up_proj = builder.add(&specs.experts.gate_up);
-    let down_proj = builder.add(&specs.experts.down);
-    let shared = specs
-        .shared
-        .map(|specs| (builder.add(&specs.gate_up), builder.add(&specs.down)));
+    let shared = config.shared(hidden);
+    let shared = shared.map(|shared| shared.build(builder, name));
     let ctx = builder.ctx;
     let groups = ctx.groups;
     let zeros = || ctx.device.zeros(&[config.experts as i64], Kind::Float);
-    let bias = (config.bias_update_rate > 0.0).then(zeros);
+    let bias = config.has_selection_bias().then(zeros);
     let dispatcher = Dispatcher::new(
         groups.experts.clone(),
         config.experts,
@@ -325,9 +359,9 @@ pub(crate) fn build(
         },
         weights: MoeWeights {
             router,
+            router_bias,
             bias: Mutex::new(bias),
-            gate_up_proj,
-            down_proj,
+            experts: networks,
             shared,
         },
     };

@@ -2,11 +2,14 @@
 
 use crate::{
     config::limits::MAX_EXPERTS,
-    model::spec::{Dim, ParamSpec, Role, Split, Stack},
+    model::{
+        bias::bias_spec,
+        spec::{Dim, ParamSpec, Role, Split, Stack},
+    },
     problems::{Problems, Quantity},
 };
 use config_derive::ResumeKeys;
-use moe::{Router, Score};
+use moe::{GroupScore, Router, Score};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +37,10 @@ pub struct RouterConfig {
     #[on_resume(refused)]
     #[schemars(range(min = 1, max = MAX_EXPERTS))]
     pub top_groups: usize,
+    /// Score by which a token chooses `top_groups` groups. By default `max` with softmax scores, as
+    /// in DeepSeek-V2, and `top2_sum` with sigmoid scores, as in DeepSeek-V3.
+    #[on_resume(refused)]
+    pub group_score: Option<GroupScore>,
     /// Chooses the same number of experts in each group (MoGE, arXiv 2505.21411): the load of
     /// groups is then even.
     #[on_resume(refused)]
@@ -43,6 +50,20 @@ pub struct RouterConfig {
     /// useful.
     #[on_resume(refused)]
     pub force_balance: bool,
+    /// Bias of the router, other than that of loss-free balancing (`bias_update_rate`).
+    #[on_resume(refused)]
+    pub bias: Option<RouterBias>,
+}
+
+/// A bias of the router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterBias {
+    /// Part of the scores that select experts, but not of the routing weights. It never changes: a
+    /// checkpoint brings it, or it is 0.
+    Frozen,
+    /// Part of the logits, and trained like a weight (gpt-oss).
+    Trained,
 }
 
 impl Default for RouterConfig {
@@ -53,9 +74,25 @@ impl Default for RouterConfig {
             scale: 1.0,
             groups: 1,
             top_groups: 1,
+            group_score: None,
             even_groups: false,
             force_balance: false,
+            bias: None,
         }
+    }
+}
+
+/// Descriptions of the router's parameters.
+pub(super) struct RouterSpecs {
+    pub(super) gate: ParamSpec,
+    /// Set if the bias is trained.
+    pub(super) bias: Option<ParamSpec>,
+}
+
+impl RouterSpecs {
+    /// Returns the descriptions in the order of use.
+    pub(super) fn into_list(self) -> Vec<ParamSpec> {
+        std::iter::once(self.gate).chain(self.bias).collect()
     }
 }
 
@@ -67,21 +104,47 @@ pub(super) struct Selection {
 }
 
 impl RouterConfig {
+    /// Sets the values that unset keys stand for.
+    pub(super) fn resolve(&mut self, top_k: usize) {
+        self.normalize = Some(self.normalizes(top_k));
+        if self.limits_groups() {
+            self.group_score = Some(self.group_score());
+        }
+    }
+
+    /// Returns true if a token may choose from some of the groups only.
+    fn limits_groups(&self) -> bool {
+        self.top_groups < self.groups && !self.even_groups
+    }
+
+    fn group_score(&self) -> GroupScore {
+        let of_scores = match self.score {
+            Score::Softmax => GroupScore::Max,
+            Score::Sigmoid => GroupScore::Top2Sum,
+        };
+        self.group_score.unwrap_or(of_scores)
+    }
+
     /// Returns true if the routing weights of each token are scaled to a sum of 1.
-    pub(super) fn normalizes(&self, top_k: usize) -> bool {
+    fn normalizes(&self, top_k: usize) -> bool {
         self.normalize.unwrap_or(top_k > 1)
     }
 
     /// Describes the parameters in the MoE block with this global name.
-    pub(super) fn specs(&self, experts: usize, hidden: Dim, block: &str) -> ParamSpec {
-        ParamSpec {
-            block: block.to_string(),
-            part: "gate",
-            dims: vec![Dim::new("model.moe.experts", experts as u64), hidden],
-            stack: Stack::Single,
-            split: Split::Whole,
-            role: Role::Router,
-            writes_residual: false,
+    pub(super) fn specs(&self, experts: usize, hidden: usize, block: &str) -> RouterSpecs {
+        let experts = Dim::new("model.moe.experts", experts as u64);
+        let is_trained = self.bias == Some(RouterBias::Trained);
+        RouterSpecs {
+            gate: ParamSpec {
+                block: block.to_string(),
+                part: "gate",
+                dims: vec![experts, Dim::hidden(hidden)],
+                stack: Stack::Single,
+                split: Split::Whole,
+                role: Role::Router,
+                writes_residual: false,
+            },
+            bias: is_trained.then(|| bias_spec(block, "gate_bias", experts, Split::Whole)),
         }
     }
 
@@ -94,6 +157,7 @@ impl RouterConfig {
             scale: self.scale,
             groups: self.groups,
             top_groups: self.top_groups,
+            group_score: self.group_score(),
             even_groups: self.even_groups,
             force_balance: self.force_balance,
         }
@@ -111,6 +175,12 @@ impl RouterConfig {
                 "model.moe.router.normalize is true and model.moe.top_k is 1: the weight of a \
                  token's only expert would always be 1, so that the loss has no gradient for the \
                  router; leave normalize out",
+            );
+        }
+        if self.group_score.is_some() && !self.limits_groups() {
+            problems.add(
+                "model.moe.router.group_score has no effect: a token may choose from every group \
+                 (give top_groups less than groups, or leave group_score out)",
             );
         }
         if self.even_groups {

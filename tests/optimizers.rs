@@ -1,0 +1,253 @@
+//! Optimizers other than AdamW: every layout computes the weights of one rank, a resume gives the
+//! same bits, and a checkpoint of any layout resumes in any other.
+
+use crate::agreement::{
+    TIMEOUT, VOCAB, assert_same, sigmoid, softmax, trace_of, trace_of_biased, trainer_on,
+    write_data,
+};
+use checkpoint::{Checkpoint, TensorSlice};
+use parallel::run_on_threads;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use tch::Kind;
+use trainer::{ResumeSource, Trainer, config::Config};
+
+fn config(folder: &Path, parallel: &Value, moe: &Value, optimizer: &Value) -> Config {
+    let mut parallel = parallel.clone();
+    parallel["bucket_mib"] = json!(1);
+    let mut optimizer = optimizer.clone();
+    optimizer["eps"] = json!(1e-4);
+    let config = json!({
+        "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
+        "parallel": parallel,
+        "model": {"vocab_size": VOCAB + 3, "hidden": 24, "layers": 4, "heads": 6, "kv_heads": 2,
+                  "head_dim": 4, "ffn": 48, "dense_layers": 1, "moe": moe, "init_std": 0.1,
+                  "tie_embeddings": true},
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 24},
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 1, "grad_clip": 0.5},
+        "optimizer": optimizer,
+        "schedule": {"constant": {"lr": 3e-3}},
+        "checkpoint": {"every": 0},
+    });
+    serde_json::from_value(config).unwrap()
+}
+
+fn experts(moe: Value) -> Value {
+    let mut moe = moe;
+    moe["experts"] = json!(12);
+    moe["ffn"] = json!(24);
+    moe
+}
+
+fn muon() -> Value {
+    json!({"groups": [{"muon": {}}]})
+}
+
+/// Muon for the router too, with a scale by shape of its own, SGD for vectors, and bf16 state.
+fn mixed() -> Value {
+    json!({
+        "state_dtype": "bf16",
+        "groups": [
+            {"roles": ["router"], "lr_scale": 2, "muon": {"adjust_lr": "original",
+                                                          "nesterov": false}},
+            {"muon": {}},
+            {"roles": ["norm"], "sgd": {"nesterov": true}},
+        ],
+    })
+}
+
+#[test]
+fn every_layout_orthogonalizes_whole_matrices() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let moe = experts(softmax("sequence"));
+    let layouts = [
+        (2, json!({})),
+        (2, json!({"tensor": 2})),
+        (2, json!({"context": 2})),
+        (2, json!({"expert": 2})),
+        (2, json!({"expert_tensor": 2})),
+        (2, json!({"zero": 1})),
+        (2, json!({"zero": 2})),
+        (3, json!({"zero": 3})),
+        (4, json!({"zero": 3, "zero_group_size": 2, "expert": 2})),
+        (2, json!({"pipeline": 2})),
+        (
+            4,
+            json!({"expert": 2, "expert_tensor": 2, "tensor": 2, "zero": 1}),
+        ),
+        (
+            4,
+            json!({"pipeline": 2, "tensor": 2, "vocabulary": "vocab-2", "schedule": "zb-h1",
+                   "zero": 3}),
+        ),
+        (
+            8,
+            json!({"pipeline": 2, "context": 2, "zero": 2, "expert_tensor": 2}),
+        ),
+    ];
+    for optimizer in [muon(), mixed()] {
+        let single = trace_of(1, config(folder.path(), &json!({}), &moe, &optimizer));
+        let first = single.steps[0][0];
+        assert!(single.steps[3][0] < first, "it learns: {:?}", single.steps);
+        for (ranks, parallel) in &layouts {
+            let ours = trace_of(*ranks, config(folder.path(), parallel, &moe, &optimizer));
+            assert_same(&format!("{ranks} ranks, {parallel}"), &ours, &single);
+        }
+    }
+}
+
+/// Biases the router: most tokens select experts 1 and 2 of 12.
+fn biased(trainer: &Trainer) {
+    for (_, _, bias) in trainer.model().biases() {
+        let _ = bias.narrow(0, 1, 2).fill_(0.5);
+    }
+}
+
+/// Experts that move every other step.
+fn moving(folder: &Path, parallel: &Value, optimizer: &Value) -> Config {
+    let mut moe = experts(sigmoid("sequence"));
+    moe["bias_update_rate"] = json!(1e-6);
+    moe["placement"] = json!({"every": 2});
+    config(folder, parallel, &moe, optimizer)
+}
+
+#[test]
+fn momentum_moves_with_its_expert() {
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    for optimizer in [muon(), mixed()] {
+        let single = moving(folder.path(), &json!({}), &optimizer);
+        let single = trace_of_biased(1, single, biased);
+        for (ranks, parallel) in [
+            (2, json!({"expert": 2})),
+            (4, json!({"expert": 2, "zero": 3})),
+            (4, json!({"expert": 2, "expert_tensor": 2, "zero": 1})),
+        ] {
+            let config = moving(folder.path(), &parallel, &optimizer);
+            let ours = trace_of_biased(ranks, config, biased);
+            assert_same(&format!("{ranks} ranks, {parallel}"), &ours, &single);
+            assert!(ours.moved > 0, "{parallel}");
+        }
+    }
+}
+
+/// Trains `before` steps, saves, and trains two more. Returns their losses and the checkpoint.
+fn train_and_save(ranks: usize, config: &Config) -> (Vec<f64>, PathBuf) {
+    let config = config.clone();
+    let mut results = run_on_threads(ranks, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, config.clone());
+        losses(&mut trainer);
+        let path = trainer.save().unwrap();
+        (losses(&mut trainer), path)
+    });
+    results.swap_remove(0)
+}
+
+fn losses(trainer: &mut Trainer) -> Vec<f64> {
+    let step = |_| trainer.train_step(false).unwrap().0.loss;
+    (0..2).map(step).collect()
+}
+
+/// Resumes and trains two steps. Returns their losses and the notes of the resume.
+fn resume(ranks: usize, config: &Config, accepted: &[&str]) -> Result<(Vec<f64>, String), String> {
+    let config = config.clone();
+    let accepted: Vec<String> = accepted.iter().map(|key| key.to_string()).collect();
+    let mut results = run_on_threads(ranks, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, config.clone());
+        trainer.accept_changes(accepted.clone());
+        let source = trainer.resume(&mut |warning| panic!("{warning}"));
+        assert_eq!(source.map_err(|e| e.to_string())?, ResumeSource::Checkpoint);
+        let notes = trainer.resume_report().notes.join("; ");
+        Ok((losses(&mut trainer), notes))
+    });
+    results.swap_remove(0)
+}
+
+#[test]
+fn a_checkpoint_resumes_exactly_and_in_other_layouts() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    for (number, optimizer) in [muon(), mixed()].into_iter().enumerate() {
+        let run = |parallel: Value| {
+            let mut config = moving(folder.path(), &parallel, &optimizer);
+            config.run.dir = folder.path().join(format!("run-{number}"));
+            config
+        };
+        let layout = json!({"expert": 2, "tensor": 2, "zero": 2});
+        let (unbroken, path) = train_and_save(4, &run(layout.clone()));
+        let (resumed, _) = resume(4, &run(layout), &[]).unwrap();
+        assert_eq!(resumed, unbroken);
+        for (ranks, parallel) in [
+            (1, json!({})),
+            (2, json!({"pipeline": 2})),
+            (4, json!({"expert_tensor": 4, "zero": 3})),
+        ] {
+            let (resumed, _) = resume(ranks, &run(parallel.clone()), &[]).unwrap();
+            for (ours, reference) in resumed.iter().zip(&unbroken) {
+                let far = (ours - reference).abs() / reference;
+                assert!(far <= 1e-5, "{parallel}: {ours} and {reference}");
+            }
+        }
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let names = checkpoint.manifest().tensors.keys();
+        let of_expert = names.filter(|name| name.contains("/layers.1.moe.experts.3.down"));
+        let kinds: Vec<&str> = of_expert
+            .filter_map(|name| name.split('/').next())
+            .collect();
+        assert_eq!(kinds, ["model", "muon_momentum"]);
+    }
+}
+
+#[test]
+fn state_is_read_in_either_precision() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let moe = experts(softmax("sequence"));
+    let of = |dtype: &str| {
+        let optimizer = json!({"state_dtype": dtype});
+        config(folder.path(), &json!({"zero": 1}), &moe, &optimizer)
+    };
+    for (from, to, kind) in [
+        ("fp32", "bf16", Kind::Float),
+        ("bf16", "fp32", Kind::BFloat16),
+    ] {
+        let (unbroken, path) = train_and_save(2, &of(from));
+        let name = "exp_avg_sq/embedding".to_string();
+        let mut checkpoint = Checkpoint::open(&path).unwrap();
+        let shape = checkpoint.manifest().tensors[&name].shape.clone();
+        let saved = checkpoint
+            .tensor(&TensorSlice::whole(name, &shape))
+            .unwrap();
+        assert_eq!(saved.kind(), kind);
+        let (resumed, _) = resume(2, &of(to), &[]).unwrap();
+        // Moments in bf16 change steps by less than a hundredth.
+        for (ours, reference) in resumed.iter().zip(&unbroken) {
+            assert!((ours - reference).abs() <= 1e-3 * reference);
+            assert_ne!(ours, reference);
+        }
+        std::fs::remove_dir_all(folder.path().join("run")).unwrap();
+    }
+}
+
+#[test]
+fn other_optimizers_are_refused_unless_accepted() {
+    tch::set_num_threads(1);
+    let folder = tempfile::tempdir().unwrap();
+    write_data(folder.path());
+    let moe = experts(softmax("sequence"));
+    let of = |optimizer: &Value| config(folder.path(), &json!({}), &moe, optimizer);
+    let (_, _) = train_and_save(1, &of(&json!({})));
+    let refusal = resume(1, &of(&muon()), &[]).unwrap_err();
+    assert!(refusal.contains("optimizer.groups: "), "{refusal}");
+    let (resumed, notes) = resume(1, &of(&muon()), &["optimizer.groups"]).unwrap();
+    assert!(resumed.iter().all(|loss| loss.is_finite()));
+    for expected in [
+        "tensors of state muon_momentum: it starts from its initial value",
+        "tensors of state exp_avg_sq: it is omitted",
+    ] {
+        assert!(notes.contains(expected), "{notes}");
+    }
+}
