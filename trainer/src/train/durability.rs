@@ -34,7 +34,7 @@ pub(super) struct Durability {
     pub(super) last_step_seconds: f64,
 }
 
-/// Checkpoints that are asked for while a run trains.
+/// Requests for checkpoints while a run trains.
 #[derive(Debug, Default)]
 pub(super) struct CheckpointRequests {
     /// True if this rank was asked for a checkpoint.

@@ -9,7 +9,7 @@
 use super::{
     Trainer,
     metrics::step_figures::{FigureSizes, StepFigures},
-    setup::Resources,
+    run_data::Resources,
 };
 use crate::{
     Error,

@@ -2,6 +2,7 @@
 
 use super::run_state::CountedFrom;
 use crate::{config::Config, data::Dataset, optim::schedule::Position};
+use parallel::Accelerator;
 use std::collections::BTreeMap;
 
 /// Data sets of a run, and its position.
@@ -9,6 +10,12 @@ pub(super) struct RunData {
     pub(super) train: Dataset,
     pub(super) validation: Option<Dataset>,
     pub(super) position: DataPosition,
+}
+
+/// Data and device of a trainer, besides its configuration and its world.
+pub(super) struct Resources {
+    pub(super) device: Box<dyn Accelerator>,
+    pub(super) data: RunData,
 }
 
 /// Completed steps, with the samples and tokens that they took.

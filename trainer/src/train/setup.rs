@@ -10,7 +10,7 @@ use super::{
     rehearsal::rehearse,
     resume::Resumption,
     run::Reports,
-    run_data::{DataPosition, RunData},
+    run_data::{DataPosition, Resources, RunData},
 };
 use crate::{
     Error,
@@ -31,12 +31,6 @@ use parallel::{
     pipeline::{CollectiveKind, Executor, Vocabulary},
 };
 use std::sync::Arc;
-
-/// Data and device of a trainer, besides its configuration and its world.
-pub(super) struct Resources {
-    pub(super) device: Box<dyn Accelerator>,
-    pub(super) data: RunData,
-}
 
 impl Trainer {
     /// Sets up a run with initial values. On a device it first rehearses a step.

@@ -6,7 +6,7 @@ use parallel::pipeline::PassKind;
 /// Values of a ratio's distribution per unit, and of a second's.
 pub(crate) const PER_UNIT: f64 = 1e9;
 
-/// Kinds of passes.
+/// Number of kinds of passes.
 const KINDS: usize = PassKind::NAMES.len();
 
 /// Figures of one rank.
