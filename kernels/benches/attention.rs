@@ -2,8 +2,8 @@
 //! `cargo bench -p kernels --bench attention`.
 
 use kernels::{
-    AttentionOptions, ScoreMask, added_mask, attention, attention_backward, block_attention,
-    block_attention_backward, causal_part,
+    AttentionOptions, ScoreMask, attention, attention_backward, block_attention,
+    block_attention_backward,
 };
 use std::{hint::black_box, time::Instant};
 use tch::{Device, Kind, Tensor};
@@ -93,11 +93,7 @@ fn main() {
                 scale: SCALE,
                 window: case.window,
             };
-            let all = Tensor::ones([1, 1, case.length, case.length], (Kind::Bool, Device::Cpu));
-            let mask = case
-                .window
-                .map(|_| added_mask(&causal_part(&all, case.window), kind));
-            let mask = mask.as_ref().map_or(ScoreMask::Causal, ScoreMask::Added);
+            let mask = ScoreMask::Causal(case.window);
             let mut ours = Vec::new();
             let mut libtorch = Vec::new();
             for _ in 0..ROUNDS {

@@ -199,7 +199,7 @@ fn narrow(t: &Tensor, part: &Range<i64>) -> Tensor {
 struct RingAttention {
     group: Arc<dyn Communicator>,
     layout: RingLayout,
-    /// See [`RingLayout::distances`].
+    /// The layout's distances, which cost a search.
     distances: Vec<usize>,
     scale: f64,
     /// The document of each position `[B, S]`, if tokens see only their own document.
@@ -285,14 +285,11 @@ impl RingAttention {
     fn mask(&self, block: &Block, key_rank: usize) -> BlockMask {
         let fits = |window: i64| window >= block.queries.end - block.queries.start;
         let window = self.layout.window.filter(|&window| !fits(window));
-        match (block.visibility, window) {
+        match block.visibility {
             _ if self.documents.is_some() => BlockMask::Added(self.added_mask(block, key_rank)),
-            (Visibility::All, _) => BlockMask::None,
-            (Visibility::Causal, None) => BlockMask::Causal,
-            (Visibility::Causal, Some(window)) if self.q.device() == Device::Cpu => {
-                BlockMask::Window(window)
-            }
-            _ => BlockMask::Added(self.added_mask(block, key_rank)),
+            Visibility::All => BlockMask::None,
+            Visibility::Causal => BlockMask::Causal(window),
+            Visibility::Window => BlockMask::Added(self.added_mask(block, key_rank)),
         }
     }
 
@@ -476,9 +473,8 @@ fn join(mut result: AttentionResult, other: &AttentionResult) {
 /// The mask of a block's scores.
 enum BlockMask {
     None,
-    Causal,
-    /// Causal, with a window of this length. Only in host memory.
-    Window(i64),
+    /// Causal, in a window if there is one.
+    Causal(Option<i64>),
     Added(Tensor),
 }
 
@@ -494,7 +490,7 @@ struct BlockOperands {
 impl BlockOperands {
     fn forward(&self) -> AttentionResult {
         let BlockOperands { q, k, v, .. } = self;
-        let (out, lse) = match self.windowed() {
+        let (out, lse) = match self.window_on_cpu() {
             Some(options) => attention(q, k, v, &options),
             None => block_attention([q, k, v], self.score_mask(), self.scale),
         };
@@ -505,7 +501,7 @@ impl BlockOperands {
     fn backward(&self, grad: &Tensor, result: &AttentionResult) -> [Tensor; 3] {
         let BlockOperands { q, k, v, .. } = self;
         let AttentionResult { out, lse } = result;
-        match self.windowed() {
+        match self.window_on_cpu() {
             Some(options) => attention_backward(grad, [q, k, v], out, &lse.contiguous(), &options),
             None => {
                 let mask = self.score_mask();
@@ -514,12 +510,15 @@ impl BlockOperands {
         }
     }
 
-    fn windowed(&self) -> Option<AttentionOptions> {
+    /// Returns the options of attention in a window, for which the CPU has a kernel.
+    fn window_on_cpu(&self) -> Option<AttentionOptions> {
         match self.mask {
-            BlockMask::Window(window) => Some(AttentionOptions {
-                scale: self.scale,
-                window: Some(window),
-            }),
+            BlockMask::Causal(Some(window)) if self.q.device() == Device::Cpu => {
+                Some(AttentionOptions {
+                    scale: self.scale,
+                    window: Some(window),
+                })
+            }
             _ => None,
         }
     }
@@ -527,7 +526,7 @@ impl BlockOperands {
     fn score_mask(&self) -> ScoreMask<'_> {
         match &self.mask {
             BlockMask::None => ScoreMask::None,
-            BlockMask::Causal | BlockMask::Window(_) => ScoreMask::Causal,
+            BlockMask::Causal(window) => ScoreMask::Causal(*window),
             BlockMask::Added(mask) => ScoreMask::Added(mask),
         }
     }

@@ -41,6 +41,8 @@ from transformers import (
     Gemma3TextConfig,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     HunYuanMoEV1Config,
@@ -163,6 +165,26 @@ def set_correction_biases(module):
     for name, bias in [*module.named_parameters(), *module.named_buffers()]:
         if name.endswith("e_score_correction_bias") or name.endswith("expert_bias"):
             bias.copy_(0.3 * torch.randn(bias.shape))
+
+
+def expert_matrices(name, tensor):
+    """Returns gpt-oss's stacks `[E, in, out]` as `[E, out, in]`, gate before up."""
+    if name.endswith("_proj"):
+        tensor = tensor.transpose(1, 2)
+    if "gate_up" in name:
+        tensor = torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1)
+    return tensor
+
+
+def reach_the_limits(module):
+    """Draws wide sinks, and experts whose values reach the limit of the clamped GLU."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("sinks"):
+            parameter.uniform_(-3, 3)
+        elif "experts.gate_up_proj" in name:
+            parameter.mul_(20)
+        elif name.endswith("bias"):
+            parameter.sub_(1)
 
 
 # Sizes of models with latent attention.
@@ -429,6 +451,50 @@ MODELS = {
             "moe": moe(4, 2, 8, layers=[0, 1, 3]),
         },
     ),
+    # Sinks, a window in every other layer, biases everywhere, and the clamped GLU.
+    "gpt-oss": Golden(
+        GptOssForCausalLM,
+        GptOssConfig(
+            **SMALL,
+            intermediate_size=12,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=4,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 15e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        ),
+        {
+            **SMALL_OURS,
+            "rope_theta": 15e4,
+            "rope": {
+                "scaling": {"yarn": {"factor": 8.0, "original_length": 8, "truncate": False}}
+            },
+            "attention": {
+                "grouped": {
+                    "window": {"size": 4, "layers": {"every": 2}},
+                    "sinks": True,
+                    "bias": "all",
+                }
+            },
+            "moe": moe(
+                4,
+                2,
+                12,
+                expert_bias=True,
+                activation={"clamped_glu": {}},
+                router={"bias": "trained"},
+            ),
+        },
+        adjust=reach_the_limits,
+        reorder=expert_matrices,
+    ),
     # Every layer slides.
     "mixtral-window": Golden(
         MixtralForCausalLM,
@@ -485,7 +551,7 @@ MODELS = {
                 "ffn": 4,
                 "shared_experts": 1,
                 "load_balance": 0.0,
-                "router": {"score": "sigmoid", "scale": 2.5},
+                "router": {"score": "sigmoid", "scale": 2.5, "bias": "frozen"},
             },
         },
         names={
@@ -549,7 +615,13 @@ MODELS = {
                 "ffn": 8,
                 "shared_experts": 1,
                 "load_balance": 0.0,
-                "router": {"score": "sigmoid", "scale": 2.5, "groups": 4, "top_groups": 2},
+                "router": {
+                    "score": "sigmoid",
+                    "scale": 2.5,
+                    "groups": 4,
+                    "top_groups": 2,
+                    "bias": "frozen",
+                },
             },
         },
         adjust=set_correction_biases,
@@ -620,7 +692,10 @@ NAMES = {
     "self_attn.kv_b_proj.weight": "attention.kv_up",
     "self_attn.query_layernorm.weight": "attention.query_norm",
     "self_attn.key_layernorm.weight": "attention.key_norm",
+    "self_attn.sinks": "attention.sinks",
     "mlp.gate.weight": "moe.gate",
+    "mlp.router.weight": "moe.gate",
+    "mlp.router.bias": "moe.gate_bias",
     "mlp.gate.wg.weight": "moe.gate",
     "mlp.gate.e_score_correction_bias": "moe.bias",
     "block_sparse_moe.router.weight": "moe.gate",
@@ -629,6 +704,8 @@ NAMES = {
 STACKED = {
     "mlp.experts.gate_up_proj": "gate_up",
     "mlp.experts.down_proj": "down",
+    "mlp.experts.gate_up_proj_bias": "gate_up_bias",
+    "mlp.experts.down_proj_bias": "down_bias",
     "block_sparse_moe.experts.gate_up_proj": "gate_up",
     "block_sparse_moe.experts.down_proj": "down",
 }
@@ -654,7 +731,7 @@ def ours(tensors, golden):
         if rest in names:
             out[f"{layer}.{names[rest]}"] = golden.reorder(rest, tensor)
         elif rest in STACKED:
-            for expert, matrix in enumerate(tensor):
+            for expert, matrix in enumerate(golden.reorder(rest, tensor)):
                 out[f"{layer}.moe.experts.{expert}.{STACKED[rest]}"] = matrix
         elif part == "gate":
             up = tensors[name.replace(".gate_proj.", ".up_proj.")]
@@ -664,6 +741,11 @@ def ours(tensors, golden):
         elif part != "up":
             raise KeyError(f"{name} has no name in moerun")
     return out
+
+
+def decays(name, parameter):
+    """Returns true for matrices. Biases of experts are matrices in transformers."""
+    return parameter.dim() > 1 and not name.endswith("bias")
 
 
 def run(golden):
@@ -698,8 +780,8 @@ def run(golden):
     put("bias", {name: bias for name, bias in biases.items() if bias.any()})
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in trained.values() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in trained.values() if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for n, p in trained.items() if decays(n, p)], "weight_decay": 0.1},
+            {"params": [p for n, p in trained.items() if not decays(n, p)], "weight_decay": 0.0},
         ],
         lr=1e-2,
         betas=(0.9, 0.95),

@@ -2,10 +2,13 @@
 //!
 //! On the CPU they are its fused kernel. No fused kernel of the other devices takes a mask, gives
 //! log-sum-exps and differentiates with those of more keys, so there the scores of a tile of
-//! queries are a matrix.
+//! queries and the keys in its reach are a matrix.
 // Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, dk and dv widths.
 
-use super::heads::{repeat_heads, sum_repeated_heads};
+use super::{
+    heads::{repeat_heads, sum_repeated_heads},
+    mask::{added_mask, causal_part},
+};
 use crate::tensors::LAST_DIM;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
@@ -18,10 +21,10 @@ const QUERY_TILE: i64 = 512;
 pub enum ScoreMask<'a> {
     /// Every query sees every key.
     None,
-    /// Query `i` sees the keys up to `i`.
-    Causal,
-    /// A tensor `[1 or B, 1, Q, K]` that is added to the scores, see
-    /// [`added_mask`](super::added_mask).
+    /// Query `i` sees key `i` and those before it, or in a window of `w` the keys from `i - w + 1`
+    /// on. There are equal numbers of both.
+    Causal(Option<i64>),
+    /// A tensor `[1 or B, 1, Q, K]` that is added to the scores, see [`added_mask`].
     Added(&'a Tensor),
 }
 
@@ -92,15 +95,32 @@ impl<'a> Block<'a> {
         self.query.device() == Device::Cpu
     }
 
-    fn is_causal(&self) -> bool {
-        matches!(self.mask, ScoreMask::Causal)
+    /// Returns the window if it hides keys from some queries.
+    fn hiding_window(&self) -> Option<i64> {
+        match self.mask {
+            ScoreMask::Causal(window) => window.filter(|&window| window < self.key.size()[2]),
+            ScoreMask::None | ScoreMask::Added(_) => None,
+        }
     }
 
-    fn added_mask(&self) -> Option<&'a Tensor> {
-        match self.mask {
-            ScoreMask::Added(mask) => Some(mask),
-            ScoreMask::None | ScoreMask::Causal => None,
+    /// True if libtorch's kernel needs no mask for causal attention.
+    fn is_causal(&self) -> bool {
+        matches!(self.mask, ScoreMask::Causal(_)) && self.hiding_window().is_none()
+    }
+
+    /// Returns the mask that libtorch's kernel adds to the scores.
+    fn added_mask(&self) -> Option<Tensor> {
+        if let ScoreMask::Added(mask) = self.mask {
+            return Some(mask.shallow_clone());
         }
+        let window = self.hiding_window()?;
+        let length = self.key.size()[2];
+        let options = (Kind::Bool, self.query.device());
+        let all = Tensor::ones([1, 1, length, length], options);
+        Some(added_mask(
+            &causal_part(&all, Some(window)),
+            self.query.kind(),
+        ))
     }
 
     /// Returns the width that libtorch's kernel on the CPU computes with, which it wants to be one.
@@ -116,7 +136,7 @@ impl<'a> Block<'a> {
             &widen(&self.value, common),
             0.0,
             self.is_causal(),
-            self.added_mask(),
+            self.added_mask().as_ref(),
             self.scale,
         );
         (narrow_width(out, width(&self.value)), lse)
@@ -134,7 +154,7 @@ impl<'a> Block<'a> {
                 lse,
                 0.0,
                 self.is_causal(),
-                self.added_mask(),
+                self.added_mask().as_ref(),
                 self.scale,
             );
         let key_width = width(&self.key);
@@ -146,58 +166,73 @@ impl<'a> Block<'a> {
     }
 
     fn unfused_forward(&self) -> (Tensor, Tensor) {
-        let value = &self.value;
         let mut outs = Vec::new();
         let mut lses = Vec::new();
         for tile in self.query_tiles() {
-            let scores = self.scores(&tile);
+            let keys = self.keys_of(&tile);
+            let scores = self.scores(&tile, &keys);
             let lse = scores.logsumexp(LAST_DIM, false);
+            let value = narrow(&self.value, &keys);
             let weights = (scores - lse.unsqueeze(-1)).exp().to_kind(value.kind());
-            outs.push(weights.matmul(value));
+            outs.push(weights.matmul(&value));
             lses.push(lse);
         }
         (Tensor::cat(&outs, 2), Tensor::cat(&lses, 2))
     }
 
     fn unfused_backward(&self, grad: &Tensor, out: &Tensor, lse: &Tensor) -> [Tensor; 3] {
-        let Block {
-            query, key, value, ..
-        } = self;
+        let kind = self.query.kind();
         let mut grad_query = Vec::new();
-        let mut grad_key = key.to_kind(Kind::Float).zeros_like();
-        let mut grad_value = value.to_kind(Kind::Float).zeros_like();
+        let grad_key = self.key.to_kind(Kind::Float).zeros_like();
+        let grad_value = self.value.to_kind(Kind::Float).zeros_like();
         let product = grad.to_kind(Kind::Float) * out.to_kind(Kind::Float);
         let delta = product.sum_dim_intlist(LAST_DIM, true, Kind::Float);
         for tile in self.query_tiles() {
-            let lse = narrow(lse, &tile).unsqueeze(-1);
-            let weights = (self.scores(&tile) - lse).exp();
-            let grad = narrow(grad, &tile);
-            let weights_t = weights.transpose(2, 3);
-            grad_value += weights_t.matmul(&grad.to_kind(Kind::Float));
+            let keys = self.keys_of(&tile);
+            let [query, lse, grad, delta] =
+                [self.query, lse, grad, &delta].map(|x| narrow(x, &tile));
+            let [key, value] = [&self.key, &self.value].map(|x| narrow(x, &keys));
+            let weights = (self.scores(&tile, &keys) - lse.unsqueeze(-1)).exp();
+            let of_values = weights.transpose(2, 3).matmul(&grad.to_kind(Kind::Float));
+            add(&narrow(&grad_value, &keys), &of_values);
             let grad_weights = grad.matmul(&value.transpose(2, 3)).to_kind(Kind::Float);
-            let grad_scores = weights * (grad_weights - narrow(&delta, &tile)) * self.scale;
-            let grad_scores = grad_scores.to_kind(query.kind());
-            grad_query.push(grad_scores.matmul(key));
-            let grad_scores_t = grad_scores.transpose(2, 3);
-            grad_key += grad_scores_t
-                .matmul(&narrow(query, &tile))
-                .to_kind(Kind::Float);
+            let grad_scores = (weights * (grad_weights - delta) * self.scale).to_kind(kind);
+            grad_query.push(grad_scores.matmul(&key));
+            let of_keys = grad_scores.transpose(2, 3).matmul(&query);
+            add(&narrow(&grad_key, &keys), &of_keys);
         }
         [Tensor::cat(&grad_query, 2), grad_key, grad_value]
     }
 
-    /// Returns the scaled and masked scores of the queries in `tile`: `[B, H, tile, K]` in fp32.
-    fn scores(&self, tile: &Range<i64>) -> Tensor {
+    /// Returns the scaled and masked scores `[B, H, tile, keys]` of some queries and keys in fp32.
+    fn scores(&self, tile: &Range<i64>, keys: &Range<i64>) -> Tensor {
         let query = narrow(self.query, tile);
-        let scores = query.matmul(&self.key.transpose(2, 3)).to_kind(Kind::Float) * self.scale;
+        let key = narrow(&self.key, keys);
+        let scores = query.matmul(&key.transpose(2, 3)).to_kind(Kind::Float) * self.scale;
         match self.mask {
             ScoreMask::None => scores,
-            ScoreMask::Causal => {
-                let shape = [query.size()[2], self.key.size()[2]];
-                let later = Tensor::ones(shape, (Kind::Bool, query.device())).triu(tile.start + 1);
-                scores.masked_fill(&later, -1e9)
+            ScoreMask::Causal(window) => {
+                let shape = [query.size()[2], key.size()[2]];
+                let diagonal = tile.start - keys.start;
+                let visible = Tensor::ones(shape, (Kind::Bool, query.device())).tril(diagonal);
+                let visible = match window {
+                    Some(window) => visible.triu(diagonal + 1 - window),
+                    None => visible,
+                };
+                scores.masked_fill(&visible.logical_not(), -1e9)
             }
             ScoreMask::Added(mask) => scores + narrow(mask, tile).to_kind(Kind::Float),
+        }
+    }
+
+    /// Returns the keys that some query of a tile sees.
+    fn keys_of(&self, tile: &Range<i64>) -> Range<i64> {
+        match self.mask {
+            ScoreMask::Causal(window) => {
+                let first = window.map_or(0, |window| tile.start + 1 - window);
+                first.max(0)..tile.end
+            }
+            ScoreMask::None | ScoreMask::Added(_) => 0..self.key.size()[2],
         }
     }
 
@@ -211,6 +246,10 @@ impl<'a> Block<'a> {
 /// Returns the positions `part` of `x` `[B, heads, positions, ...]`.
 fn narrow(x: &Tensor, part: &Range<i64>) -> Tensor {
     x.narrow(2, part.start, part.end - part.start)
+}
+
+fn add(to: &Tensor, addend: &Tensor) {
+    let _ = to.shallow_clone().g_add_(addend);
 }
 
 fn width(x: &Tensor) -> i64 {
@@ -237,7 +276,6 @@ fn narrow_width(x: Tensor, own: i64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::attention::mask::{added_mask, causal_part};
     use tch::kind::FLOAT_CPU;
 
     #[test]
@@ -245,7 +283,14 @@ mod tests {
         let random = |heads: i64, width: i64| Tensor::randn([2, heads, 600, width], FLOAT_CPU);
         let all = Tensor::ones([1, 1, 600, 600], (Kind::Bool, Device::Cpu));
         let added = added_mask(&causal_part(&all, Some(70)), Kind::Float);
-        for mask in [ScoreMask::None, ScoreMask::Causal, ScoreMask::Added(&added)] {
+        let masks = [
+            ScoreMask::None,
+            ScoreMask::Causal(None),
+            ScoreMask::Causal(Some(70)),
+            ScoreMask::Causal(Some(600)),
+            ScoreMask::Added(&added),
+        ];
+        for mask in masks {
             for [key_width, value_width] in [[8, 8], [12, 8], [8, 20]] {
                 let [query, key] = [(); 2].map(|()| random(3, key_width));
                 let [value, grad] = [(); 2].map(|()| random(3, value_width));

@@ -21,7 +21,7 @@ use crate::{
     profile::{Cost, span},
     tensors::sizes,
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// Returns causal attention `[B, H, S, dv]` and the log-sum-exp of its scores `[B, H, S]` fp32.
 ///
@@ -51,8 +51,7 @@ fn forward(inputs: [&Tensor; 3], options: &AttentionOptions) -> (Tensor, Tensor)
     if let Some(instructions) = loops::supports_attention(inputs, options) {
         return loops::attention(inputs, options, instructions);
     }
-    let mask = window_mask(inputs[0], options);
-    block_attention(inputs, score_mask(mask.as_ref()), options.scale)
+    block_attention(inputs, ScoreMask::Causal(options.window), options.scale)
 }
 
 /// Returns the gradients of queries, keys and values, in their dtype.
@@ -106,22 +105,9 @@ fn backward(
     {
         return loops::attention_backward(grad, inputs, out, lse, options, instructions);
     }
-    let mask = window_mask(inputs[0], options);
-    let mask = score_mask(mask.as_ref());
+    let mask = ScoreMask::Causal(options.window);
     block_attention_backward(grad, inputs, out, lse, mask, options.scale)
         .map(|gradient| gradient.to_kind(grad.kind()))
-}
-
-/// Returns the mask `[1, 1, S, S]` of a window that hides keys from some queries.
-fn window_mask(query: &Tensor, options: &AttentionOptions) -> Option<Tensor> {
-    let length = query.size()[2];
-    let window = options.window.filter(|&window| window < length)?;
-    let all = Tensor::ones([1, 1, length, length], (Kind::Bool, query.device()));
-    Some(added_mask(&causal_part(&all, Some(window)), query.kind()))
-}
-
-fn score_mask(window_mask: Option<&Tensor>) -> ScoreMask<'_> {
-    window_mask.map_or(ScoreMask::Causal, ScoreMask::Added)
 }
 
 /// Numbers of GEMMs over all pairs of a query and a key that it sees.
@@ -178,7 +164,7 @@ mod tests {
         tests::{TestTensor, tolerances},
     };
     use proptest::prelude::*;
-    use tch::kind::FLOAT_CPU;
+    use tch::{Kind, kind::FLOAT_CPU};
 
     /// Returns attention and log-sum-exps in fp64, with sinks `[H]` as logits of one more key, as
     /// gpt-oss computes them.

@@ -3,8 +3,7 @@
 use super::{
     Model, Stage, VocabularyWeight,
     build_context::BuildContext,
-    decoder::{block_norm_specs, dense_specs, layer_name, stream_norm_spec, vocabulary_spec},
-    feed_forward::DenseFeedForward,
+    decoder::{block_norm_specs, layer_name, stream_norm_spec, vocabulary_spec},
     layer::{FeedForward, Layer},
     moe_block,
     norm::{BlockNorms, Norm, NormNames},
@@ -171,8 +170,8 @@ impl Builder<'_> {
         let config = self.config;
         match config.moe_config(index) {
             None => {
-                let specs = dense_specs(config, layer);
-                FeedForward::Dense(DenseFeedForward::new(&mut self.weights, &specs))
+                let name = format!("{layer}.mlp");
+                FeedForward::Dense(config.dense().build(&mut self.weights, &name))
             }
             Some(moe) => {
                 let name = format!("{layer}.moe");

@@ -123,26 +123,21 @@ impl CoreAttention {
         sinks: Option<&Weight>,
     ) -> Result<Tensor, Error> {
         let query = inputs[0];
-        let mask = self.mask(query, documents);
-        if query.device() == Device::Cpu && mask.is_none() {
-            return causal(inputs, self.scale, self.window, sinks);
-        }
-        if query.device() == Device::Cpu || sinks.is_some() {
-            return masked(inputs, mask, self.scale, sinks);
-        }
-        Ok(fused(inputs, mask.as_ref(), self.scale))
-    }
-
-    /// Returns the mask `[1 or B, 1, S, S]` for a query, unless it sees what causal attention on
-    /// its device sees.
-    fn mask(&self, query: &Tensor, documents: Option<&Documents>) -> Option<Tensor> {
+        let on_cpu = query.device() == Device::Cpu;
         let window = self.window.filter(|&window| window < query.size()[2]);
-        if let Some(documents) = documents {
-            return Some(documents.mask(query.kind(), window));
+        let mask = documents.map(|documents| documents.mask(query.kind(), window));
+        if on_cpu && mask.is_none() {
+            return causal(inputs, self.scale, window, sinks);
         }
-        window
-            .filter(|_| query.device() != Device::Cpu)
-            .map(|window| self.window_masks.mask(query, window))
+        if on_cpu || sinks.is_some() {
+            return masked(inputs, mask, self.scale, window, sinks);
+        }
+        let window_mask = || window.map(|window| self.window_masks.mask(query, window));
+        Ok(fused(
+            inputs,
+            mask.or_else(window_mask).as_ref(),
+            self.scale,
+        ))
     }
 }
 
@@ -170,12 +165,13 @@ fn causal(
     })
 }
 
-/// Calls [`kernels::block_attention`] with a mask, or causally without one, and attaches its
-/// backward.
+/// Calls [`kernels::block_attention`] with a mask, or causally in a window without one, and
+/// attaches its backward.
 fn masked(
     inputs: [&Tensor; 3],
     mask: Option<Tensor>,
     scale: f64,
+    window: Option<i64>,
     sinks: Option<&Weight>,
 ) -> Result<Tensor, Error> {
     let kind = inputs[0].kind();
@@ -183,19 +179,22 @@ fn masked(
         Kind::Bool => added_mask(&mask, kind),
         _ => mask,
     });
-    let (out, lse) = tch::no_grad(|| block_attention(inputs, score_mask(mask.as_ref()), scale));
+    let (out, lse) = tch::no_grad(|| {
+        let mask = score_mask(mask.as_ref(), window);
+        block_attention(inputs, mask, scale)
+    });
     let saved = inputs.map(Tensor::detach);
     let result = AttentionResult { out, lse };
     attention_node(inputs, result, sinks, move |grad, result| {
         let AttentionResult { out, lse } = result;
-        let mask = score_mask(mask.as_ref());
+        let mask = score_mask(mask.as_ref(), window);
         let grads = block_attention_backward(grad, saved.each_ref(), out, lse, mask, scale);
         Ok(grads.map(|grad| grad.to_kind(kind)))
     })
 }
 
-fn score_mask(mask: Option<&Tensor>) -> ScoreMask<'_> {
-    mask.map_or(ScoreMask::Causal, ScoreMask::Added)
+fn score_mask(mask: Option<&Tensor>, window: Option<i64>) -> ScoreMask<'_> {
+    mask.map_or(ScoreMask::Causal(window), ScoreMask::Added)
 }
 
 /// Calls libtorch's fused attention.
@@ -417,6 +416,18 @@ mod tests {
     }
 
     #[test]
+    fn every_way_to_attend_in_a_window_agrees() {
+        let x = [4, 2, 2].map(|heads| random(&[2, heads, 90, 16]));
+        let [q, k, v] = x.each_ref();
+        let mask = WindowMasks::default().mask(q, 9);
+        let with_mask = fused([q, k, v], Some(&mask), 0.3);
+        let causal = causal([q, k, v], 0.3, Some(9), None).unwrap();
+        let block = masked([q, k, v], None, 0.3, Some(9), None).unwrap();
+        assert!(causal.allclose(&with_mask, 1e-5, 1e-5, false));
+        assert!(block.allclose(&with_mask, 1e-5, 1e-5, false));
+    }
+
+    #[test]
     fn on_the_cpu_documents_give_the_bits_of_fused_attention() {
         let tokens = Tensor::randint(40, [2, 700], (Kind::Int64, Device::Cpu));
         let documents = Documents::new(&tokens, 7);
@@ -438,7 +449,7 @@ mod tests {
                 (out.detach(), grads)
             };
             let fused = results(fused([&q, &k, &v], Some(&mask), 0.3));
-            let ours = masked([&q, &k, &v], Some(mask.shallow_clone()), 0.3, None).unwrap();
+            let ours = masked([&q, &k, &v], Some(mask.shallow_clone()), 0.3, None, None).unwrap();
             assert_eq!(results(ours), fused, "{kind:?}");
         }
     }

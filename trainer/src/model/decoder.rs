@@ -3,7 +3,7 @@
 use super::{
     activations::{Activations, BlockShape},
     attention::{AttentionKeys, AttentionPlan, ScoreScale},
-    feed_forward::{self, Networks, SwigluSpecs},
+    feed_forward::DensePlan,
     norm::{BlockNorms, NormNames, norm_spec},
     part::{HeadWeight, ModelPart},
     rules::ParameterRules,
@@ -69,13 +69,6 @@ pub(crate) fn block_norm_specs(
     )
 }
 
-/// Returns the description of the network of a dense layer with this global name.
-pub(crate) fn dense_specs(config: &ModelConfig, layer: &str) -> SwigluSpecs {
-    let ffn = Dim::new("model.ffn", config.ffn.unwrap_or(0) as u64);
-    let block = format!("{layer}.mlp");
-    SwigluSpecs::new(&block, Dim::hidden(config.hidden), ffn, Networks::Dense)
-}
-
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
@@ -98,7 +91,7 @@ pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> 
 fn feed_forward_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
     match config.moe_config(index) {
-        None => dense_specs(config, &layer).into_list(),
+        None => config.dense().specs(&format!("{layer}.mlp")).into_list(),
         Some(moe) => moe.specs(config.hidden, &format!("{layer}.moe")),
     }
 }
@@ -154,11 +147,7 @@ pub(crate) fn layer_activations(
     let attention = config.attention(index).activations(at);
     let moe = config.moe_config(index);
     let feed_forward = match moe {
-        None => {
-            let columns = config.ffn.unwrap_or(0) / at.mesh.tensor;
-            let hidden = config.hidden as u64;
-            feed_forward::activations(at.tokens, hidden, columns as u64, at)
-        }
+        None => config.dense().activations(at),
         Some(moe) => moe.activations(config.hidden, at),
     };
     saved += attention.saved + feed_forward.saved;
@@ -229,6 +218,14 @@ impl ModelConfig {
             Some(scale) => ScoreScale::Given(scale),
             None if self.mup.is_some() => ScoreScale::Inverse,
             None => ScoreScale::InverseRoot,
+        }
+    }
+
+    /// Returns the plan of the dense layers' networks.
+    pub(crate) fn dense(&self) -> DensePlan {
+        DensePlan {
+            hidden: self.hidden,
+            ffn: Dim::new("model.ffn", self.ffn.unwrap_or(0) as u64),
         }
     }
 

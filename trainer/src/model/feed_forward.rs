@@ -6,9 +6,12 @@ use super::{
     spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
     weights::WeightBuilder,
 };
-use crate::config::layout::RecomputedPart;
+use crate::{
+    config::layout::RecomputedPart,
+    problems::{Problems, Quantity},
+};
 use moe::experts::{GluNetworks, grouped_glu};
-use parallel::{Activation, tensor::TensorParallel};
+use parallel::{Activation, MeshShape, tensor::TensorParallel};
 use tch::Tensor;
 use torch_ext::Error;
 
@@ -82,6 +85,47 @@ impl SwigluSpecs {
     }
 }
 
+/// The plan of a dense network.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DensePlan {
+    /// Width of the residual stream.
+    pub(crate) hidden: usize,
+    /// Inner width.
+    pub(crate) ffn: Dim,
+}
+
+impl DensePlan {
+    /// Describes the parameters of the block with this global name.
+    pub(crate) fn specs(&self, block: &str) -> SwigluSpecs {
+        SwigluSpecs::new(block, Dim::hidden(self.hidden), self.ffn, Networks::Dense)
+    }
+
+    /// Returns the bytes of activations on a rank.
+    pub(crate) fn activations(&self, at: &BlockShape) -> Activations {
+        let columns = self.ffn.size / at.mesh.tensor as u64;
+        activations(at.tokens, self.hidden as u64, columns, at)
+    }
+
+    /// Adds the reasons why ranks of this mesh cannot divide the network.
+    pub(crate) fn layout_problems(&self, mesh: &MeshShape, problems: &mut Problems) {
+        let Dim { size, key } = self.ffn;
+        problems.divides(
+            Quantity::new(key.unwrap_or_default(), size as usize),
+            Quantity::new("parallel.tensor", mesh.tensor),
+            "each rank must hold an equal slice of a layer",
+        );
+    }
+
+    /// Builds a rank's part of the block with this global name.
+    pub(crate) fn build(&self, builder: &mut WeightBuilder, block: &str) -> DenseFeedForward {
+        DenseFeedForward {
+            network: self.specs(block).build(builder),
+            tensor: builder.ctx.groups.tensor.clone(),
+            save_gate_up: builder.ctx.recompute.keeps(RecomputedPart::Experts),
+        }
+    }
+}
+
 /// Returns the bytes of activations of networks of inner width `ffn` that compute `rows` rows of
 /// width `hidden`, on a rank.
 pub(crate) fn activations(rows: u64, hidden: u64, ffn: u64, at: &BlockShape) -> Activations {
@@ -106,14 +150,6 @@ pub(crate) struct DenseFeedForward {
 }
 
 impl DenseFeedForward {
-    pub(crate) fn new(builder: &mut WeightBuilder, specs: &SwigluSpecs) -> DenseFeedForward {
-        DenseFeedForward {
-            network: specs.build(builder),
-            tensor: builder.ctx.groups.tensor.clone(),
-            save_gate_up: builder.ctx.recompute.keeps(RecomputedPart::Experts),
-        }
-    }
-
     /// Maps this rank's rows `[T / ranks, D]` to the same shape.
     ///
     /// # Collective

@@ -43,12 +43,12 @@ pub enum NormPlacement {
 
 impl NormPlacement {
     /// Returns true if a block reads normalized tokens.
-    pub(crate) fn has_input_norms(self) -> bool {
+    fn has_input_norms(self) -> bool {
         self != NormPlacement::Post
     }
 
     /// Returns true if a block's output is normalized.
-    pub(crate) fn has_output_norms(self) -> bool {
+    fn has_output_norms(self) -> bool {
         self != NormPlacement::Pre
     }
 

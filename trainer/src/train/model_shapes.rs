@@ -60,9 +60,13 @@ pub(super) fn shape_problems(model: &ModelConfig, shapes: &Shapes) -> Vec<String
 
 /// Returns the number of layers with saved weights.
 fn layers(shapes: &Shapes) -> usize {
-    let norms = shapes.keys();
-    let norms = norms.filter(|name| name.ends_with(".attention_norm"));
-    norms.count()
+    let index = |name: &String| {
+        let name = name.strip_prefix(WEIGHTS)?.strip_prefix("layers.")?;
+        let (index, _) = name.split_once('.')?;
+        index.parse::<usize>().ok()
+    };
+    let layers: BTreeSet<usize> = shapes.keys().filter_map(index).collect();
+    layers.len()
 }
 
 /// Returns the difference between the number of parameters of a checked configuration and that of
@@ -76,4 +80,35 @@ pub(super) fn count_problem(model: &ModelConfig, shapes: &Shapes) -> Option<Stri
     let configured = model.num_parameters().total;
     (saved != configured)
         .then(|| format!("its model has {configured} parameters, but the tensors have {saved}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{decoder::model_specs, spec::ParamSpec};
+    use serde_json::json;
+
+    #[test]
+    fn a_model_agrees_with_its_own_tensors() {
+        for placement in ["pre", "post", "sandwich"] {
+            let model: ModelConfig = serde_json::from_value(json!({
+                "vocab_size": 11, "hidden": 8, "layers": 12, "heads": 2, "ffn": 6,
+                "norm": {"placement": placement},
+            }))
+            .unwrap();
+            // Without experts each description is of one tensor.
+            let named = |spec: ParamSpec| (format!("{WEIGHTS}{}", spec.name(0)), spec.shape());
+            let shapes: Shapes = model_specs(&model).map(named).collect();
+            assert_eq!(shape_problems(&model, &shapes), Vec::<String>::new());
+            assert_eq!(count_problem(&model, &shapes), None);
+            let longer = ModelConfig {
+                layers: 13,
+                ..model
+            };
+            assert_eq!(
+                shape_problems(&longer, &shapes),
+                ["model.layers is 13, but the tensors have 12 layers"]
+            );
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Checks of the parallel layout against the model, the batch and the nodes.
 
 use crate::{
-    config::{BatchSize, BatchStage, Config, RecomputedPart},
+    config::{BatchSize, BatchStage, Config},
     problems::{Problems, Quantity},
 };
 use parallel::{GroupKind, MemberRanges, Mesh, MeshShape, NodeSplit, context::ContextKind};
@@ -97,16 +97,11 @@ impl Config {
 
     fn check_tensor(&self, shape: &MeshShape, problems: &mut Problems) {
         let model = &self.model;
-        let tensor = || Quantity::new("parallel.tensor", shape.tensor);
         let context = self.parallel.context_attention;
         let attention = model.attention(0);
         attention.layout_problems(shape, context, problems);
         if model.has_dense_layers() {
-            problems.divides(
-                Quantity::new("model.ffn", model.ffn.unwrap_or(0)),
-                tensor(),
-                "each rank must hold an equal slice of a layer",
-            );
+            model.dense().layout_problems(shape, problems);
         }
     }
 
@@ -175,13 +170,6 @@ impl Config {
                 "parallel.recompute.layers names layer {layer}; the model has 0 to {}",
                 layers.saturating_sub(1)
             ));
-        }
-        let keeps_norms = self.parallel.recompute.keeps(RecomputedPart::Norm);
-        if !keeps_norms && !self.model.norm.placement.has_input_norms() {
-            problems.add(
-                "parallel.recompute.parts has norm, which recomputes the norms before attention \
-                 and feed-forward; with model.norm.placement post there are none: leave norm out",
-            );
         }
     }
 
