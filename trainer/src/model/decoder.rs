@@ -317,6 +317,14 @@ mod tests {
             config(|model| model["norm"] = json!({"placement": "sandwich"})),
             config(|model| model["moe"]["shared_experts"] = json!(2)),
             config(|model| {
+                model["moe"]["shared_ffn"] = json!(7);
+                model["moe"]["shared_gate"] = json!(true);
+            }),
+            config(|model| {
+                model["moe"]["expert_bias"] = json!(true);
+                model["moe"]["router"] = json!({"bias": "trained"});
+            }),
+            config(|model| {
                 model["moe"] = Value::Null;
                 model.as_object_mut().unwrap().remove("dense_layers");
             }),
