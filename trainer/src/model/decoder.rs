@@ -21,7 +21,7 @@ pub struct ParameterCount {
     pub active: u128,
 }
 
-/// What distinguishes layers of one model from each other.
+/// Properties by which layers of one model differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct LayerKind {
     has_experts: bool,
