@@ -5,7 +5,7 @@
 //! failure prints the value of `MOERUN_TEST_LAYOUT` that repeats it.
 
 use crate::agreement::{
-    TIMEOUT, TOKENS, Trace, VOCAB, assert_same, sigmoid, softmax, trace_of, trainer_on, write_data,
+    TIMEOUT, TOKENS, Trace, VOCAB, assert_close, sigmoid, softmax, trace_of, trainer_on, write_data,
 };
 use parallel::run_on_threads;
 use proptest::{
@@ -335,6 +335,16 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
     serde_json::from_value(config).unwrap()
 }
 
+/// Returns the largest relative difference between layouts. Two sums that differ in the last bit of
+/// fp32 may be rounded to neighboring bf16 numbers, one in 256 apart.
+fn tolerance(model: &Value) -> f64 {
+    if model["optimizer"]["state_dtype"] == json!("bf16") {
+        1e-4
+    } else {
+        1e-5
+    }
+}
+
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| {
         text.parse()
@@ -435,7 +445,8 @@ fn drawn_layouts_agree_with_one_rank() {
         let config = config(folder.path(), model, parallel);
         *seen.entry("uncounted").or_insert(0) += uncounted_microbatches(&config);
         let ours = trace_of(ranks, config);
-        assert_same(&format!("MOERUN_TEST_LAYOUT='{drawn}'"), &ours, single);
+        let what = format!("MOERUN_TEST_LAYOUT='{drawn}'");
+        assert_close(&what, &ours, single, tolerance(model));
         for axis in [
             "tensor",
             "context",
