@@ -187,13 +187,18 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 pub(crate) fn assert_same(what: &str, trace: &Trace, single: &Trace) {
+    assert_within(what, trace, single, 1e-5);
+}
+
+/// Compares two runs. Relative differences are at most `tolerance`.
+pub(crate) fn assert_within(what: &str, trace: &Trace, single: &Trace, tolerance: f64) {
     for (step, (ours, reference)) in trace.steps.iter().zip(&single.steps).enumerate() {
         for (figure, (a, b)) in ["loss", "load balance", "z", "grad norm"]
             .iter()
             .zip(ours.iter().zip(reference))
         {
             assert!(
-                (a - b).abs() <= 1e-5 * b.abs(),
+                (a - b).abs() <= tolerance * b.abs(),
                 "{what}: {figure} at step {}: {a} and {b}",
                 step + 1
             );
@@ -209,7 +214,7 @@ pub(crate) fn assert_same(what: &str, trace: &Trace, single: &Trace) {
         );
         for (name, values) in ours {
             let far = distance(values, &reference[name]);
-            assert!(far <= 1e-5, "{what}: {kind} of {name} is {far} away");
+            assert!(far <= tolerance, "{what}: {kind} of {name} is {far} away");
         }
     }
 }
