@@ -57,16 +57,22 @@ impl Rounding {
 }
 
 fn global_rows(slice: &TensorSlice, elements: Range<usize>, key: u64) -> GlobalRows {
-    let (columns, stride, first_column) = match slice.shape[..] {
-        [_, columns] => (columns, slice.global_shape[1], slice.offset[1]),
-        _ => (1, 1, 0),
-    };
+    let TensorSlice {
+        global_shape,
+        offset,
+        shape,
+        ..
+    } = slice;
+    // A vector is one row.
+    let last = shape.len() - 1;
+    let stride = global_shape[last];
+    let rows_before = if last > 0 { offset[0] } else { 0 };
     GlobalRows {
         elements,
         skipped: 0,
         key,
-        first: (slice.offset[0] * stride + first_column) as u64,
-        columns: columns as usize,
+        first: (rows_before * stride + offset[last]) as u64,
+        columns: shape[last] as usize,
         stride: stride as u64,
     }
 }
