@@ -22,8 +22,8 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// Most elements of the matrices that a rank transforms in a round, if there are several. Two rounds
-/// are in memory at once.
+/// Most elements of the matrices that a rank transforms in a round, if there are several. Two
+/// rounds are in memory at once.
 const ROUND_ELEMENTS: i64 = 16 << 20;
 
 /// Copies of a round's matrices at once: those that arrive and leave, packed and unpacked.
