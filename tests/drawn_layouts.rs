@@ -5,7 +5,8 @@
 //! failure prints the value of `MOERUN_TEST_LAYOUT` that repeats it.
 
 use crate::agreement::{
-    TIMEOUT, TOKENS, Trace, VOCAB, assert_close, sigmoid, softmax, trace_of, trainer_on, write_data,
+    TIMEOUT, TOKENS, Trace, VOCAB, assert_within, sigmoid, softmax, trace_of, trainer_on,
+    write_data,
 };
 use parallel::run_on_threads;
 use proptest::{
@@ -157,8 +158,7 @@ fn models() -> impl Strategy<Value = Value> {
         json!({}),
         json!({"state_dtype": "bf16"}),
         json!({"groups": [{"muon": {}}]}),
-        json!({"groups": [{"roles": ["router"], "muon": {"adjust_lr": "original"}}, {"muon": {}}],
-               "state_dtype": "bf16"}),
+        json!({"groups": [{"roles": ["router"], "muon": {"adjust_lr": "original"}}, {"muon": {}}]}),
         json!({"groups": [{"muon": {"nesterov": false}}, {"sgd": {}}]}),
         json!({"groups": [{"sgd": {"nesterov": true}}], "state_dtype": "bf16"}),
     ]);
@@ -335,10 +335,10 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
     serde_json::from_value(config).unwrap()
 }
 
-/// Returns the largest relative difference between layouts. Two sums that differ in the last bit of
-/// fp32 may be rounded to neighboring bf16 numbers, one in 256 apart.
+/// Returns the largest relative difference of layouts. Rounding noise may change the direction in
+/// which a moment in bf16 is rounded.
 fn tolerance(model: &Value) -> f64 {
-    if model["optimizer"]["state_dtype"] == json!("bf16") {
+    if model["optimizer"]["state_dtype"] == "bf16" {
         1e-4
     } else {
         1e-5
@@ -446,7 +446,7 @@ fn drawn_layouts_agree_with_one_rank() {
         *seen.entry("uncounted").or_insert(0) += uncounted_microbatches(&config);
         let ours = trace_of(ranks, config);
         let what = format!("MOERUN_TEST_LAYOUT='{drawn}'");
-        assert_close(&what, &ours, single, tolerance(model));
+        assert_within(&what, &ours, single, tolerance(model));
         for axis in [
             "tensor",
             "context",
@@ -515,7 +515,8 @@ fn a_checkpoint_of_any_layout_resumes_in_any_other() {
         });
         for (ours, reference) in steps[0].iter().zip(&single.steps[2..]) {
             for (a, b) in ours.iter().zip([reference[0], reference[3]]) {
-                assert!((a - b).abs() <= 1e-5 * b, "{what}: {a} and {b}");
+                let allowed = tolerance(&model) * b;
+                assert!((a - b).abs() <= allowed, "{what}: {a} and {b}");
             }
         }
     }

@@ -187,11 +187,11 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 pub(crate) fn assert_same(what: &str, trace: &Trace, single: &Trace) {
-    assert_close(what, trace, single, 1e-5);
+    assert_within(what, trace, single, 1e-5);
 }
 
-/// Compares figures, gradients and weights, each relative to its own size.
-pub(crate) fn assert_close(what: &str, trace: &Trace, single: &Trace, tolerance: f64) {
+/// Compares two runs. Relative differences are at most `tolerance`.
+pub(crate) fn assert_within(what: &str, trace: &Trace, single: &Trace, tolerance: f64) {
     for (step, (ours, reference)) in trace.steps.iter().zip(&single.steps).enumerate() {
         for (figure, (a, b)) in ["loss", "load balance", "z", "grad norm"]
             .iter()

@@ -353,6 +353,10 @@ mod tests {
             let count = shapes.len();
             let shapes: BTreeMap<_, _> = shapes.into_iter().collect();
             assert_eq!(shapes.len(), count, "each name once");
+            for spec in model_specs(&config) {
+                let is_vector = matches!(spec.role, Role::Norm | Role::Bias);
+                assert_eq!(spec.dims.len(), if is_vector { 1 } else { 2 }, "{spec:?}");
+            }
             assert_eq!(shapes, built);
         }
     }
