@@ -336,10 +336,11 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
 }
 
 /// Returns the largest relative difference of layouts. Rounding noise may change the direction in
-/// which a moment in bf16 is rounded.
+/// which a moment in bf16 is rounded, and then the moment by a part in 256. Vectors that started
+/// as zeros consist of few updates.
 fn tolerance(model: &Value) -> f64 {
     if model["optimizer"]["state_dtype"] == "bf16" {
-        1e-4
+        1e-3
     } else {
         1e-5
     }
