@@ -50,10 +50,13 @@ impl ClampedGlu {
             let Some(kind) = host_kind(&[grad, hidden]) else {
                 return self.backward_with_libtorch(grad, hidden);
             };
-            let out = hidden.empty_like();
-            let result = grad.empty_like();
-            for_kind!(kind, backward_on_threads(self, grad, hidden, &out, &result));
-            (out, result)
+            let grad_hidden = hidden.empty_like();
+            let activation = grad.empty_like();
+            for_kind!(
+                kind,
+                backward_on_threads(self, grad, hidden, &grad_hidden, &activation)
+            );
+            (grad_hidden, activation)
         })
     }
 
@@ -94,7 +97,10 @@ impl ClampedGlu {
     #[inline(always)]
     fn clamped_gate(self, gate: f32) -> f32 {
         // `f32::min` would turn a NaN into the limit.
-        if gate > self.limit { self.limit } else { gate }
+        if gate > self.limit {
+            return self.limit;
+        }
+        gate
     }
 
     #[inline(always)]
@@ -109,7 +115,10 @@ impl ClampedGlu {
     }
 }
 
-fn forward_on_threads<T: Number>(glu: ClampedGlu, hidden: &Tensor, out: &Tensor) {
+fn forward_on_threads<T>(glu: ClampedGlu, hidden: &Tensor, out: &Tensor)
+where
+    T: Number,
+{
     let [count, ffn] = sizes(out);
     // SAFETY: `host_kind` has checked `hidden`, and the caller creates `out`.
     let [hidden, out] = unsafe { HostData::<T>::of_all([hidden, out]) };
@@ -120,13 +129,15 @@ fn forward_on_threads<T: Number>(glu: ClampedGlu, hidden: &Tensor, out: &Tensor)
     });
 }
 
-fn backward_on_threads<T: Number>(
+fn backward_on_threads<T>(
     glu: ClampedGlu,
     grad: &Tensor,
     hidden: &Tensor,
     grad_hidden: &Tensor,
     activation: &Tensor,
-) {
+) where
+    T: Number,
+{
     let [count, ffn] = sizes(grad);
     // SAFETY: `host_kind` has checked the inputs, and the caller creates the outputs like them.
     let [grad, hidden, grad_hidden, activation] =
@@ -142,7 +153,10 @@ fn backward_on_threads<T: Number>(
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn forward<T: Number>(glu: ClampedGlu, hidden: &[T], out: &mut [T], ffn: usize) {
+fn forward<T>(glu: ClampedGlu, hidden: &[T], out: &mut [T], ffn: usize)
+where
+    T: Number,
+{
     let outputs = out.chunks_exact_mut(ffn);
     for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
@@ -155,13 +169,15 @@ fn forward<T: Number>(glu: ClampedGlu, hidden: &[T], out: &mut [T], ffn: usize) 
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(
+fn backward<T>(
     glu: ClampedGlu,
     inputs: [&[T]; 2],
     grad_hidden: &mut [T],
     activation: &mut [T],
     ffn: usize,
-) {
+) where
+    T: Number,
+{
     let [grad, hidden] = inputs;
     let inputs = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn));
     let grads = grad_hidden.chunks_exact_mut(2 * ffn);
@@ -181,10 +197,14 @@ fn backward<T: Number>(
             let sigmoid = 1.0 / denominator;
             *activation = T::narrow(gated * shifted);
             let slope = sigmoid * (1.0 + glu.alpha * x * (1.0 - sigmoid));
-            let is_cut = gate.wide() > glu.limit;
-            *grad_gate = T::narrow(if is_cut { 0.0 } else { grad * shifted * slope });
-            let is_cut = up.wide() > glu.limit || up.wide() < -glu.limit;
-            *grad_up = T::narrow(if is_cut { 0.0 } else { grad * gated });
+            let is_gate_cut = gate.wide() > glu.limit;
+            *grad_gate = T::narrow(if is_gate_cut {
+                0.0
+            } else {
+                grad * shifted * slope
+            });
+            let is_up_cut = up.wide() > glu.limit || up.wide() < -glu.limit;
+            *grad_up = T::narrow(if is_up_cut { 0.0 } else { grad * gated });
         }
     }
 }

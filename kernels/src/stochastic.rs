@@ -91,12 +91,17 @@ fn on_threads(wide: &Tensor, rounded: &Tensor, rows: &[GlobalRows]) {
 
 fn round_rows(wide: &[f32], out: &mut [Bf16], rows: &GlobalRows) {
     let mut done = 0;
-    let mut index = rows.first + rows.skipped as u64;
+    let mut global_index = rows.first + rows.skipped as u64;
     let mut len = rows.columns - rows.skipped;
     while done < wide.len() {
         let end = (done + len).min(wide.len());
-        round_row(&wide[done..end], &mut out[done..end], rows.key, index);
-        index += rows.stride - (rows.columns - len) as u64;
+        round_row(
+            &wide[done..end],
+            &mut out[done..end],
+            rows.key,
+            global_index,
+        );
+        global_index += rows.stride - (rows.columns - len) as u64;
         len = rows.columns;
         done = end;
     }
@@ -178,7 +183,8 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(200))]
         #[test]
         fn parts_of_a_matrix_round_as_the_whole(
-            [rows, columns] in [1i64..40, 1i64..90],
+            rows in 1i64..40,
+            columns in 1i64..90,
             cuts in [0.0..1.0, 0.0..1.0, 0.0..1.0],
             key: u64,
             threads in 1i32..4,
@@ -200,7 +206,9 @@ mod tests {
             prop_assert!(rounded(&x_part, &parts).equal(&out.view([-1]).narrow(0, start, len)));
             // Some columns of all rows.
             let first = at(cuts[2], columns - 1);
-            let some = x.narrow(1, first, columns - first).contiguous();
+            let some = x
+                .narrow(1, first, columns - first)
+                .contiguous();
             let of_columns = GlobalRows {
                 elements: 0..some.numel(),
                 first: first as u64,
