@@ -121,17 +121,24 @@ pub(crate) fn owners(costs: &[f64], holders: &[Vec<usize>], ranks: usize) -> Vec
 ///
 /// `matrices` returns the matrices of the stage, in the same order on each call and each rank. It
 /// is called twice, because all parts together may take much memory.
-pub(crate) fn plan<I: Iterator<Item = SplitMatrix>>(
+pub(crate) fn plan<I>(
     matrices: impl Fn() -> I,
     own: usize,
     ranks: usize,
     round_elements: i64,
-) -> Vec<Round> {
+) -> Vec<Round>
+where
+    I: Iterator<Item = SplitMatrix>,
+{
     let mut costs = Vec::new();
     let mut holders = Vec::new();
     for matrix in matrices() {
         costs.push(matrix.cost);
-        let of_matrix: BTreeSet<usize> = matrix.parts.iter().map(|part| part.rank).collect();
+        let of_matrix = matrix
+            .parts
+            .iter()
+            .map(|part| part.rank)
+            .collect::<BTreeSet<usize>>();
         holders.push(Vec::from_iter(of_matrix));
     }
     let owners = owners(&costs, &holders, ranks);
@@ -225,7 +232,10 @@ mod tests {
 
         #[test]
         fn costs_are_balanced_among_holders((ranks, matrices) in held(), block in 1usize..5) {
-            let costs: Vec<f64> = matrices.iter().map(|(cost, _)| f64::from(*cost)).collect();
+            let costs: Vec<f64> = matrices
+                .iter()
+                .map(|(cost, _)| f64::from(*cost))
+                .collect();
             let holders_of = |&(_, at): &(u32, usize)| {
                 if at == ranks {
                     return (0..ranks).collect();
@@ -233,7 +243,10 @@ mod tests {
                 let start = at / block * block;
                 (start..(start + block).min(ranks)).collect()
             };
-            let holders: Vec<Vec<usize>> = matrices.iter().map(holders_of).collect();
+            let holders: Vec<Vec<usize>> = matrices
+                .iter()
+                .map(holders_of)
+                .collect();
             let owners = owners(&costs, &holders, ranks);
             let mut loads = vec![0.0; ranks];
             for (matrix, &owner) in owners.iter().enumerate() {
@@ -242,10 +255,14 @@ mod tests {
             }
             // Without one of its matrices, a rank has no more than any holder of that matrix.
             for rank in 0..ranks {
-                let mut own = (0..costs.len()).filter(|&matrix| owners[matrix] == rank).peekable();
+                let mut own = (0..costs.len())
+                    .filter(|&matrix| owners[matrix] == rank)
+                    .peekable();
                 let is_even = |matrix: usize| {
                     let others = holders[matrix].iter();
-                    let least = others.map(|&other| loads[other]).fold(f64::INFINITY, f64::min);
+                    let least = others
+                        .map(|&other| loads[other])
+                        .fold(f64::INFINITY, f64::min);
                     loads[rank] - costs[matrix] <= least
                 };
                 prop_assert!(own.peek().is_none() || own.any(is_even), "{loads:?}");
