@@ -11,6 +11,7 @@ use super::{
     work::Flops,
 };
 use crate::config::{ModelConfig, MoeConfig, RecomputedPart};
+use std::collections::BTreeSet;
 
 /// Number of a model's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -207,6 +208,14 @@ impl ModelConfig {
             window: self.attention(index).window(),
             rotates: self.rope.layers.contains(index),
         }
+    }
+
+    /// Returns the windows of all layers over sequences of `length` tokens, each once. `None` stands
+    /// for layers in which a token sees all earlier ones.
+    pub(crate) fn attention_reaches(&self, length: usize) -> BTreeSet<Option<usize>> {
+        let windows = (0..self.layers).map(|layer| self.attention(layer).window());
+        let shorter = |window: Option<usize>| window.filter(|&window| window < length);
+        windows.map(shorter).collect()
     }
 
     fn score_scale(&self) -> ScoreScale {
