@@ -41,7 +41,7 @@ struct Fetched {
 /// Changes that a step made.
 struct Update {
     lr: f64,
-    /// `None` without `model.moe.placement`.
+    /// Number of moved experts, with `model.moe.placement`.
     moved_experts: Option<u64>,
 }
 
