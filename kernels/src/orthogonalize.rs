@@ -8,7 +8,7 @@ use crate::{
 };
 use tch::{Kind, Tensor};
 
-/// Number of iterations.
+/// Iterations, as in the reference implementation.
 const ITERATIONS: usize = 5;
 /// Coefficients of `a X + b (X X^T) X + c (X X^T)^2 X`, which maximize the slope at zero
 /// (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks").

@@ -563,10 +563,15 @@ mod tests {
         let ffn = 16i64;
         let counts = [30i64, 0, 18];
         let random = |shape: &[i64]| Cpu.empty(shape, Kind::Float).uniform_(-1.0, 1.0);
-        let networks = GluNetworks::swiglu(
-            Weight::new(random(&[3, 2 * ffn, hidden])),
-            Weight::new(random(&[3, hidden, ffn])),
-        );
+        let weight = |shape: &[i64]| Weight::new(random(shape));
+        let networks = GluNetworks {
+            biases: Some(GluBiases {
+                gate_up: weight(&[3, 2 * ffn, 1]),
+                down: weight(&[3, hidden, 1]),
+                first_column: 0,
+            }),
+            ..GluNetworks::swiglu(weight(&[3, 2 * ffn, hidden]), weight(&[3, hidden, ffn]))
+        };
         let gradients = gradient_buckets(&networks);
         let mut x = random(&[48, hidden]).set_requires_grad(true);
         let probe = random(&[48, hidden]);
@@ -584,6 +589,7 @@ mod tests {
                 grad_x,
                 gradients.gradient(0).copy(),
                 gradients.gradient(1).copy(),
+                gradients.gradient(2).copy(),
             ]
         };
         let plain = run(GemmPrecision::Model);

@@ -1,4 +1,4 @@
-//! Floating-point formats.
+//! Floating-point formats of tensors.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Sets of layers.
+//! Sets of layers, as words, lists and periods.
 
 use super::limits::MAX_LAYERS;
 use super::words::NoneOrAll;

@@ -37,9 +37,10 @@ pub struct OptimizerConfig {
     #[on_resume(reported)]
     #[schemars(range(min = 0.0, max = 10.0))]
     pub weight_decay: f64,
-    /// Keeps optimizer state and master weights in host memory and updates them there (ZeRO-Offload,
-    /// arXiv 2101.06840). With AdamW, a GPU or NPU then holds 12 bytes less per bf16 parameter and 8
-    /// bytes less per fp32 parameter, and steps take longer. Without effect on CPUs.
+    /// Keeps optimizer state and master weights in host memory and updates them there
+    /// (ZeRO-Offload, arXiv 2101.06840). With AdamW, a GPU or NPU then holds 12 bytes less per bf16
+    /// parameter and 8 bytes less per fp32 parameter, and steps take longer. Without effect on
+    /// CPUs.
     #[on_resume(free)]
     pub offload: bool,
     /// Precision of the optimizer's state: moments and momentum. `bf16` takes half of the memory.
@@ -64,7 +65,7 @@ pub struct GroupConfig {
     /// Factor on the learning rate of the schedule.
     #[schemars(range(max = 1e3), extend("exclusiveMinimum" = 0))]
     pub lr_scale: f64,
-    /// AdamW.
+    /// AdamW, with constants of its own.
     pub adamw: Option<AdamwConfig>,
     /// Muon: orthogonalized momentum, for matrices.
     pub muon: Option<MuonConfig>,

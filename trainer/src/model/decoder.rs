@@ -10,7 +10,7 @@ use super::{
     spec::{Dim, ParamSpec, Role, Split, Stack},
     work::Flops,
 };
-use crate::config::{ModelConfig, RecomputedPart};
+use crate::config::{ModelConfig, MoeConfig, RecomputedPart};
 
 /// Number of a model's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub struct ParameterCount {
     pub active: u128,
 }
 
-/// What distinguishes layers of one model from each other.
+/// Properties by which layers of one model differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct LayerKind {
     has_experts: bool,
@@ -165,12 +165,8 @@ pub(crate) fn layer_activations(
 
 /// Returns the elements of `specs` that one token uses.
 fn active_elements(config: &ModelConfig, specs: &[ParamSpec]) -> u128 {
-    let top_k = config.moe.as_ref().map_or(0, |moe| moe.top_k) as u128;
-    let active = |spec: &ParamSpec| match spec.stack {
-        Stack::Experts(_) => top_k * spec.elements_per_matrix(),
-        Stack::Single | Stack::GroupOfOne => spec.elements(),
-    };
-    specs.iter().map(active).sum()
+    let uses = config.moe.as_ref().map_or(0, MoeConfig::experts_per_token);
+    specs.iter().map(|spec| spec.active_elements(uses)).sum()
 }
 
 impl ModelConfig {
@@ -321,6 +317,14 @@ mod tests {
             config(|model| model["norm"] = json!({"placement": "post"})),
             config(|model| model["norm"] = json!({"placement": "sandwich"})),
             config(|model| model["moe"]["shared_experts"] = json!(2)),
+            config(|model| {
+                model["moe"]["shared_ffn"] = json!(7);
+                model["moe"]["shared_gate"] = json!(true);
+            }),
+            config(|model| {
+                model["moe"]["expert_bias"] = json!(true);
+                model["moe"]["router"] = json!({"bias": "trained"});
+            }),
             config(|model| {
                 model["moe"] = Value::Null;
                 model.as_object_mut().unwrap().remove("dense_layers");

@@ -90,7 +90,6 @@ impl SwigluSpecs {
 pub(crate) struct DensePlan {
     /// Width of the residual stream.
     pub(crate) hidden: usize,
-    /// Inner width.
     pub(crate) ffn: Dim,
 }
 

@@ -118,6 +118,14 @@ impl ParamSpec {
         self.matrices() as u128 * self.elements_per_matrix()
     }
 
+    /// Returns the elements that a token uses which visits `experts` experts.
+    pub(crate) fn active_elements(&self, experts: u64) -> u128 {
+        match self.stack {
+            Stack::Single | Stack::GroupOfOne => self.elements(),
+            Stack::Experts(_) => experts as u128 * self.elements_per_matrix(),
+        }
+    }
+
     /// Returns the global shape of each matrix.
     pub(crate) fn shape(&self) -> Vec<i64> {
         self.dims.iter().map(|dim| dim.size as i64).collect()

@@ -1,4 +1,4 @@
-//! AdamW (arXiv 1711.05101).
+//! AdamW (arXiv 1711.05101), by a fused kernel.
 
 use super::rule::{RowRule, RowUpdate, Rule, StepScalars, Update};
 use crate::Error;

@@ -39,7 +39,8 @@ impl Groups {
         for (index, group) in config.groups.iter().enumerate() {
             let key = format!("optimizer.groups[{index}]");
             let mut rules = group.rules(config, kind);
-            let (Some(rule), true) = (rules.pop(), rules.is_empty()) else {
+            let rule = rules.pop().filter(|_| rules.is_empty());
+            let Some(rule) = rule else {
                 problems.add(format!(
                     "{key} needs one optimizer: give one of adamw, muon and sgd"
                 ));

@@ -1,4 +1,4 @@
-//! Execution of a plan for whole matrices: parts travel while other matrices are transformed.
+//! Execution of a plan for whole matrices: ranks transform some while parts of others arrive.
 
 use super::{
     matrix_plan::{Part, Place, Rectangle, Round, SplitMatrix, Transfer, plan},

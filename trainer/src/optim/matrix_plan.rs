@@ -1,5 +1,5 @@
 //! The plan by which ranks transform whole matrices: which rank owns each matrix, and which parts
-//! of it travel.
+//! of it are exchanged.
 //!
 //! Ranks hold parts of a matrix: columns or rows by tensor parallelism, rows by ZeRO, and copies of
 //! either. One rank gathers the parts, transforms the matrix once, and scatters the result. The
@@ -53,7 +53,13 @@ pub(crate) struct Place {
     pub(crate) at: Rectangle,
 }
 
-/// Rectangles that travel between two lists of tensors.
+/// A place in the tensors of a rank.
+struct OnRank {
+    rank: usize,
+    place: Place,
+}
+
+/// Rectangles that are copied between two lists of tensors.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Transfer {
     /// Rectangles for each receiver, in its order.
@@ -66,12 +72,13 @@ pub(crate) struct Transfer {
 
 impl Transfer {
     /// Adds a rectangle that goes from one rank to another, as rank `own` sees it.
-    fn add(&mut self, own: usize, from: (usize, Place), to: (usize, Place)) {
-        match (from.0 == own, to.0 == own) {
-            (true, true) => self.kept.push([from.1, to.1]),
-            (true, false) => self.sends.entry(to.0).or_default().push(from.1),
-            (false, true) => self.receives.entry(from.0).or_default().push(to.1),
-            (false, false) => {}
+    fn add(&mut self, own: usize, from: OnRank, to: OnRank) {
+        if from.rank == own && to.rank == own {
+            self.kept.push([from.place, to.place]);
+        } else if from.rank == own {
+            self.sends.entry(to.rank).or_default().push(from.place);
+        } else if to.rank == own {
+            self.receives.entry(from.rank).or_default().push(to.place);
         }
     }
 }
@@ -166,13 +173,19 @@ fn add_matrix(round: &mut Round, matrix: &SplitMatrix, owner: usize, own: usize,
     if owner == own {
         round.owned.push([matrix.rows, matrix.columns]);
     }
-    let of_owner = |part: &Part| Place {
-        tensor: number,
-        at: part.of_matrix.clone(),
+    let of_owner = |part: &Part| OnRank {
+        rank: owner,
+        place: Place {
+            tensor: number,
+            at: part.of_matrix.clone(),
+        },
     };
-    let of_holder = |part: &Part| Place {
-        tensor: matrix.tensor,
-        at: part.of_tensor.clone(),
+    let of_holder = |part: &Part| OnRank {
+        rank: part.rank,
+        place: Place {
+            tensor: matrix.tensor,
+            at: part.of_tensor.clone(),
+        },
     };
     let mut copies: BTreeMap<[i64; 2], Vec<&Part>> = BTreeMap::new();
     for part in &matrix.parts {
@@ -186,13 +199,11 @@ fn add_matrix(round: &mut Round, matrix: &SplitMatrix, owner: usize, own: usize,
             if part.rank != owner {
                 sent[part.rank] += part.of_matrix.elements();
             }
-            let from = (part.rank, of_holder(part));
-            round.gather.add(own, from, (owner, of_owner(part)));
+            round.gather.add(own, of_holder(part), of_owner(part));
         }
     }
     for part in &matrix.parts {
-        let to = (part.rank, of_holder(part));
-        round.scatter.add(own, (owner, of_owner(part)), to);
+        round.scatter.add(own, of_owner(part), of_holder(part));
     }
 }
 

@@ -244,7 +244,7 @@ impl Optimizer {
 
 /// Updates parameters by transformed matrices, which take the place of their gradients.
 ///
-/// With masters in host memory, gradients and transformed matrices travel chunk by chunk, and
+/// With masters in host memory, gradients and transformed matrices are copied chunk by chunk, and
 /// matrices are transformed on the device.
 fn update_matrices(
     stage: &StageRanks,

@@ -23,7 +23,7 @@ pub(crate) trait Rule: Send + Sync {
         None
     }
 
-    /// Returns the update.
+    /// Returns the update, by the kind of its parts.
     fn update(&self) -> Update<'_>;
 }
 
@@ -37,7 +37,7 @@ pub(crate) enum Update<'a> {
 
 /// An update of elements, whatever part of their matrices they are.
 pub(crate) trait RowRule {
-    /// Updates the elements.
+    /// Updates the elements of each of `updates`.
     ///
     /// # Errors
     /// If libtorch refuses an operation.
@@ -58,7 +58,7 @@ pub(crate) trait MatrixRule {
     /// If libtorch refuses an operation.
     fn prepare(&self, update: &RowUpdate, scalars: StepScalars) -> Result<(), Error>;
 
-    /// Transforms a matrix.
+    /// Transforms a whole matrix of this dtype.
     fn transform(&self, matrix: &Tensor) -> Tensor;
 
     /// Applies the transformed elements, which replace the gradient, to the weights. `shape` is the

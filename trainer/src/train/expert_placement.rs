@@ -396,8 +396,8 @@ fn end_of_held_rows(held: &TensorSlice, slice: &TensorSlice, row: i64) -> Option
 
 /// Executes `moves` among the ranks of `group`.
 ///
-/// `source` and `target` return the tensors of rows on this rank before and after the moves: equally
-/// many, in the same order.
+/// `source` and `target` return the tensors of rows on this rank before and after the moves, in the
+/// same order.
 ///
 /// # Errors
 /// If the exchange fails.

@@ -136,12 +136,15 @@ fn updates_biases(config: &Config) -> bool {
 /// Returns what happens to the state of features that were switched on or off.
 fn state_notes(saved: &Config, now: &Config) -> Vec<String> {
     let mut notes = Vec::new();
-    match (updates_biases(saved), updates_biases(now)) {
-        (false, true) => notes.push("loss-free balancing is on: its biases start at 0"),
-        (true, false) => {
-            notes.push("loss-free balancing is off: its biases are kept and still select experts");
-        }
-        _ => {}
+    if selects_with_bias(now) && !selects_with_bias(saved) {
+        notes.push(if updates_biases(now) {
+            "loss-free balancing is on: its biases start at 0"
+        } else {
+            "the frozen biases of the routers are 0: the checkpoint has none"
+        });
+    }
+    if updates_biases(saved) && !updates_biases(now) {
+        notes.push("loss-free balancing is off: its biases are kept and still select experts");
     }
     let places = |config: &Config| {
         let moe = config.model.moe.as_ref();

@@ -41,7 +41,7 @@ struct Fetched {
 /// Changes that a step made.
 struct Update {
     lr: f64,
-    /// Number of moved experts, with `model.moe.placement`.
+    /// `None` if experts stay on their ranks: `model.moe.placement` is not set.
     moved_experts: Option<u64>,
 }
 

@@ -31,17 +31,18 @@ KERNEL void clamped_glu_backward(
             Numbers grads = load(grad + row * ffn + i);
             Floats again, gate_slopes, up_slopes;
             for (int e = 0; e < VECTOR; ++e) {
-                float gradient = wide(grads.x[e]), x = wide(gate.x[e]), other = wide(up.x[e]);
-                bool cut_gate = x > limit, cut_up = other > limit || other < -limit;
-                x = cut_gate ? limit : x;
+                float x = wide(gate.x[e]), other = wide(up.x[e]), gradient = wide(grads.x[e]);
+                float up_gradient = other > limit || other < -limit ? 0.0f : gradient;
                 other = other > limit ? limit : other < -limit ? -limit : other;
+                float gate_gradient = x > limit ? 0.0f : gradient * (other + 1.0f);
+                x = x > limit ? limit : x;
                 float denominator = 1.0f + expf(-alpha * x);
                 // The same bits as in the forward pass.
                 float glu = x / denominator, sigmoid = 1.0f / denominator;
                 again.x[e] = glu * (other + 1.0f);
-                up_slopes.x[e] = cut_up ? 0.0f : gradient * glu;
+                up_slopes.x[e] = up_gradient * glu;
                 float slope = sigmoid * (1.0f + alpha * x * (1.0f - sigmoid));
-                gate_slopes.x[e] = cut_gate ? 0.0f : gradient * (other + 1.0f) * slope;
+                gate_slopes.x[e] = gate_gradient * slope;
             }
             store_rounded(output_row + i, gate_slopes);
             store_rounded(output_row + ffn + i, up_slopes);

@@ -48,7 +48,7 @@ impl AttentionConfig {
     }
 }
 
-/// What the rest of a model's configuration says about the attention of a layer.
+/// Keys outside `model.attention` that the attention of a layer depends on.
 #[derive(Debug, Clone)]
 pub(crate) struct AttentionKeys {
     /// Width of the residual stream.

@@ -166,6 +166,11 @@ impl MoeConfig {
         self.bias_update_rate > 0.0 || self.router.bias == Some(RouterBias::Frozen)
     }
 
+    /// Returns the number of routed experts that compute each token.
+    pub(crate) fn experts_per_token(&self) -> u64 {
+        self.top_k as u64
+    }
+
     fn selection(&self) -> Selection {
         Selection {
             experts: self.experts,
@@ -378,4 +383,91 @@ fn default_load_balance() -> f64 {
 
 fn default_load_balance_over() -> BalanceScope {
     BalanceScope::Sequence
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn config(change: Value) -> MoeConfig {
+        let mut config = json!({"experts": 8, "top_k": 2, "ffn": 12});
+        config
+            .as_object_mut()
+            .unwrap()
+            .extend(change.as_object().unwrap().clone());
+        serde_json::from_value(config).unwrap()
+    }
+
+    fn problems(change: Value) -> String {
+        let mut problems = Problems::default();
+        config(change).problems(&mut problems);
+        problems.into_list().join("\n")
+    }
+
+    #[test]
+    fn keys_that_contradict_each_other_are_refused() {
+        let limited = json!({"groups": 4, "top_groups": 2, "group_score": "top2_sum"});
+        for accepted in [
+            json!({}),
+            json!({"shared_ffn": 20, "shared_gate": true}),
+            json!({"shared_experts": 1, "shared_gate": true}),
+            json!({"router": {"bias": "frozen"}}),
+            json!({"router": limited}),
+        ] {
+            assert_eq!(problems(accepted.clone()), "", "{accepted}");
+        }
+        for (refused, reason) in [
+            (
+                json!({"shared_ffn": 20, "shared_experts": 1}),
+                "model.moe.shared_experts 1 also gives",
+            ),
+            (json!({"shared_gate": true}), "there are none"),
+            (
+                json!({"router": {"bias": "trained"}, "bias_update_rate": 0.01}),
+                "leave one of them out",
+            ),
+            (
+                json!({"router": {"groups": 4, "top_groups": 4, "group_score": "max"}}),
+                "model.moe.router.group_score has no effect",
+            ),
+        ] {
+            let problems = problems(refused.clone());
+            assert!(problems.contains(reason), "{refused}: {problems}");
+        }
+    }
+
+    #[test]
+    fn biases_are_divided_like_the_experts_that_ranks_split() {
+        let config = config(json!({"expert_bias": true}));
+        let problems = |hidden: usize, expert_tensor: usize| {
+            let mesh = MeshShape {
+                data: 4,
+                tensor: 1,
+                pipeline: 1,
+                context: 1,
+                expert: 1,
+                expert_tensor,
+            };
+            let mut problems = Problems::default();
+            config.layout_problems(hidden, &mesh, &mut problems);
+            problems.into_list().join("\n")
+        };
+        assert_eq!(problems(16, 4), "");
+        assert!(problems(18, 4).contains("model.moe.expert_bias"));
+    }
+
+    #[test]
+    fn an_activation_has_the_constants_of_gpt_oss() {
+        let of = |activation: Value| config(json!({"activation": activation})).activation;
+        let defaults = ClampedGluConfig {
+            alpha: 1.702,
+            limit: 7.0,
+        };
+        assert_eq!(of(json!("swiglu")), ExpertActivation::Swiglu);
+        assert_eq!(
+            of(json!({"clamped_glu": {}})),
+            ExpertActivation::ClampedGlu(defaults)
+        );
+    }
 }
