@@ -50,6 +50,7 @@
 //! # Ok::<(), trainer::Error>(())
 //! ```
 
+mod backward_memory;
 mod bench;
 pub mod config;
 pub mod data;

@@ -152,7 +152,8 @@ pub(crate) fn layer_activations(
         Some(moe) => moe.activations(config.hidden, at),
     };
     saved += attention.saved + feed_forward.saved;
-    let transient = attention.transient.max(feed_forward.transient);
+    // The gradient of the residual stream lives while a block runs backward.
+    let transient = stream + attention.transient.max(feed_forward.transient);
     if at.recompute.recomputes_layer(index) {
         Activations {
             saved: stream + moe.map_or(0, |moe| moe.replay_bytes(at)),
