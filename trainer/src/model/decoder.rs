@@ -211,8 +211,8 @@ impl ModelConfig {
         }
     }
 
-    /// Returns the windows of all layers over sequences of `length` tokens, each once. `None` stands
-    /// for layers in which a token sees all earlier ones.
+    /// Returns the windows of all layers over sequences of `length` tokens, each once. `None`
+    /// stands for layers in which a token sees all earlier ones.
     pub(crate) fn attention_reaches(&self, length: usize) -> BTreeSet<Option<usize>> {
         let windows = (0..self.layers).map(|layer| self.attention(layer).window());
         let shorter = |window: Option<usize>| window.filter(|&window| window < length);
