@@ -120,7 +120,7 @@ impl ClampedGlu {
 
 /// Values of one element that its result and its gradients share, so that their bits agree.
 struct Element {
-    /// The clamped gate.
+    /// The gate, at most the limit.
     gate: f32,
     /// The clamped up, plus one.
     shifted_up: f32,

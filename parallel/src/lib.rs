@@ -74,7 +74,7 @@ pub use device::{
     Accelerator, Copier, Cpu, DiscreteDevice, MemoryUse, accelerator, device_kind, load_ahead,
     peak_resident,
 };
-pub use gradients::{BucketPlan, GradientBuckets, Replication, plan_buckets};
+pub use gradients::{BucketPlan, GradientBuckets, MAX_REDUCTIONS, Replication, plan_buckets};
 pub use mesh::{Coordinates, GroupKind, Mesh, MeshError, MeshShape, NodeSplit};
 pub use rank_env::{RankEnv, Rendezvous};
 pub use recompute::Activation;

@@ -4,22 +4,28 @@
 //! microbatches as the schedule has in flight. Expert load is assumed to be even.
 
 use crate::{
+    backward_memory::{BucketMemory, UnitMemory, peak},
     config::{Config, Dtype, MAX_ESTIMATED_LAYERS},
     model::{
         ModelPart, PipelineSplit, StagePart,
         activations::{Activations, BlockShape, FP32_BYTES},
         decoder::{layer_activations, model_specs, part_units},
-        logits_chunk_bytes,
+        loss::{OutputShape, loss_bytes},
+        part::HeadWeight,
         position::ShardPosition,
         replicas::Replicas,
         role::Role,
         spec::ParamSpec,
+        vocabulary::softmax_bytes,
     },
     optim::{groups::Groups, transform_bytes},
     replica_ranks::zero_rank_and_size,
 };
 use parallel::{
-    BucketPlan, Mesh, context::ContextKind, matrix_shape, own_rows, pipeline::simulate::simulate,
+    BucketPlan, MAX_REDUCTIONS, Mesh,
+    context::ContextKind,
+    matrix_shape, own_rows,
+    pipeline::{Vocabulary, simulate::simulate},
     plan_buckets,
 };
 use std::{
@@ -105,6 +111,8 @@ struct Place {
 struct RankSizes<'a> {
     config: &'a Config,
     mesh: Mesh,
+    /// Algorithm of vocabulary parallelism, if the ranks of a pipeline share the vocabulary.
+    vocabulary: Option<Vocabulary>,
     /// Tokens of a microbatch inside a block, where tensor-parallel ranks split the matrices.
     tokens: u64,
     /// Tokens of a microbatch between blocks, where tensor-parallel ranks split the tokens.
@@ -114,16 +122,33 @@ struct RankSizes<'a> {
 }
 
 impl Config {
-    /// Returns the elements of the mask that keeps the documents of a microbatch apart, in the
-    /// model's dtype. All layers share it, and ring attention has none.
+    /// Returns the elements of the masks that keep the documents of a microbatch apart, in the
+    /// model's dtype: one for each reach of attention, which layers share. Ring attention has none.
     pub(crate) fn document_mask_elements(&self) -> u128 {
-        let parallel = &self.parallel;
-        let is_ring = parallel.context > 1 && parallel.context_attention == ContextKind::Ring;
-        if self.data.eod_token.is_none() || is_ring {
+        if self.data.eod_token.is_none() || self.has_ring_attention() {
             return 0;
         }
-        let length = self.data.sequence_length as u128;
-        self.train.micro_batch as u128 * length * length
+        let length = self.data.sequence_length;
+        let reaches = self.model.attention_reaches(length).len() as u128;
+        let length = length as u128;
+        reaches * self.train.micro_batch as u128 * length * length
+    }
+
+    /// Returns the elements of the masks of sliding windows, which a device keeps as long as the
+    /// model: one for each window, if there are no masks of documents.
+    fn window_mask_elements(&self) -> u64 {
+        let is_masked = self.data.eod_token.is_none() && !self.has_ring_attention();
+        if self.run.device == "cpu" || !is_masked {
+            return 0;
+        }
+        let length = self.data.sequence_length;
+        let windows = self.model.attention_reaches(length).into_iter().flatten();
+        windows.count() as u64 * (length * length) as u64
+    }
+
+    fn has_ring_attention(&self) -> bool {
+        let parallel = &self.parallel;
+        parallel.context > 1 && parallel.context_attention == ContextKind::Ring
     }
 }
 
@@ -170,38 +195,87 @@ impl RankSizes<'_> {
         }
     }
 
-    /// Returns the bytes that all layers of `part` save for one microbatch, and the largest set of
-    /// temporary tensors of a layer's backward or the loss.
-    fn activations(&self, part: &ModelPart) -> Activations {
-        let hidden = self.config.model.hidden as u64;
-        let rows = self.vocabulary_rows(part);
-        let shares_vocabulary = part.vocabulary.is_some();
-        let states = self.tokens * hidden * self.element;
-        let limit = logits_chunk_bytes(self.config.run.device == "cpu") as u64;
-        let logits = limit.min(self.tokens * rows * FP32_BYTES);
-        let mut saved = self.config.document_mask_elements() as u64 * self.element;
-        let mut largest = 0;
-        for stage in &part.stages {
+    /// Returns the bytes of a tensor between blocks.
+    fn stream(&self) -> u64 {
+        self.own_tokens * self.config.model.hidden as u64 * self.element
+    }
+
+    /// Returns the activations of the units of `part`, in the order of [`part_units`]. An output
+    /// layer with the weights of the embedding is one more unit.
+    fn units(&self, part: &ModelPart) -> Vec<UnitMemory> {
+        let ends = part.ends(self.config.model.tie_embeddings);
+        let mut units = Vec::new();
+        if ends.embedding {
+            units.push(UnitMemory::default());
+        }
+        for (number, stage) in part.stages.iter().enumerate() {
             for layer in stage.layers.clone() {
-                let of_layer = layer_activations(&self.config.model, layer, &self.block_shape());
-                saved += of_layer.saved;
-                largest = largest.max(of_layer.transient);
-            }
-            if stage.last {
-                saved += 2 * self.own_tokens * hidden * self.element;
-            }
-            if stage.last && !shares_vocabulary {
-                largest = largest.max(3 * logits + 2 * states);
+                let Activations { saved, transient } =
+                    layer_activations(&self.config.model, layer, &self.block_shape());
+                units.push(UnitMemory {
+                    stage: Some(number),
+                    saved,
+                    transient,
+                    ..UnitMemory::default()
+                });
             }
         }
-        if shares_vocabulary {
-            // The softmax of a microbatch lives from S to T; few fp32 logits exist at once.
-            largest += 2 * logits + self.tokens * rows * self.element + 6 * states;
+        if ends.norm {
+            units.push(UnitMemory {
+                saved: self.stream(),
+                // Gradients of output and input.
+                transient: 2 * self.stream(),
+                ..UnitMemory::default()
+            });
         }
-        Activations {
-            saved,
-            transient: largest,
+        if ends.head != HeadWeight::None {
+            units.push(UnitMemory {
+                transient: self.loss(part),
+                ..UnitMemory::default()
+            });
         }
+        units
+    }
+
+    fn output_shape(&self, part: &ModelPart) -> OutputShape {
+        OutputShape {
+            tokens: self.tokens,
+            hidden: self.config.model.hidden as u64,
+            rows: self.vocabulary_rows(part),
+            element: self.element,
+            on_host: self.config.run.device == "cpu",
+        }
+    }
+
+    /// Returns the bytes of temporary tensors of a loss that the last stage computes.
+    fn loss(&self, part: &ModelPart) -> u64 {
+        let is_split = self.mesh.shape().tensor > 1;
+        match part.vocabulary {
+            Some(_) => 0,
+            None => loss_bytes(&self.output_shape(part), is_split),
+        }
+    }
+
+    /// Returns the bytes of a message of another stage that arrives while this one computes.
+    fn message(&self) -> u64 {
+        match self.mesh.shape().pipeline {
+            1 => 0,
+            _ => self.stream(),
+        }
+    }
+
+    /// Returns the bytes of one microbatch between the passes of vocabulary parallelism.
+    fn softmax(&self, part: &ModelPart) -> u64 {
+        let bytes = |algorithm| softmax_bytes(&self.output_shape(part), algorithm);
+        self.vocabulary.map_or(0, bytes)
+    }
+
+    /// Returns the bytes that forward saves of one microbatch. Each stage keeps its output until
+    /// backward.
+    fn saved(&self, part: &ModelPart, units: &[UnitMemory]) -> u64 {
+        let mask = self.config.document_mask_elements() as u64 * self.element;
+        let of_units: u64 = units.iter().map(|unit| unit.saved).sum();
+        mask + of_units + part.stages.len() as u64 * self.stream()
     }
 }
 
@@ -304,18 +378,24 @@ impl Shards<'_> {
         }
     }
 
-    /// Returns the bytes of gathered weights: those of the largest unit, three times, for a layer
-    /// and the next one, as they arrive and as they are used.
-    fn gathered_weight_bytes(&self) -> u64 {
+    /// Adds the weights that ZeRO-3 gathers to the units that need them.
+    fn add_gathers(&self, units: &mut [UnitMemory]) {
         if self.config.parallel.zero != 3 {
-            return 0;
+            return;
         }
-        let units = self.shapes.iter().map(|shape| shape.unit);
-        let of_unit = |unit: usize| {
-            let members = self.sharded().filter(|shape| shape.unit == unit);
-            members.map(ParameterShape::elements).sum::<u64>() * self.element
-        };
-        units.map(of_unit).max().unwrap_or(0) * 3
+        for shape in self.sharded() {
+            let unit = &mut units[shape.unit];
+            unit.gathered += shape.elements() * self.element;
+            unit.arriving += self.exchanged_elements(shape) * self.element;
+        }
+    }
+
+    /// Returns the elements of `shape` in a collective that moves the rows of all ranks, and those
+    /// of this rank. Rows are padded to those of the first rank.
+    fn exchanged_elements(&self, shape: &ParameterShape) -> u64 {
+        let (_, ranks) = self.zero_rank_and_size(shape.replicas);
+        let padded = own_rows(shape.rows as i64, 0, ranks).end as u64;
+        (ranks as u64 + 1) * padded * shape.cols
     }
 
     fn gradient_bytes(&self) -> u64 {
@@ -330,25 +410,31 @@ impl Shards<'_> {
         elements * FP32_BYTES
     }
 
-    /// Returns the bytes of gradient buckets under ZeRO 2 and 3: one that accumulates, two in
-    /// transfer, and two received shards.
-    fn bucket_bytes(&self) -> u64 {
+    /// Returns the buckets of sharded gradients. `last_use` is the last unit that uses the weights
+    /// of another one.
+    fn buckets(&self, last_use: impl Fn(usize) -> usize) -> Vec<BucketMemory> {
         let parallel = &self.config.parallel;
-        if parallel.zero < 2 {
-            return 0;
-        }
         let sharded: Vec<&ParameterShape> = self.sharded().collect();
         let lengths: Vec<(usize, usize)> = sharded
             .iter()
             .map(|shape| (shape.elements() as usize, shape.replicas as usize))
             .collect();
-        let buckets = plan_buckets(&lengths, (parallel.bucket_mib * 262144.0) as usize);
-        let elements = |bucket: &BucketPlan| {
-            let replicas = sharded[bucket.members[0]].replicas;
-            let (_, ranks) = self.zero_rank_and_size(replicas);
-            3 * bucket.len as u64 + 2 * (bucket.len / ranks) as u64
+        let keeps_full = parallel.zero < 2;
+        let bucket = |plan: BucketPlan| {
+            let members = || plan.members.iter().map(|&member| sharded[member]);
+            let units = members().map(|shape| shape.unit);
+            let last_uses = members().map(|shape| last_use(shape.unit));
+            let exchanged: u64 = members().map(|shape| self.exchanged_elements(shape)).sum();
+            BucketMemory {
+                first: units.min().unwrap_or(0),
+                last: last_uses.max().unwrap_or(0),
+                open: if keeps_full { 0 } else { plan.len as u64 } * FP32_BYTES,
+                reduction: exchanged * FP32_BYTES,
+            }
         };
-        buckets.iter().map(elements).max().unwrap_or(0) * FP32_BYTES
+        let capacity = (parallel.bucket_mib * 262144.0) as usize;
+        let plans = plan_buckets(&lengths, capacity);
+        plans.into_iter().map(bucket).collect()
     }
 }
 
@@ -396,7 +482,7 @@ impl Config {
         let mut places: HashMap<Place, usize> = HashMap::new();
         let mut equal: Vec<EqualRanks> = Vec::new();
         for rank in wanted {
-            let sizes = self.rank_sizes(self.mesh(rank, ranks)?);
+            let sizes = self.rank_sizes(self.mesh(rank, ranks)?, order.vocabulary);
             let at = sizes.mesh.coordinates();
             let held = held_parts
                 .entry([at.pipeline, at.tensor])
@@ -423,12 +509,13 @@ impl Config {
     }
 
     /// Returns the sizes that the layers of a rank share.
-    fn rank_sizes(&self, mesh: Mesh) -> RankSizes<'_> {
+    fn rank_sizes(&self, mesh: Mesh, vocabulary: Option<Vocabulary>) -> RankSizes<'_> {
         let shape = mesh.shape();
         let tokens = (self.train.micro_batch * self.data.sequence_length / shape.context) as u64;
         RankSizes {
             config: self,
             mesh,
+            vocabulary,
             tokens,
             own_tokens: tokens / shape.tensor as u64,
             element: if self.train.dtype == Dtype::Bf16 {
@@ -494,10 +581,18 @@ impl RankSizes<'_> {
         } else {
             state
         };
-        let activations = self.activations(&held.part);
-        let saved = (activations.saved as f64 * in_flight) as u64;
-        let transient =
-            shards.gathered_weight_bytes() + shards.bucket_bytes() + activations.transient;
+        let mut units = self.units(&held.part);
+        let saved = (self.saved(&held.part, &units) as f64 * in_flight) as u64;
+        shards.add_gathers(&mut units);
+        let ends = held.part.ends(self.config.model.tie_embeddings);
+        let last_use = |unit: usize| match ends.head {
+            HeadWeight::Embedding if unit == 0 => units.len() - 1,
+            _ => unit,
+        };
+        let buckets = shards.buckets(last_use);
+        let in_backward = peak(&units, &buckets, MAX_REDUCTIONS);
+        let transient = in_backward + self.softmax(&held.part) + self.message();
+        let window_masks = self.config.window_mask_elements() * self.element;
         // The optimizer runs when the activations of the step are gone.
         let in_optimizer = shards.matrix_bytes().saturating_sub(saved);
         RankMemory {
@@ -509,7 +604,7 @@ impl RankSizes<'_> {
             host: if is_offloaded { state_and_masters } else { 0 },
             microbatches_in_flight: in_flight,
             activations: saved,
-            transient: transient.max(in_optimizer),
+            transient: window_masks + transient.max(in_optimizer),
         }
     }
 }
@@ -577,7 +672,8 @@ mod tests {
             tensor_ranks: mesh.shape().tensor,
         };
         let of_rank = |rank: usize| {
-            let sizes = config.rank_sizes(config.mesh(rank, ranks).unwrap());
+            let mesh = config.mesh(rank, ranks).unwrap();
+            let sizes = config.rank_sizes(mesh, order.vocabulary);
             let at = sizes.mesh.coordinates();
             let held = sizes.held_part(split.part(at.pipeline, at.tensor));
             sizes.memory(&held, timeline.peak_microbatches[at.pipeline])
@@ -631,6 +727,68 @@ mod tests {
         }
     }
 
+    /// Layouts of `moerun bench memory`, and the MiB of tensors that it measured on the most loaded
+    /// rank.
+    fn measured_layouts() -> Vec<(usize, Value, f64)> {
+        vec![
+            (1, json!({}), 837.3),
+            (4, json!({}), 837.3),
+            (4, json!({"zero": 1}), 664.7),
+            (4, json!({"zero": 2}), 571.7),
+            (4, json!({"zero": 3}), 532.4),
+            (4, json!({"zero": 3, "zero_group_size": 2}), 677.5),
+            (4, json!({"expert": 4}), 553.4),
+            (4, json!({"expert": 2, "zero": 1}), 570.7),
+            (
+                4,
+                json!({"tensor": 2, "expert": 2, "expert_tensor": 2}),
+                359.6,
+            ),
+            (4, json!({"tensor": 4, "expert": 4}), 230.1),
+            (4, json!({"context": 4, "expert": 4}), 323.0),
+            (2, json!({"pipeline": 2}), 567.2),
+            (4, json!({"pipeline": 4, "vocabulary": "vocab-2"}), 463.3),
+            (
+                4,
+                json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"}),
+                336.2,
+            ),
+            (1, json!({"recompute": {"parts": ["norm"]}}), 813.3),
+            (1, json!({"recompute": {"parts": ["attention"]}}), 836.9),
+            (
+                1,
+                json!({"recompute": {"parts": ["dispatch", "experts"]}}),
+                747.4,
+            ),
+            (1, json!({"recompute": {"layers": "all"}}), 680.7),
+        ]
+    }
+
+    #[test]
+    fn the_plan_is_within_5_percent_of_measured_memory() {
+        let mut ratios = Vec::new();
+        for (ranks, parallel, measured) in measured_layouts() {
+            let config: Config = serde_json::from_value(json!({
+                "run": {"dir": "runs/x", "device": "cpu"},
+                "parallel": parallel,
+                "model": {"vocab_size": 8192, "hidden": 384, "layers": 4, "heads": 12,
+                          "kv_heads": 4, "moe": {"experts": 8, "top_k": 2, "ffn": 768}},
+                "data": {"train": [{"path": "a"}], "sequence_length": 512},
+                "train": {"steps": 3, "global_batch": 16, "micro_batch": 4},
+            }))
+            .unwrap();
+            let planned = config.memory(ranks).unwrap();
+            let totals = planned.iter().map(|equal| equal.memory.total());
+            let planned = totals.max().unwrap() as f64 / f64::from(1 << 20);
+            ratios.push((format!("{ranks}: {parallel}"), planned / measured));
+        }
+        let is_close = |(_, ratio): &(String, f64)| (0.95..=1.05).contains(ratio);
+        assert!(
+            ratios.iter().all(is_close),
+            "planned / measured: {ratios:#?}"
+        );
+    }
+
     #[test]
     fn the_layers_of_a_microbatch_share_one_mask_of_documents() {
         let activations = |documents: bool, context: usize, kind: &str, layers: usize| {
@@ -648,6 +806,31 @@ mod tests {
             assert_eq!(mask(2, "ulysses", layers), fp32_mask);
             assert_eq!(mask(2, "ring", layers), 0);
         }
+    }
+
+    #[test]
+    fn each_reach_of_attention_has_a_mask() {
+        let bytes = |device: &str, documents: bool, window: Value| {
+            let attention = json!({"grouped": {"window": window}});
+            let mut config = config(json!({}), json!({"attention": attention}));
+            config.data.eod_token = documents.then_some(0);
+            config.run.device = device.into();
+            let memory = &config.memory(1).unwrap()[0].memory;
+            memory.activations + memory.transient
+        };
+        let fp32_mask = 32 * 32 * 4;
+        let half = || json!({"size": 5, "layers": {"every": 2}});
+        let masks = |device: &str, documents, window| {
+            bytes(device, documents, window) - bytes(device, documents, Value::Null)
+        };
+        // Documents have one mask in any case.
+        assert_eq!(masks("cpu", true, half()), fp32_mask);
+        assert_eq!(masks("cpu", true, json!({"size": 5})), 0);
+        assert_eq!(masks("cuda", true, half()), fp32_mask);
+        assert_eq!(masks("cuda", false, half()), fp32_mask);
+        assert_eq!(masks("cpu", false, half()), 0);
+        // A window as long as the sequence is none.
+        assert_eq!(masks("cuda", false, json!({"size": 32})), 0);
     }
 
     #[test]

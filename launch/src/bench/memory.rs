@@ -89,7 +89,9 @@ fn experiment(folder: &Path, parallel: &Value) -> Value {
         "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
         "parallel": parallel,
         "model": {"vocab_size": VOCAB, "hidden": 384, "layers": 4, "heads": 12, "kv_heads": 4,
-                  "moe": {"experts": 8, "top_k": 2, "ffn": 768}},
+                  "moe": {"experts": 8, "top_k": 2, "ffn": 768,
+                          // As the plan assumes.
+                          "router": {"force_balance": true}}},
         "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 512},
         "train": {"steps": 3, "global_batch": 16, "micro_batch": 4},
         "schedule": {"constant": {"lr": 1e-3}},

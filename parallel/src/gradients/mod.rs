@@ -20,6 +20,7 @@ mod state;
 
 pub use bucket::Replication;
 pub use plan::{BucketPlan, plan_buckets};
+pub use state::MAX_REDUCTIONS;
 
 use crate::{Accelerator, CommError, Weight, weight::DeferredGradient};
 use bucket::Bucket;

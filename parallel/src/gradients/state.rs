@@ -8,8 +8,8 @@ use crate::{
 use std::collections::VecDeque;
 use tch::Device;
 
-/// Sharded buckets with a reduction in flight at once; each needs a buffer of its own.
-const MAX_IN_FLIGHT: usize = 2;
+/// Number of sharded buckets that are reduced at once; each needs a buffer of its own.
+pub const MAX_REDUCTIONS: usize = 2;
 
 /// A weight's bucket, and its position among the bucket's members.
 #[derive(Debug, Default, Clone, Copy)]
@@ -127,7 +127,7 @@ impl BucketState {
     fn reduce(&mut self, number: usize) -> Result<(), CommError> {
         let is_sharded = self.buckets[number].is_sharded();
         if is_sharded
-            && self.in_flight.len() == MAX_IN_FLIGHT
+            && self.in_flight.len() == MAX_REDUCTIONS
             && let Some(oldest) = self.in_flight.pop_front()
             && !self.in_flight.contains(&oldest)
         {

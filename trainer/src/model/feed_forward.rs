@@ -130,12 +130,19 @@ impl DensePlan {
 pub(crate) fn activations(rows: u64, hidden: u64, ffn: u64, at: &BlockShape) -> Activations {
     let gate_up = rows * 2 * ffn * at.element;
     let half = rows * ffn * at.element;
-    let keeps_gate_up = at.recompute.keeps(RecomputedPart::Experts);
-    Activations {
-        saved: if keeps_gate_up { gate_up } else { 0 },
-        // Gradients of the gate-up output and of the activation, the activation itself, and the
-        // gradient of the rows.
-        transient: gate_up + 3 * half + 3 * rows * hidden * at.element,
+    // Gradients of the gate-up output and of the activation, the activation itself, and the
+    // gradients of output and input rows.
+    let transient = gate_up + 2 * half + 2 * rows * hidden * at.element;
+    if at.recompute.keeps(RecomputedPart::Experts) {
+        Activations {
+            saved: gate_up,
+            transient,
+        }
+    } else {
+        Activations {
+            saved: 0,
+            transient: transient + gate_up,
+        }
     }
 }
 

@@ -21,6 +21,30 @@ pub(crate) fn logits_chunk_bytes(on_host: bool) -> usize {
     if on_host { 16 << 20 } else { 512 << 20 }
 }
 
+/// Sizes of the output layer on a rank for one microbatch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OutputShape {
+    pub(crate) tokens: u64,
+    pub(crate) hidden: u64,
+    /// Rows of the vocabulary on this rank.
+    pub(crate) rows: u64,
+    /// Bytes of an element in the model's dtype.
+    pub(crate) element: u64,
+    /// True if the model is on the CPU.
+    pub(crate) on_host: bool,
+}
+
+/// Returns the bytes of temporary tensors of [`cross_entropy`]. With `is_split`, ranks split the
+/// vocabulary and gather the hidden states of all tokens.
+pub(crate) fn loss_bytes(shape: &OutputShape, is_split: bool) -> u64 {
+    let row = shape.rows.max(1) * shape.element;
+    let fitting = logits_chunk_bytes(shape.on_host) as u64 / row;
+    let logits = fitting.clamp(1, shape.tokens.max(1)) * row;
+    let states = shape.tokens * shape.hidden * shape.element;
+    // Logits, which their gradient overwrites, and the gradient of the hidden states.
+    logits + states + if is_split { states } else { 0 }
+}
+
 /// The rows of the vocabulary on this rank, and the ranks that have the others.
 pub(crate) struct VocabularyRows<'a> {
     pub(crate) rows: Range<usize>,

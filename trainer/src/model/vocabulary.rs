@@ -12,7 +12,10 @@
 //!   the factor is one over their sum.
 // Shapes: T tokens, D hidden, V vocabulary, v rows of it on this rank.
 
-use super::loss::{IGNORED, LossScale, logits_chunk_bytes};
+use super::{
+    activations::FP32_BYTES,
+    loss::{IGNORED, LossScale, OutputShape, logits_chunk_bytes},
+};
 use kernels::{gemm_into, softmax, softmax_gradient};
 use parallel::{
     CommError, Communicator, ReduceOp, Weight,
@@ -65,6 +68,23 @@ fn chunks(tokens: i64, rows: i64, device: Device) -> impl Iterator<Item = (i64, 
     let chunk = fitting.clamp(1, tokens.max(1) as usize) as i64;
     let starts = (0..tokens).step_by(chunk as usize);
     starts.map(move |start| (start, chunk.min(tokens - start)))
+}
+
+/// Returns the bytes that the passes of `algorithm` keep of one microbatch from S to T.
+pub(crate) fn softmax_bytes(shape: &OutputShape, algorithm: Vocabulary) -> u64 {
+    let states = shape.tokens * shape.hidden * shape.element;
+    let logits = shape.tokens * shape.rows;
+    match algorithm {
+        // The hidden states, and the gradient of the input on its way to the last stage.
+        Vocabulary::Vocab1 | Vocabulary::Interlaced => logits * shape.element + 2 * states,
+        // Also the parts of that gradient, and what the exchange makes of them.
+        Vocabulary::Vocab2 => logits * shape.element + 5 * states,
+        Vocabulary::Naive => {
+            // The logits of a chunk, and their quotient.
+            let chunks = 2 * (logits_chunk_bytes(shape.on_host) as u64).min(logits * FP32_BYTES);
+            logits * FP32_BYTES + chunks + 2 * states
+        }
+    }
 }
 
 /// Runs pass S for hidden states `[T, D]` and labels `[T]`. `weight` has the rows `rows` of the

@@ -242,13 +242,17 @@ impl MoeConfig {
             saved += shared.saved;
             transient = transient.max(shared.transient);
         }
-        let row_elements = rows.0 * hidden as u64;
+        let row_bytes = rows.0 * hidden as u64 * at.element;
         // Rows at the experts.
         if at.recompute.keeps(RecomputedPart::Dispatch) {
-            saved += row_elements * at.element;
+            saved += row_bytes;
+        } else {
+            transient += row_bytes;
         }
-        // Rows that come back, router scores, indices.
-        saved += row_elements * at.element;
+        // Rows that come back, router scores, indices. Backward frees these rows before the
+        // experts need memory.
+        saved += row_bytes;
+        transient = transient.saturating_sub(row_bytes);
         saved += 3 * at.own_tokens * self.experts as u64 * FP32_BYTES;
         saved += 4 * rows.0 * INDEX_BYTES;
         Activations { saved, transient }
