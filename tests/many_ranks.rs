@@ -46,8 +46,11 @@ fn lines(path: &Path) -> Vec<Value> {
 }
 
 fn numbers(list: &Value) -> Vec<f64> {
-    let numbers = list.as_array().unwrap().iter();
-    numbers.map(|number| number.as_f64().unwrap()).collect()
+    list.as_array()
+        .unwrap()
+        .iter()
+        .map(|number| number.as_f64().unwrap())
+        .collect()
 }
 
 /// Compares a distribution with the numbers of the ranks that have the figure.
@@ -124,7 +127,9 @@ fn check_step(step: &Value, routing: &Value, line: &Value, ranks: usize) {
             ranks / 2..ranks
         };
         let tokens = numbers(tokens);
-        let of_stage: Vec<(usize, f64)> = stage.map(|rank| (rank, tokens[rank])).collect();
+        let of_stage = stage
+            .map(|rank| (rank, tokens[rank]))
+            .collect::<Vec<(usize, f64)>>();
         let routing = &routing["layers"][layer];
         assert_distribution(&routing["rank_tokens"], &of_stage, 0.0);
         let largest = of_stage

@@ -2,8 +2,8 @@
 //! same bits, and a checkpoint of any layout resumes in any other.
 
 use crate::agreement::{
-    TIMEOUT, VOCAB, assert_same, sigmoid, softmax, trace_of, trace_of_biased, trainer_on,
-    write_data,
+    TIMEOUT, VOCAB, assert_same, assert_within, sigmoid, softmax, trace_of, trace_of_biased,
+    trainer_on, write_data,
 };
 use checkpoint::{Checkpoint, TensorSlice};
 use parallel::run_on_threads;
@@ -32,6 +32,11 @@ fn config(folder: &Path, parallel: &Value, moe: &Value, optimizer: &Value) -> Co
     serde_json::from_value(config).unwrap()
 }
 
+/// Muon and AdamW with state in bf16.
+fn rounded() -> Value {
+    json!({"state_dtype": "bf16", "groups": [{"muon": {}}]})
+}
+
 fn experts(moe: Value) -> Value {
     let mut moe = moe;
     moe["experts"] = json!(12);
@@ -43,10 +48,9 @@ fn muon() -> Value {
     json!({"groups": [{"muon": {}}]})
 }
 
-/// Muon for the router too, with a scale by shape of its own, SGD for vectors, and bf16 state.
+/// Muon for the router too, with a scale by shape of its own, and SGD for vectors.
 fn mixed() -> Value {
     json!({
-        "state_dtype": "bf16",
         "groups": [
             {"roles": ["router"], "lr_scale": 2, "muon": {"adjust_lr": "original",
                                                           "nesterov": false}},
@@ -69,7 +73,7 @@ fn every_layout_orthogonalizes_whole_matrices() {
         (2, json!({"expert_tensor": 2})),
         (2, json!({"zero": 1})),
         (2, json!({"zero": 2})),
-        (3, json!({"zero": 3})),
+        (4, json!({"zero": 3})),
         (4, json!({"zero": 3, "zero_group_size": 2, "expert": 2})),
         (2, json!({"pipeline": 2})),
         (
@@ -94,6 +98,13 @@ fn every_layout_orthogonalizes_whole_matrices() {
             let ours = trace_of(*ranks, config(folder.path(), parallel, &moe, &optimizer));
             assert_same(&format!("{ranks} ranks, {parallel}"), &ours, &single);
         }
+    }
+    // Rounding noise may change the direction in which an element of the momentum is rounded, and
+    // orthogonalization amplifies that in experts with few tokens.
+    let single = trace_of(1, config(folder.path(), &json!({}), &moe, &rounded()));
+    for (ranks, parallel) in layouts.iter().take(7) {
+        let ours = trace_of(*ranks, config(folder.path(), parallel, &moe, &rounded()));
+        assert_within(&format!("{ranks} ranks, {parallel}"), &ours, &single, 2e-3);
     }
 }
 
@@ -169,7 +180,8 @@ fn a_checkpoint_resumes_exactly_and_in_other_layouts() {
     tch::set_num_threads(1);
     let folder = tempfile::tempdir().unwrap();
     write_data(folder.path());
-    for (number, optimizer) in [muon(), mixed()].into_iter().enumerate() {
+    let optimizers = [(muon(), 1e-5), (mixed(), 1e-5), (rounded(), 1e-3)];
+    for (number, (optimizer, tolerance)) in optimizers.into_iter().enumerate() {
         let run = |parallel: Value| {
             let mut config = moving(folder.path(), &parallel, &optimizer);
             config.run.dir = folder.path().join(format!("run-{number}"));
@@ -187,7 +199,7 @@ fn a_checkpoint_resumes_exactly_and_in_other_layouts() {
             let (resumed, _) = resume(ranks, &run(parallel.clone()), &[]).unwrap();
             for (ours, reference) in resumed.iter().zip(&unbroken) {
                 let far = (ours - reference).abs() / reference;
-                assert!(far <= 1e-5, "{parallel}: {ours} and {reference}");
+                assert!(far <= tolerance, "{parallel}: {ours} and {reference}");
             }
         }
         let checkpoint = Checkpoint::open(&path).unwrap();
@@ -224,10 +236,9 @@ fn state_is_read_in_either_precision() {
         assert_eq!(saved.kind(), kind);
         let (resumed, _) = resume(2, &of(to), &[]).unwrap();
         // Moments in bf16 change steps by less than a hundredth.
-        for (ours, reference) in resumed.iter().zip(&unbroken) {
-            assert!((ours - reference).abs() <= 1e-3 * reference);
-            assert_ne!(ours, reference);
-        }
+        assert_eq!(resumed[0], unbroken[0]);
+        let change = (resumed[1] - unbroken[1]).abs() / unbroken[1];
+        assert!(change > 0.0 && change < 1e-3, "{change}");
         std::fs::remove_dir_all(folder.path().join("run")).unwrap();
     }
 }

@@ -67,7 +67,10 @@ fn by_libtorch(
             .collect()
     };
     let step = scalar(step as f64);
-    let steps: Vec<Tensor> = updates.iter().map(|_| step.shallow_clone()).collect();
+    let steps = updates
+        .iter()
+        .map(|_| step.shallow_clone())
+        .collect::<Vec<Tensor>>();
     let masters = all(|update| &update.master);
     let gradients = all(|update| &update.gradient);
     let averages = all(|update| &update.exp_avg);
@@ -276,11 +279,20 @@ pub(crate) mod tests {
                 adamw(std::slice::from_ref(update), config, step, scale).unwrap();
             };
             let [update, theirs] = ours_and_libtorch(case, count, Device::Cpu, step_by);
-            for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {
+            for (ours, theirs) in state(&update)
+                .into_iter()
+                .zip(state(&theirs))
+            {
                 prop_assert!(ours.allclose(theirs, 1e-5, 1e-6, false));
             }
             if let Some(stored) = &update.stored {
-                prop_assert!(stored.equal(&update.master.to_kind(Kind::BFloat16)));
+                prop_assert!(
+                    stored.equal(
+                        &update
+                            .master
+                            .to_kind(Kind::BFloat16)
+                    )
+                );
             }
         }
     }

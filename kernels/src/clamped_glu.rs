@@ -68,20 +68,23 @@ impl ClampedGlu {
     pub(crate) fn backward_with_libtorch(self, grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
         let limit = f64::from(self.limit);
         let alpha = f64::from(self.alpha);
-        let wide = hidden.to_kind(Kind::Float).chunk(2, -1);
-        let [gate, up] = self.clamped_halves(hidden);
+        let kind = hidden.kind();
+        let wide = hidden.to_kind(Kind::Float);
         let grad = grad.to_kind(Kind::Float);
+        let [gate, up] = self.clamped_halves(hidden);
         let sigmoid = (&gate * alpha).sigmoid();
         let shifted = up + 1.0;
         let rest: Tensor = (1.0 - &sigmoid) * &gate;
         let slope: Tensor = &sigmoid * (rest * alpha + 1.0);
         let grad_gate: Tensor = slope * &grad * &shifted;
-        let grad_gate = grad_gate.masked_fill(&wide[0].gt(limit), 0.0);
-        let glu = gate * sigmoid;
-        let grad_up = (grad * &glu).masked_fill(&wide[1].abs().gt(limit), 0.0);
-        let kind = hidden.kind();
-        let grad_hidden = Tensor::cat(&[grad_gate, grad_up], -1).to_kind(kind);
-        (grad_hidden, (glu * shifted).to_kind(kind))
+        let gated = gate * sigmoid;
+        let grad_up = grad * &gated;
+        let grads = Tensor::cat(&[grad_gate, grad_up], -1);
+        let halves = wide.chunk(2, -1);
+        let are_cut = [halves[0].gt(limit), halves[1].abs().gt(limit)];
+        let grads = grads.masked_fill(&Tensor::cat(&are_cut, -1), 0.0);
+        let out = gated * shifted;
+        (grads.to_kind(kind), out.to_kind(kind))
     }
 
     /// Returns the gate and up in fp32, clamped.
@@ -92,21 +95,38 @@ impl ClampedGlu {
     }
 
     #[inline(always)]
-    fn clamped_gate(self, gate: f32) -> f32 {
-        // `f32::min` would turn a NaN into the limit.
-        if gate > self.limit { self.limit } else { gate }
+    fn element(self, gate: f32, up: f32) -> Element {
+        let clamped = if up < -self.limit {
+            -self.limit
+        } else {
+            self.at_most_limit(up)
+        };
+        let gate = self.at_most_limit(gate);
+        let denominator = 1.0 + exp(-self.alpha * gate);
+        Element {
+            gate,
+            shifted_up: clamped + 1.0,
+            sigmoid: 1.0 / denominator,
+            gated: gate / denominator,
+        }
     }
 
     #[inline(always)]
-    fn clamped_up(self, up: f32) -> f32 {
-        if up > self.limit {
-            self.limit
-        } else if up < -self.limit {
-            -self.limit
-        } else {
-            up
-        }
+    fn at_most_limit(self, x: f32) -> f32 {
+        // `f32::min` would turn a NaN into the limit.
+        if x > self.limit { self.limit } else { x }
     }
+}
+
+/// Values of one element that its result and its gradients share, so that their bits agree.
+struct Element {
+    /// The gate, at most the limit.
+    gate: f32,
+    /// The clamped up, plus one.
+    shifted_up: f32,
+    sigmoid: f32,
+    /// The clamped gate times the sigmoid.
+    gated: f32,
 }
 
 fn forward_on_threads<T: Number>(glu: ClampedGlu, hidden: &Tensor, out: &Tensor) {
@@ -147,9 +167,10 @@ fn forward<T: Number>(glu: ClampedGlu, hidden: &[T], out: &mut [T], ffn: usize) 
     for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
         for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-            let x = glu.clamped_gate(gate.wide());
-            let up = glu.clamped_up(up.wide());
-            *out = T::narrow(x / (1.0 + exp(-glu.alpha * x)) * (up + 1.0));
+            let Element {
+                gated, shifted_up, ..
+            } = glu.element(gate.wide(), up.wide());
+            *out = T::narrow(gated * shifted_up);
         }
     }
 }
@@ -173,18 +194,22 @@ fn backward<T: Number>(
         let outputs = grad_gate.iter_mut().zip(grad_up).zip(activation);
         for (((grad, gate), up), ((grad_gate, grad_up), activation)) in inputs.zip(outputs) {
             let grad = grad.wide();
-            let x = glu.clamped_gate(gate.wide());
-            let shifted = glu.clamped_up(up.wide()) + 1.0;
-            let denominator = 1.0 + exp(-glu.alpha * x);
-            // The same bits as in the forward pass.
-            let gated = x / denominator;
-            let sigmoid = 1.0 / denominator;
-            *activation = T::narrow(gated * shifted);
-            let slope = sigmoid * (1.0 + glu.alpha * x * (1.0 - sigmoid));
-            let is_cut = gate.wide() > glu.limit;
-            *grad_gate = T::narrow(if is_cut { 0.0 } else { grad * shifted * slope });
-            let is_cut = up.wide() > glu.limit || up.wide() < -glu.limit;
-            *grad_up = T::narrow(if is_cut { 0.0 } else { grad * gated });
+            let raw_gate = gate.wide();
+            let raw_up = up.wide();
+            let Element {
+                gate,
+                shifted_up,
+                sigmoid,
+                gated,
+            } = glu.element(raw_gate, raw_up);
+            *activation = T::narrow(gated * shifted_up);
+            let slope = sigmoid * (1.0 + glu.alpha * gate * (1.0 - sigmoid));
+            let of_gate = grad * shifted_up * slope;
+            let is_cut = raw_gate > glu.limit;
+            *grad_gate = T::narrow(if is_cut { 0.0 } else { of_gate });
+            let of_up = grad * gated;
+            let is_cut = raw_up.abs() > glu.limit;
+            *grad_up = T::narrow(if is_cut { 0.0 } else { of_up });
         }
     }
 }

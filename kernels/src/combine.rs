@@ -140,12 +140,10 @@ pub(crate) fn backward_by_libtorch(
     (grad_rows, dots * row_ids.ge(0))
 }
 
-fn combine_on_threads<T: Number>(
-    rows: &Tensor,
-    row_ids: &Tensor,
-    weights: Option<&Tensor>,
-    out: &Tensor,
-) {
+fn combine_on_threads<T>(rows: &Tensor, row_ids: &Tensor, weights: Option<&Tensor>, out: &Tensor)
+where
+    T: Number,
+{
     let [tokens, top_k] = sizes(row_ids);
     let [_, width] = sizes(rows);
     // SAFETY: `on_host` has checked the device, layout and dtype; the rest is created here.
@@ -179,7 +177,10 @@ struct WeightedRow<'a, T> {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn sum<T: Number>(rows: &[WeightedRow<T>], out: &mut [T]) {
+fn sum<T>(rows: &[WeightedRow<T>], out: &mut [T])
+where
+    T: Number,
+{
     for (index, out) in out.chunks_mut(CHUNK).enumerate() {
         let start = index * CHUNK;
         let mut sums = [0f32; CHUNK];
@@ -202,11 +203,10 @@ struct BackwardInputs<'a> {
     weights: &'a Tensor,
 }
 
-fn backward_on_threads<T: Number>(
-    inputs: BackwardInputs,
-    grad_rows: &Tensor,
-    grad_weights: &Tensor,
-) {
+fn backward_on_threads<T>(inputs: BackwardInputs, grad_rows: &Tensor, grad_weights: &Tensor)
+where
+    T: Number,
+{
     let BackwardInputs {
         grad,
         rows,
@@ -246,12 +246,10 @@ fn backward_on_threads<T: Number>(
 
 /// Computes `grad_row = weight * grad` and returns the dot product of `grad` and `row`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn weighted_gradient<T: Number>(
-    token_grad: &[T],
-    row: &[T],
-    weight: f32,
-    grad_row: &mut [T],
-) -> f32 {
+fn weighted_gradient<T>(token_grad: &[T], row: &[T], weight: f32, grad_row: &mut [T]) -> f32
+where
+    T: Number,
+{
     let mut lanes = [0f32; CHUNK];
     let chunks = token_grad.chunks(CHUNK).zip(row.chunks(CHUNK));
     for ((token_grad, row), grad_row) in chunks.zip(grad_row.chunks_mut(CHUNK)) {
@@ -293,7 +291,9 @@ mod tests {
             let row_ids = Tensor::randperm(routed, INT64_CPU);
             let row_ids = row_ids.view([tokens, top_k]);
             let count = if missing { routed * 2 / 3 } else { routed };
-            let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1).to_kind(Kind::Int);
+            let row_ids = row_ids
+                .masked_fill(&row_ids.ge(count), -1)
+                .to_kind(Kind::Int);
             let rows = randn(&[count, width], kind);
             let grad = randn(&[tokens, width], kind);
             let weights = randn(&[tokens, top_k], Kind::Float);

@@ -63,13 +63,15 @@ fn by_libtorch(
     losses
 }
 
-fn on_threads<T: Number>(
+fn on_threads<T>(
     logits: &Tensor,
     labels: &Tensor,
     losses: &Tensor,
     inverse: f32,
     factor: Option<f32>,
-) {
+) where
+    T: Number,
+{
     let count = losses.numel();
     let [_, width] = sizes(logits);
     // SAFETY: `host_kind` has checked the logits, and the caller creates the losses.
@@ -92,13 +94,16 @@ fn on_threads<T: Number>(
 
 /// Returns the loss of one token. Its logits become gradients if there is a factor.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn token_loss<T: Number>(
+fn token_loss<T>(
     logits: &mut [T],
     label: i64,
     wide: &mut [f32],
     inverse: f32,
     factor: Option<f32>,
-) -> f32 {
+) -> f32
+where
+    T: Number,
+{
     if label < 0 {
         if factor.is_some() {
             logits.fill(T::narrow(0.0));

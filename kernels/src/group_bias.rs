@@ -1,7 +1,7 @@
 //! Biases of groups of rows: each row has the vector of its group added.
 // Shapes: R rows, E groups, N width.
 
-use crate::{RowGroups, add_rows::add_rows};
+use crate::{RowGroups, add_rows::add_rows, tensors::FIRST_DIM};
 use tch::{Device, Kind, Tensor};
 use torch_ext::Error;
 
@@ -11,12 +11,14 @@ use torch_ext::Error;
 /// If the groups cannot be copied to the device.
 pub fn add_group_bias(rows: &Tensor, biases: &Tensor, groups: &RowGroups) -> Result<(), Error> {
     if rows.device() == Device::Cpu {
-        for (group, own) in row_ranges(rows, groups) {
-            let _ = own.shallow_clone().g_add_(&biases.get(group));
+        for (group, mut own) in row_ranges(rows, groups) {
+            let bias = biases.get(group);
+            let _ = own.g_add_(&bias);
         }
         return Ok(());
     }
-    let of_rows = biases.index_select(0, &group_of_rows(rows, groups)?);
+    let group_of_row = group_of_rows(rows, groups)?;
+    let of_rows = biases.index_select(0, &group_of_row);
     let _ = rows.shallow_clone().g_add_(&of_rows);
     Ok(())
 }
@@ -29,12 +31,14 @@ pub fn add_group_bias(rows: &Tensor, biases: &Tensor, groups: &RowGroups) -> Res
 pub fn sum_groups(sums: &Tensor, rows: &Tensor, groups: &RowGroups) -> Result<(), Error> {
     if rows.device() == Device::Cpu {
         for (group, own) in row_ranges(rows, groups) {
-            let sum = own.sum_dim_intlist([0i64].as_slice(), false, Kind::Float);
-            let _ = sums.get(group).g_add_(&sum);
+            let rows_summed = own.sum_dim_intlist(FIRST_DIM, false, Kind::Float);
+            let mut sum = sums.get(group);
+            let _ = sum.g_add_(&rows_summed);
         }
         return Ok(());
     }
-    add_rows(sums, &group_of_rows(rows, groups)?, &rows.contiguous());
+    let group_of_row = group_of_rows(rows, groups)?;
+    add_rows(sums, &group_of_row, &rows.contiguous());
     Ok(())
 }
 

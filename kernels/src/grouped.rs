@@ -141,7 +141,12 @@ mod tests {
             prop_assert!(fits(&rows) && matrices.iter().all(fits) && fits(&grad.tr()));
             let close = |ours: &Tensor, plain: &Tensor| {
                 let off = (ours.to_f64() - plain.to_f64()).norm();
-                off.double_value(&[]) <= 1e-2 * plain.to_f64().norm().double_value(&[])
+                off.double_value(&[])
+                    <= 1e-2
+                        * plain
+                            .to_f64()
+                            .norm()
+                            .double_value(&[])
             };
             let there_matrices: Vec<_> = matrices.iter().map(there).collect();
             let ends = groups.ends(device).unwrap();
@@ -153,7 +158,13 @@ mod tests {
             prop_assert!(close(&here(&out), &grouped_gemm(&rows, &matrices, &groups)));
             let sums = randn(&[groups.num_groups() as i64, outer, inner], Kind::Float);
             let ours = there(&sums).copy();
-            grouped_gemm_to_sums(&ours, &there(&grad), &there(&rows), &there_groups, accumulate);
+            grouped_gemm_to_sums(
+                &ours,
+                &there(&grad),
+                &there(&rows),
+                &there_groups,
+                accumulate,
+            );
             if accumulate {
                 grouped_gemm_accumulate(&sums, &grad, &rows, &groups);
             } else {

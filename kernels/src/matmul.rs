@@ -117,7 +117,10 @@ fn grouped_gemm_one_by_one(rows: &Tensor, matrices: &[Tensor], groups: &[GemmGro
     let operands = || {
         let out = Matrix::of(&out);
         let rows = Matrix::of(rows);
-        let matrices: Vec<_> = matrices.iter().flat_map(Matrix::each_of).collect();
+        let matrices = matrices
+            .iter()
+            .flat_map(Matrix::each_of)
+            .collect::<Vec<_>>();
         let of_group = |&GemmGroup { index, start, len }: &GemmGroup| GemmOperands {
             out: out.slice_rows(start, len),
             left: rows.slice_rows(start, len),
@@ -138,7 +141,10 @@ fn grouped_gemm_by_libtorch(
     groups: &[GemmGroup],
 ) {
     let total = rows.size()[0];
-    let matrices: Vec<_> = matrices.iter().flat_map(|all| all.unbind(0)).collect();
+    let matrices = matrices
+        .iter()
+        .flat_map(|all| all.unbind(0))
+        .collect::<Vec<_>>();
     // oneDNN compiles a kernel for each new number of rows, which takes longer than the GEMM. So
     // the rows of a group are rounded up. The surplus rows are overwritten by the next group's
     // GEMM.
@@ -244,8 +250,9 @@ struct GemmGroup {
 
 /// Returns the groups that have rows.
 fn filled_groups(groups: &RowGroups) -> Vec<GemmGroup> {
-    let all = all_groups(groups.counts());
-    all.filter(|group| group.len > 0).collect()
+    all_groups(groups.counts())
+        .filter(|group| group.len > 0)
+        .collect()
 }
 
 fn all_groups(counts: &[i64]) -> impl Iterator<Item = GemmGroup> {
@@ -371,7 +378,9 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(400))]
         #[test]
         fn products_of_any_layout_match_libtorch(
-            [m, k, n] in [0i64..150, 0i64..90, 0i64..300],
+            m in 0i64..150,
+            k in 0i64..90,
+            n in 0i64..300,
             transposed: [bool; 3],
             threads in 1i32..4,
             accumulate: bool,
@@ -392,7 +401,10 @@ mod tests {
             };
             let out = random(m, n, transposed[2], out_kind);
             let before = out.to_f64() * i64::from(accumulate);
-            let plain = before + left.to_f64().matmul(&right.to_f64());
+            let plain = before
+                + left
+                    .to_f64()
+                    .matmul(&right.to_f64());
             match (accumulate, overwrite) {
                 (true, _) => gemm_accumulate(&out, &left, &right),
                 (_, true) => gemm_overwrite(&out, &left, &right),
@@ -423,7 +435,9 @@ mod tests {
             let mut start = 0;
             for (group, &len) in counts.iter().enumerate() {
                 let rows = rows.narrow(0, start, len).to_f64();
-                let others = others.narrow(0, start, len).to_f64();
+                let others = others
+                    .narrow(0, start, len)
+                    .to_f64();
                 let matrix = matrices.get(group as i64).to_f64();
                 products.push(rows.matmul(&matrix));
                 let sum = sums.get(group as i64).to_f64();
@@ -444,7 +458,7 @@ mod tests {
     #[test]
     fn gpus_add_bf16_products_in_fp32() {
         let gpu = Device::Cuda(0);
-        let path = |sum, operand, device| SumPath::choose(sum, operand, device);
+        let path = SumPath::choose;
         assert_eq!(path(Kind::Float, Kind::BFloat16, gpu), SumPath::Wide);
         assert_eq!(
             path(Kind::Float, Kind::BFloat16, Device::Mps),

@@ -39,11 +39,14 @@ pub fn rms_norm<'a>(x: &Tensor, gain: impl Into<Gain<'a>>, eps: f64) -> (Tensor,
         let mut shape = x.size();
         let width = shape.pop().unwrap_or(1) as usize;
         shape.push(1);
-        let out = x.empty_like();
+        let normed = x.empty_like();
         let scale = Tensor::empty(shape.as_slice(), (Kind::Float, x.device()));
         let eps = eps as f32;
-        for_kind!(kind, forward_on_threads(x, gain, &out, &scale, width, eps));
-        (out, scale)
+        for_kind!(
+            kind,
+            forward_on_threads(x, gain, &normed, &scale, width, eps)
+        );
+        (normed, scale)
     })
 }
 
@@ -68,14 +71,17 @@ pub fn rms_norm_backward<'a>(
             return backward_by_libtorch(grad, x, scale, gain);
         };
         let width = weight.numel();
-        let out = x.empty_like();
+        let grad_x = x.empty_like();
         // Each range of rows has its own sums, which are added in order.
         let parts = parts(scale.numel(), width);
         let shape = [parts as i64, width as i64];
         let sums = Tensor::zeros(shape, (Kind::Float, x.device()));
-        for_kind!(kind, backward_on_threads(grad, x, scale, gain, &out, &sums));
+        for_kind!(
+            kind,
+            backward_on_threads(grad, x, scale, gain, &grad_x, &sums)
+        );
         let grad_weight = sums.sum_dim_intlist(FIRST_DIM, false, Kind::Float);
-        (out, grad_weight)
+        (grad_x, grad_weight)
     })
 }
 
@@ -91,14 +97,16 @@ fn backward_by_libtorch(grad: &Tensor, x: &Tensor, scale: &Tensor, gain: Gain) -
     (grad_x.to_kind(x.kind()), grad_weight)
 }
 
-fn forward_on_threads<T: Number>(
+fn forward_on_threads<T>(
     x: &Tensor,
     gain: Gain,
     out: &Tensor,
     scale: &Tensor,
     width: usize,
     eps: f32,
-) {
+) where
+    T: Number,
+{
     let count = scale.numel();
     let Gain { weight, offset } = gain;
     // SAFETY: `host_kind` has checked the inputs, and the caller creates the outputs.
@@ -116,14 +124,16 @@ fn forward_on_threads<T: Number>(
     });
 }
 
-fn backward_on_threads<T: Number>(
+fn backward_on_threads<T>(
     grad: &Tensor,
     x: &Tensor,
     scale: &Tensor,
     gain: Gain,
     out: &Tensor,
     sums: &Tensor,
-) {
+) where
+    T: Number,
+{
     let count = scale.numel();
     let Gain { weight, offset } = gain;
     let width = weight.numel();
@@ -166,13 +176,15 @@ fn sum(width: usize, term: impl Fn(usize) -> f32) -> f32 {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn forward<T: Number>(
+fn forward<T>(
     input: &[T],
     gain: Columns<T>,
     normed_rows: &mut [T],
     scales: &mut [f32],
     epsilon: f32,
-) {
+) where
+    T: Number,
+{
     let Columns { weight, offset } = gain;
     let width = weight.len();
     let rows = input
@@ -189,14 +201,16 @@ fn forward<T: Number>(
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(
+fn backward<T>(
     grad: &[T],
     x: &[T],
     scale: &[f32],
     gain: Columns<T>,
     out: &mut [T],
     grad_weight: &mut [f32],
-) {
+) where
+    T: Number,
+{
     let Columns { weight, offset } = gain;
     let width = weight.len();
     let rows = grad

@@ -48,7 +48,9 @@ mod tests {
         #[test]
         fn bf16_rounds_as_libtorch(bits in any::<u32>()) {
             let x = f32::from_bits(bits);
-            let theirs = Tensor::from(x).to_kind(Kind::BFloat16).to_f64();
+            let theirs = Tensor::from(x)
+                .to_kind(Kind::BFloat16)
+                .to_f64();
             let theirs = f64::try_from(theirs).unwrap();
             let ours = f64::from(Bf16::narrow(x).wide());
             let both_nan = ours.is_nan() && theirs.is_nan();

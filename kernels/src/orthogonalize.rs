@@ -92,11 +92,15 @@ mod tests {
             // Singular vectors of a random matrix, with values from 0.2 to 1.
             let (u, _, v) = randn(&[rows, columns], Kind::Float).svd(true, true);
             let values = Tensor::linspace(0.2, 1.0, rank, FLOAT_CPU) * size;
-            let matrix = (&u * values).matmul(&v.tr()).to_kind(kind);
+            let matrix = (&u * values)
+                .matmul(&v.tr())
+                .to_kind(kind);
             let result = orthogonalize(&matrix);
             prop_assert_eq!(result.kind(), kind);
             prop_assert_eq!(result.size(), vec![rows, columns]);
-            let (_, found, _) = result.to_kind(Kind::Float).svd(true, true);
+            let (_, found, _) = result
+                .to_kind(Kind::Float)
+                .svd(true, true);
             let smallest = found.min().double_value(&[]);
             let largest = found.max().double_value(&[]);
             prop_assert!(smallest > 0.6 && largest < 1.3, "{smallest} to {largest}");

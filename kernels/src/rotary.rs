@@ -69,13 +69,10 @@ fn by_libtorch(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
 /// Number of rows that a thread rotates at once.
 const ROWS: usize = 16;
 
-fn on_threads<T: Number>(
-    x: &Tensor,
-    cos: &Tensor,
-    sin: &Tensor,
-    out: &Tensor,
-    order: RowPositions,
-) {
+fn on_threads<T>(x: &Tensor, cos: &Tensor, sin: &Tensor, out: &Tensor, order: RowPositions)
+where
+    T: Number,
+{
     let [_, _, _, width] = sizes(x);
     let [_, half] = sizes(cos);
     let count = x.numel().checked_div(width).unwrap_or(0);
@@ -95,8 +92,9 @@ fn on_threads<T: Number>(
             let rows = start..(start + ROWS).min(rows.end);
             let x = x.rows(&rows, width);
             // SAFETY: each row belongs to one thread.
-            let out = unsafe { out.rows_mut(&rows, width) };
-            rotate_rows(x, start, order, angles, &mut wide[..x.len()], out, width);
+            let rotated = unsafe { out.rows_mut(&rows, width) };
+            let wide = &mut wide[..x.len()];
+            rotate_rows(x, start, order, angles, wide, rotated, width);
         }
     });
 }
@@ -113,7 +111,7 @@ struct Angles<'a> {
 ///
 /// Without the buffer, the loops over short bf16 rows would not compile to vector code.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn rotate_rows<T: Number>(
+fn rotate_rows<T>(
     x: &[T],
     start: usize,
     order: RowPositions,
@@ -121,7 +119,9 @@ fn rotate_rows<T: Number>(
     wide: &mut [f32],
     out: &mut [T],
     width: usize,
-) {
+) where
+    T: Number,
+{
     let Angles { half, cos, sin } = angles;
     for (wide, x) in wide.iter_mut().zip(x) {
         *wide = x.wide();

@@ -60,8 +60,9 @@ pub fn select_experts(
         let by_gpu = || cuda::select_experts(gpu, logits_te, bias_e, top_k, sigmoid);
         return span("router", "select_experts", cost, by_gpu);
     }
-    let bias = bias_e.map(|bias| Vec::<f32>::try_from(bias).expect("the bias is fp32"));
-    let bias = bias.unwrap_or_else(|| vec![0.0; width]);
+    let bias = bias_e
+        .map(|bias| Vec::<f32>::try_from(bias).expect("the bias is fp32"))
+        .unwrap_or_else(|| vec![0.0; width]);
     let shape = [count as i64, top_k as i64];
     let experts_tk = Tensor::empty(shape, (Kind::Int64, logits_te.device()));
     // SAFETY: the tensor is contiguous in host memory and has this dtype.
@@ -71,8 +72,9 @@ pub fn select_experts(
     span("router", "select_experts", cost, || {
         for_rows(count, LOGIT_COST * width, |_, rows| {
             // SAFETY: each row belongs to one thread.
-            let experts = unsafe { experts.rows_mut(&rows, top_k) };
-            select_experts_rows(logits.rows(&rows, width), &bias, sigmoid, experts, top_k);
+            let selected = unsafe { experts.rows_mut(&rows, top_k) };
+            let logits = logits.rows(&rows, width);
+            select_experts_rows(logits, &bias, sigmoid, selected, top_k);
         });
     });
     experts_tk
@@ -537,7 +539,9 @@ pub(crate) mod tests {
             let experts = select_experts(&logits, None, top_k as usize, sigmoid);
             let ours = router(&logits, &experts, scoring, &groups);
             let ours = [ours.weights_tk, ours.prob_sums_ge, ours.z_sum];
-            let wide = logits.to_f64().set_requires_grad(true);
+            let wide = logits
+                .to_f64()
+                .set_requires_grad(true);
             let theirs = plain(&wide, &experts, scoring, &groups);
             // Only some of the outputs have a gradient.
             let random = |i: usize| {

@@ -71,9 +71,12 @@ pub(crate) struct HostData<T> {
 }
 
 // SAFETY: the callers of `rows_mut` promise that no two threads write the same elements.
-unsafe impl<T: Send + Sync> Sync for HostData<T> {}
+unsafe impl<T> Sync for HostData<T> {}
 
-impl<T> HostData<T> {
+impl<T> HostData<T>
+where
+    T: Send + Sync,
+{
     /// # Safety
     /// The tensor is contiguous in host memory, has elements of type T, and outlives the result.
     pub(crate) unsafe fn of(tensor: &Tensor) -> HostData<T> {

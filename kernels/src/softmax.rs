@@ -84,13 +84,15 @@ pub fn softmax_gradient(
     });
 }
 
-fn softmax_on_threads<T: Number>(
+fn softmax_on_threads<T>(
     logits: &Tensor,
     out: &Tensor,
     largest: &Tensor,
     sum: &Tensor,
     inverse: f32,
-) {
+) where
+    T: Number,
+{
     let [count, width] = sizes(logits);
     // SAFETY: `host_kind` has checked these, and the caller creates the others.
     let [logits, out] = unsafe { HostData::<T>::of_all([logits, out]) };
@@ -114,12 +116,14 @@ fn softmax_on_threads<T: Number>(
     });
 }
 
-fn softmax_gradient_on_threads<T: Number>(
+fn softmax_gradient_on_threads<T>(
     probs: &Tensor,
     prob_factors: &Tensor,
     labels: &Tensor,
     label_factors: &Tensor,
-) {
+) where
+    T: Number,
+{
     let [count, width] = sizes(probs);
     // SAFETY: the caller has checked all devices, layouts and dtypes.
     let probs = unsafe { HostData::<T>::of(probs) };
@@ -144,23 +148,28 @@ fn softmax_gradient_on_threads<T: Number>(
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn vector_exponentials<T: Number>(
-    logits: &[T],
-    wide: &mut [f32],
-    inverse_divisor: f32,
-) -> (f32, f32) {
+fn vector_exponentials<T>(logits: &[T], wide: &mut [f32], inverse_divisor: f32) -> (f32, f32)
+where
+    T: Number,
+{
     exponentials(logits, wide, inverse_divisor)
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn narrow<T: Number>(wide: &[f32], scale: f32, out: &mut [T]) {
+fn narrow<T>(wide: &[f32], scale: f32, out: &mut [T])
+where
+    T: Number,
+{
     for (out, wide) in out.iter_mut().zip(wide) {
         *out = T::narrow(wide * scale);
     }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn scale_row<T: Number>(row: &mut [T], scale: f32) {
+fn scale_row<T>(row: &mut [T], scale: f32)
+where
+    T: Number,
+{
     for x in row {
         *x = T::narrow(x.wide() * scale);
     }
@@ -169,11 +178,10 @@ fn scale_row<T: Number>(row: &mut [T], scale: f32) {
 /// Writes `exp(logits * inverse_divisor - highest)` to `wide`, where `highest` is the maximum of
 /// `logits * inverse_divisor`. Returns `highest` and the sum of the exponentials.
 #[inline(always)]
-pub(crate) fn exponentials<T: Number>(
-    logits: &[T],
-    wide: &mut [f32],
-    inverse_divisor: f32,
-) -> (f32, f32) {
+pub(crate) fn exponentials<T>(logits: &[T], wide: &mut [f32], inverse_divisor: f32) -> (f32, f32)
+where
+    T: Number,
+{
     let mut highest = [f32::NEG_INFINITY; LANES];
     let scale = |wide: &mut [f32], logits: &[T], highest: &mut [f32; LANES]| {
         for ((wide, logit), highest) in wide.iter_mut().zip(logits).zip(highest) {

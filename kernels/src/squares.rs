@@ -78,7 +78,10 @@ mod tests {
             tch::set_num_threads(threads);
             let kind = if wide { Kind::Float } else { Kind::BFloat16 };
             let x = randn(&[count], kind);
-            let plain = x.to_f64().square().sum(Kind::Double);
+            let plain = x
+                .to_f64()
+                .square()
+                .sum(Kind::Double);
             let plain = plain.double_value(&[]);
             let ours = sum_of_squares(&x).double_value(&[]);
             let tolerance = if wide { 1e-6 } else { 1e-2 };

@@ -102,14 +102,25 @@ fn round_rows(wide: &[f32], out: &mut [Bf16], rows: &GlobalRows) {
     }
 }
 
+/// Returns the 16 random bits of an element.
+#[inline(always)]
+fn random_bits(key: u64, index: u64) -> u32 {
+    let mut z = index.wrapping_mul(INCREMENT);
+    z = z.wrapping_add(key);
+    for (shift, multiplier) in SHIFTS.into_iter().zip(MULTIPLIERS) {
+        z ^= z >> shift;
+        z = z.wrapping_mul(multiplier);
+    }
+    z ^= z >> SHIFTS[2];
+    (z >> 48) as u32
+}
+
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
 fn round_row(wide: &[f32], out: &mut [Bf16], key: u64, first: u64) {
-    for (index, (out, x)) in (first..).zip(out.iter_mut().zip(wide)) {
-        let mut z = key.wrapping_add(index.wrapping_mul(INCREMENT));
-        z = (z ^ (z >> SHIFTS[0])).wrapping_mul(MULTIPLIERS[0]);
-        z = (z ^ (z >> SHIFTS[1])).wrapping_mul(MULTIPLIERS[1]);
-        z ^= z >> SHIFTS[2];
-        let bits = x.to_bits().wrapping_add((z >> 48) as u32) & 0xffff_0000;
+    let elements = out.iter_mut().zip(wide);
+    for (index, (out, x)) in (first..).zip(elements) {
+        let bits = x.to_bits().wrapping_add(random_bits(key, index));
+        let bits = bits & 0xffff_0000;
         // What is no number has no neighbors.
         *out = Bf16::narrow(if x.is_finite() {
             f32::from_bits(bits)
@@ -185,44 +196,52 @@ mod tests {
         ) {
             tch::set_num_threads(threads);
             let x = randn(&[rows, columns], Kind::Float);
-            let all = whole(key, rows as usize, columns as usize);
-            let out = rounded(&x, std::slice::from_ref(&all));
-            let theirs = Tensor::zeros([rows, columns], (Kind::BFloat16, Device::Cpu));
-            by_libtorch(&x, &theirs, std::slice::from_ref(&all));
+            let all = [whole(key, rows as usize, columns as usize)];
+            let out = rounded(&x, &all);
+            let theirs = out.zeros_like();
+            by_libtorch(&x, &theirs, &all);
             prop_assert!(out.equal(&theirs));
-            // Any elements that follow each other.
             let at = |cut: f64, len: i64| (cut * (len + 1) as f64) as i64;
-            let start = at(cuts[0], rows * columns - 1);
-            let len = at(cuts[1], rows * columns - start);
-            let part = all.within(&(start as usize..(start + len) as usize));
-            let x_part = x.view([-1]).narrow(0, start, len);
-            let parts: Vec<GlobalRows> = part.into_iter().collect();
-            prop_assert!(rounded(&x_part, &parts).equal(&out.view([-1]).narrow(0, start, len)));
+            // Any elements that follow each other.
+            let count = rows * columns;
+            let start = at(cuts[0], count - 1);
+            let len = at(cuts[1], count - start);
+            let flat = |x: &Tensor| {
+                let row = x.view([-1]);
+                row.narrow(0, start, len)
+            };
+            let range = start as usize..(start + len) as usize;
+            let part = all[0].within(&range);
+            let part: Vec<GlobalRows> = part.into_iter().collect();
+            let ours = rounded(&flat(&x), &part);
+            prop_assert!(ours.equal(&flat(&out)));
             // Some columns of all rows.
             let first = at(cuts[2], columns - 1);
-            let some = x.narrow(1, first, columns - first).contiguous();
+            let some = |x: &Tensor| x.narrow(1, first, columns - first);
             let of_columns = GlobalRows {
-                elements: 0..some.numel(),
+                elements: 0..(rows * (columns - first)) as usize,
                 first: first as u64,
                 columns: (columns - first) as usize,
-                ..all
+                ..all[0].clone()
             };
-            let expected = out.narrow(1, first, columns - first);
-            prop_assert!(rounded(&some, &[of_columns]).equal(&expected));
+            let ours = rounded(&some(&x).contiguous(), &[of_columns]);
+            prop_assert!(ours.equal(&some(&out)));
         }
 
         #[test]
         fn results_are_neighbors(bits: u32, key: u64) {
             let x = f32::from_bits(bits);
             let one = whole(key, 1, 1);
-            let result = rounded(&Tensor::from_slice(&[x]), &[one]).to_f64();
-            let result = result.double_value(&[0]);
+            let result = rounded(&Tensor::from_slice(&[x]), &[one]);
+            let result = result.to_f64().double_value(&[0]);
+            let down = bits & 0xffff_0000;
+            let up = down.wrapping_add(0x1_0000);
+            let neighbors = [down, up].map(|bits| f64::from(f32::from_bits(bits)));
             if x.is_finite() {
-                let down = f64::from(f32::from_bits(bits & 0xffff_0000));
-                let up = f64::from(f32::from_bits((bits & 0xffff_0000).wrapping_add(0x1_0000)));
-                prop_assert!(result == down || result == up, "{x} {result}");
+                prop_assert!(neighbors.contains(&result), "{x} {result}");
             } else {
-                prop_assert!(result.is_nan() == x.is_nan() && !result.is_finite());
+                prop_assert_eq!(result.is_nan(), x.is_nan());
+                prop_assert!(!result.is_finite());
             }
         }
     }
@@ -232,15 +251,16 @@ mod tests {
         let count = 1 << 20;
         // A quarter of the way from 1 to the next bf16 number.
         let x = Tensor::full([count], 1.0 + 0.25 / 128.0, (Kind::Float, Device::Cpu));
-        let results = rounded(&x, &[whole(7, 1, count as usize)]);
-        let ups = results.gt(1.0).to_kind(Kind::Double).mean(Kind::Double);
-        assert!((ups.double_value(&[]) - 0.25).abs() < 2e-3, "{ups:?}");
-        let other = rounded(&x, &[whole(8, 1, count as usize)]);
-        let equal = results
-            .eq_tensor(&other)
-            .to_kind(Kind::Double)
-            .mean(Kind::Double);
+        let with_key = |key| rounded(&x, &[whole(key, 1, count as usize)]);
+        let share = |chosen: Tensor| {
+            let mean = chosen.to_f64().mean(Kind::Double);
+            mean.double_value(&[])
+        };
+        let results = with_key(7);
+        let ups = share(results.gt(1.0));
+        assert!((ups - 0.25).abs() < 2e-3, "{ups}");
+        let equal = share(results.eq_tensor(&with_key(8)));
         // Equal by chance: 1/16 + 9/16.
-        assert!((equal.double_value(&[]) - 0.625).abs() < 5e-3, "{equal:?}");
+        assert!((equal - 0.625).abs() < 5e-3, "{equal}");
     }
 }

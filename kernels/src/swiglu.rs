@@ -38,25 +38,31 @@ pub(crate) fn swiglu_backward(grad: &Tensor, hidden: &Tensor) -> (Tensor, Tensor
         if let Some(gpu) = cuda::gpu(&[grad, hidden]) {
             return cuda::swiglu_backward(gpu, grad, hidden);
         }
-        let out = hidden.empty_like();
-        let result = grad.empty_like();
-        match host_kind(&[grad, hidden, &out, &result]) {
-            Some(kind) => for_kind!(kind, backward_on_threads(grad, hidden, &out, &result)),
+        let grad_hidden = hidden.empty_like();
+        let activation = grad.empty_like();
+        match host_kind(&[grad, hidden, &grad_hidden, &activation]) {
+            Some(kind) => for_kind!(
+                kind,
+                backward_on_threads(grad, hidden, &grad_hidden, &activation)
+            ),
             None => {
                 let halves = hidden.chunk(2, -1);
-                let grads = out.chunk(2, -1);
+                let grads = grad_hidden.chunk(2, -1);
                 let silu = halves[0].silu();
                 let grad_gate = halves[0].silu_backward(&(grad * &halves[1]));
                 grads[0].shallow_clone().copy_(&grad_gate);
                 let _ = silu.multiply_out(&grads[1], grad);
-                let _ = silu.multiply_out(&result, &halves[1]);
+                let _ = silu.multiply_out(&activation, &halves[1]);
             }
         }
-        (out, result)
+        (grad_hidden, activation)
     })
 }
 
-fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor) {
+fn forward_on_threads<T>(hidden: &Tensor, out: &Tensor)
+where
+    T: Number,
+{
     let [count, ffn] = sizes(out);
     // SAFETY: `host_kind` has checked `hidden`, and the caller creates `out`.
     let [hidden, out] = unsafe { HostData::<T>::of_all([hidden, out]) };
@@ -67,12 +73,10 @@ fn forward_on_threads<T: Number>(hidden: &Tensor, out: &Tensor) {
     });
 }
 
-fn backward_on_threads<T: Number>(
-    grad: &Tensor,
-    hidden: &Tensor,
-    grad_hidden: &Tensor,
-    activation: &Tensor,
-) {
+fn backward_on_threads<T>(grad: &Tensor, hidden: &Tensor, grad_hidden: &Tensor, activation: &Tensor)
+where
+    T: Number,
+{
     let [count, ffn] = sizes(grad);
     // SAFETY: `host_kind` has checked all four.
     let [grad, hidden, grad_hidden, activation] =
@@ -89,7 +93,10 @@ fn backward_on_threads<T: Number>(
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
+fn forward<T>(hidden: &[T], out: &mut [T], ffn: usize)
+where
+    T: Number,
+{
     let outputs = out.chunks_exact_mut(ffn);
     for (hidden, out) in hidden.chunks_exact(2 * ffn).zip(outputs) {
         let (gate, up) = hidden.split_at(ffn);
@@ -101,13 +108,10 @@ fn forward<T: Number>(hidden: &[T], out: &mut [T], ffn: usize) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+fma", "x86_64+avx2+fma"))]
-fn backward<T: Number>(
-    grad: &[T],
-    hidden: &[T],
-    grad_hidden: &mut [T],
-    activation: &mut [T],
-    ffn: usize,
-) {
+fn backward<T>(grad: &[T], hidden: &[T], grad_hidden: &mut [T], activation: &mut [T], ffn: usize)
+where
+    T: Number,
+{
     let inputs = grad.chunks_exact(ffn).zip(hidden.chunks_exact(2 * ffn));
     let grads = grad_hidden.chunks_exact_mut(2 * ffn);
     let outputs = grads.zip(activation.chunks_exact_mut(ffn));

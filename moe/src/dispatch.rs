@@ -209,7 +209,10 @@ impl Dispatcher {
         let device = experts_tk.device();
         let is_renumbered = !physical_slots.iter().copied().eq(0..num_experts as i64);
         let slots_tk = if is_renumbered {
-            let slots: Vec<i32> = physical_slots.iter().map(|&slot| slot as i32).collect();
+            let slots = physical_slots
+                .iter()
+                .map(|&slot| slot as i32)
+                .collect::<Vec<i32>>();
             let slots = upload(&[&slots], device)?.remove(0).to_kind(Kind::Int64);
             slots
                 .index_select(0, &experts_tk.flatten(0, -1))
@@ -561,7 +564,10 @@ fn failed(error: impl std::fmt::Display) -> Error {
 
 /// Gathers the counts of all ranks, in rank order. Counts of rows fit 32 bits.
 fn all_gather_counts(group: &Arc<dyn Communicator>, counts: &[i64]) -> Result<Vec<i64>, Error> {
-    let own: Vec<i32> = counts.iter().map(|&count| count as i32).collect();
+    let own = counts
+        .iter()
+        .map(|&count| count as i32)
+        .collect::<Vec<i32>>();
     let all = Tensor::empty(
         [(own.len() * group.size()) as i64],
         (Kind::Int, Device::Cpu),
@@ -618,11 +624,14 @@ mod tests {
         for chunk in 0..chunks {
             let range = chunk_range(tokens, chunk, chunks);
             let of_chunk = |x: &Tensor| x.narrow(0, range.start as i64, range.len() as i64);
-            let experts = experts.get(range.start * TOP_K..range.end * TOP_K);
-            let experts = experts.unwrap_or_default();
+            let experts = experts
+                .get(range.start * TOP_K..range.end * TOP_K)
+                .unwrap_or_default();
             let pending = dispatcher.start(&of_chunk(&x_td), experts, TOP_K, plan, chunk);
-            let dispatched = pending.unwrap().wait(|| panic!("the rows are kept"), true);
-            let dispatched = dispatched.unwrap();
+            let dispatched = pending
+                .unwrap()
+                .wait(|| panic!("the rows are kept"), true)
+                .unwrap();
             outcome.counts.push(dispatched.groups.counts().to_vec());
             let rows_rd = dispatched.rows_rd.value.shallow_clone();
             let numbers = Tensor::arange(rows_rd.size()[0], (Kind::Float, Device::Cpu));
@@ -652,9 +661,13 @@ mod tests {
             let alone = Arc::new(Local::new(0, "experts"));
             let dispatcher = Dispatcher::new(alone, 5, topology, None, None, chunks);
             dispatcher.set_physical_slots(slots);
-            let on_host = dispatcher.plan(experts, TOP_K).unwrap();
+            let on_host = dispatcher
+                .plan(experts, TOP_K)
+                .unwrap();
             let experts_tk = Tensor::from_slice(experts).view([-1, TOP_K as i64]);
-            let on_device = dispatcher.plan_on_device(&experts_tk).unwrap();
+            let on_device = dispatcher
+                .plan_on_device(&experts_tk)
+                .unwrap();
             prop_assert_eq!(
                 run(&dispatcher, &on_device, tokens, &[]),
                 run(&dispatcher, &on_host, tokens, experts)

@@ -165,18 +165,27 @@ impl TokenExchange {
 }
 
 impl AllToAll {
-    fn start(&self, rows: &Tensor) -> Result<PendingRows, Error> {
-        let pending = start_all_to_all(rows, &self.group, &self.output_splits, &self.input_splits)?;
+    fn start(&self, sent_rows: &Tensor) -> Result<PendingRows, Error> {
+        let pending = start_all_to_all(
+            sent_rows,
+            &self.group,
+            &self.output_splits,
+            &self.input_splits,
+        )?;
         Ok(PendingRows::InFlight(pending))
     }
 
     fn start_return(&self, y_rd: &Tensor) -> Result<PendingRows, Error> {
-        let rows = match &self.row_order {
+        let ordered = match &self.row_order {
             Some(RowOrder { order, inverse }) => permute_rows(y_rd, inverse, order)?,
             None => y_rd.shallow_clone(),
         };
-        let pending =
-            start_all_to_all(&rows, &self.group, &self.input_splits, &self.output_splits)?;
+        let pending = start_all_to_all(
+            &ordered,
+            &self.group,
+            &self.input_splits,
+            &self.output_splits,
+        )?;
         Ok(PendingRows::InFlight(pending))
     }
 

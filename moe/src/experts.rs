@@ -151,7 +151,9 @@ impl GluNetworks {
     /// Returns the bytes of one network.
     pub(crate) fn bytes(&self) -> i64 {
         let weights = self.weights().into_iter();
-        let elements: i64 = weights.map(|weight| expert_numel(weight.shape())).sum();
+        let elements = weights
+            .map(|weight| expert_numel(weight.shape()))
+            .sum::<i64>();
         elements * self.gate_up_proj.kind().elt_size_in_bytes() as i64
     }
 }
@@ -212,7 +214,9 @@ pub(crate) fn grouped_glu_with_lent(
     let out_options = (out.kind(), out.device());
     let weights = networks.weights().into_iter();
     let trackers: Vec<Tensor> = weights.map(Weight::tracker).collect();
-    let inputs: Vec<&Tensor> = std::iter::once(&x_rd.value).chain(&trackers).collect();
+    let inputs = std::iter::once(&x_rd.value)
+        .chain(&trackers)
+        .collect::<Vec<&Tensor>>();
     let of_trackers = trackers.len();
     let saved = x_rd.saved();
     let mut out = attach_backward(&inputs, vec![out], move |grads| {
@@ -246,7 +250,10 @@ impl Computation {
         let own = self.networks.weights();
         stacks.extend(own.iter().map(|weight| vec![weight.value()]));
         if let Some(lent) = &self.lent {
-            let shapes: Vec<Vec<i64>> = own.iter().map(|weight| weight.shape().to_vec()).collect();
+            let shapes = own
+                .iter()
+                .map(|weight| weight.shape().to_vec())
+                .collect::<Vec<Vec<i64>>>();
             let lent = split_stacks(&lent.weights(&own)?, &shapes);
             for (stacks, lent) in stacks.iter_mut().zip(lent) {
                 stacks.push(lent);
@@ -298,7 +305,12 @@ impl Computation {
         let groups = self.groups.clone();
         let lent = self.lent.clone();
         // The last weight of forward is the first of backward.
-        let last_first: Vec<&Weight> = self.networks.weights().into_iter().rev().collect();
+        let last_first = self
+            .networks
+            .weights()
+            .into_iter()
+            .rev()
+            .collect::<Vec<&Weight>>();
         add_gradients(&last_first, move |sums| {
             let sums: Vec<&GradientSum> = sums.iter().copied().rev().collect();
             add_to_sums(&sums, &operands, &groups, lent.as_ref())
@@ -340,7 +352,10 @@ fn add_to_sums(
     operands.add_own(sums, &own_groups)?;
     match pending {
         Some(pending) => {
-            let sums: Vec<&Tensor> = sums.iter().map(|sum| sum.tensor()).collect();
+            let sums = sums
+                .iter()
+                .map(|sum| sum.tensor())
+                .collect::<Vec<&Tensor>>();
             pending.wait_and_add_to(&sums)
         }
         None => Ok(()),

@@ -154,7 +154,7 @@ fn forward_within_node(
     let num_experts = routed.num_experts;
     let send = plan_send(routed, intra_node.size());
     let counts = all_to_all_counts(intra_node, &send.counts, num_experts)?;
-    let incoming: Vec<IncomingRows> = counts
+    let incoming_rows: Vec<IncomingRows> = counts
         .iter()
         .enumerate()
         .map(|(index, &rows)| IncomingRows {
@@ -164,7 +164,12 @@ fn forward_within_node(
         })
         .filter(|incoming| incoming.rows > 0)
         .collect();
-    let receive = plan_receive(&incoming, computed_experts, intra_node.size(), num_experts);
+    let receive = plan_receive(
+        &incoming_rows,
+        computed_experts,
+        intra_node.size(),
+        num_experts,
+    );
     let received = Some((intra_node, &receive));
     let exchange = TokenExchange::new(&send, routed.per_token, received, device)?;
     Ok((exchange, receive.counts))
@@ -177,7 +182,10 @@ fn all_to_all_counts(
     numbers: &[i64],
     per_rank: usize,
 ) -> Result<Vec<i64>, Error> {
-    let numbers: Vec<i32> = numbers.iter().map(|&number| number as i32).collect();
+    let numbers = numbers
+        .iter()
+        .map(|&number| number as i32)
+        .collect::<Vec<i32>>();
     let splits = vec![1; group.size()];
     let received = all_to_all(group, &numbers, &splits, &splits, per_rank as i64)?;
     Ok(received.into_iter().map(i64::from).collect())

@@ -146,12 +146,18 @@ impl MoeLayer {
             Some(recorded) => (recorded.plan, Counted::Before(recorded.counts_ge)),
             None => self.plan(&routing.experts_tk)?,
         };
-        let shared = |x_td: &Activation| self.forward_shared(x_td);
+        let forward_shared = |x_td: &Activation| self.forward_shared(x_td);
         let RoutedOutput {
             mut hidden_td,
             overlapped,
             moe_stats,
-        } = self.forward_planned(x_td, &routing.weights_tk, counted.experts(), &plan, shared)?;
+        } = self.forward_planned(
+            x_td,
+            &routing.weights_tk,
+            counted.experts(),
+            &plan,
+            forward_shared,
+        )?;
         if let Some(shared) = overlapped {
             hidden_td = hidden_td + shared;
         }
@@ -356,7 +362,10 @@ impl MoeLayer {
             if num_chunks == 1 {
                 return vec![rows.shallow_clone()];
             }
-            let sizes: Vec<i64> = ranges.iter().map(|range| range.len() as i64).collect();
+            let sizes = ranges
+                .iter()
+                .map(|range| range.len() as i64)
+                .collect::<Vec<i64>>();
             rows.split_with_sizes(&sizes, 0)
         };
         let tokens = split(&x_td.value);

@@ -146,17 +146,37 @@ mod tests {
             experts in prop::collection::vec(0usize..3, 0..40),
         ) {
             let experts = &experts[..experts.len() / 2 * 2];
-            let targets: Vec<Option<usize>> = experts.iter().copied().map(Some).collect();
+            let targets: Vec<Option<usize>> = experts
+                .iter()
+                .copied()
+                .map(Some)
+                .collect();
             let plan = permutation(&targets);
-            let numbers: Vec<i64> = experts.iter().map(|&expert| expert as i64).collect();
+            let numbers: Vec<i64> = experts
+                .iter()
+                .map(|&expert| expert as i64)
+                .collect();
             let experts_tk = Tensor::from_slice(&numbers).view([experts.len() as i64 / 2, 2]);
             let (ours, ends) = Permutation::by_expert(&experts_tk, 3);
             prop_assert_eq!(ours.token_of_row.kind(), Kind::Int);
-            prop_assert!(ours.token_of_row.equal(&plan.token_of_row));
+            prop_assert!(
+                ours.token_of_row
+                    .equal(&plan.token_of_row)
+            );
             prop_assert_eq!(ours.row_of_routed_token.kind(), Kind::Int);
-            prop_assert!(ours.row_of_routed_token.equal(&plan.row_of_routed_token));
-            let up_to = |last: usize| experts.iter().filter(|&&expert| expert <= last).count();
-            let expected: Vec<i32> = (0..3).map(|last| up_to(last) as i32).collect();
+            prop_assert!(
+                ours.row_of_routed_token
+                    .equal(&plan.row_of_routed_token)
+            );
+            let up_to = |last: usize| {
+                experts
+                    .iter()
+                    .filter(|&&expert| expert <= last)
+                    .count()
+            };
+            let expected: Vec<i32> = (0..3)
+                .map(|last| up_to(last) as i32)
+                .collect();
             prop_assert_eq!(ends.kind(), Kind::Int);
             prop_assert_eq!(Vec::<i32>::try_from(ends).unwrap(), expected);
         }

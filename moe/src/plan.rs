@@ -405,8 +405,10 @@ pub fn plan_send(routed: &RoutedTokens, ranks: usize) -> SendPlan {
 
 /// Sums counts `[ranks * E]` over the experts.
 fn rows_per_rank(counts: &[i64], num_experts: usize) -> Vec<i64> {
-    let ranks = counts.chunks(num_experts);
-    ranks.map(|rank| rank.iter().sum()).collect()
+    counts
+        .chunks(num_experts)
+        .map(|rank| rank.iter().sum())
+        .collect()
 }
 
 /// Order of received rows for the experts. Rows arrive by rank, then by expert.
@@ -628,7 +630,10 @@ mod tests {
             // The same in one pass, with experts that the router numbers in reverse.
             let last = self.num_experts as i64 - 1;
             let reversed: Vec<i64> = (0..=last).rev().collect();
-            let renumbered: Vec<i64> = experts.iter().map(|expert| last - expert).collect();
+            let renumbered = experts
+                .iter()
+                .map(|expert| last - expert)
+                .collect::<Vec<i64>>();
             let in_one_pass =
                 chunk_plan.send_plan(&renumbered, self.top_k, &reversed, &self.topology);
             assert_eq!(in_one_pass, plan);

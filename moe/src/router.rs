@@ -291,7 +291,10 @@ mod tests {
             .unwrap()
     }
 
-    fn list<T: tch::kind::Element + Copy>(tensor: &Tensor) -> Vec<T> {
+    fn list<T>(tensor: &Tensor) -> Vec<T>
+    where
+        T: tch::kind::Element + Copy,
+    {
         Vec::try_from(tensor.flatten(0, -1)).unwrap()
     }
 

@@ -225,7 +225,9 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
     let seed = rank as i64;
     let layer = build_layer(groups, case, mode);
     let weights = layer.weights.experts.weights().into_iter();
-    let weights: Vec<_> = weights.map(|weight| (weight.clone(), 0)).collect();
+    let weights = weights
+        .map(|weight| (weight.clone(), 0))
+        .collect::<Vec<_>>();
     let count = weights.len();
     let gradients =
         GradientBuckets::new(&weights, &[Replication::alone()], 1 << 20, true, &Cpu).unwrap();
@@ -256,12 +258,18 @@ fn run(groups: &Groups, case: &Case, mode: Mode) -> Outcome {
 
 /// Returns the outcomes of each run, by rank.
 fn run_all(runs: &[(Case, Mode)]) -> Vec<Vec<Outcome>> {
-    let mut outcomes: Vec<Vec<Outcome>> = runs.iter().map(|_| Vec::new()).collect();
+    let mut outcomes = runs
+        .iter()
+        .map(|_| Vec::new())
+        .collect::<Vec<Vec<Outcome>>>();
     for ranks in [2, 4] {
         let indices: Vec<usize> = (0..runs.len())
             .filter(|&index| runs[index].0.chosen.len() == ranks)
             .collect();
-        let own: Vec<(Case, Mode)> = indices.iter().map(|&index| runs[index].clone()).collect();
+        let own = indices
+            .iter()
+            .map(|&index| runs[index].clone())
+            .collect::<Vec<(Case, Mode)>>();
         let by_rank = run_on_threads(ranks, TIMEOUT, move |world| {
             let groups = Groups::join(world);
             own.iter()
@@ -481,8 +489,10 @@ fn all_modes_compute_what_standard_dispatch_computes() {
 }
 
 fn sum(outcomes: &[Outcome], figure: fn(&MoeStats) -> i64) -> i64 {
-    let figures = outcomes.iter().map(|outcome| figure(&outcome.moe_stats));
-    figures.sum()
+    outcomes
+        .iter()
+        .map(|outcome| figure(&outcome.moe_stats))
+        .sum()
 }
 
 fn check_loads(case: &Case, mode: &Mode, outcomes: &[Outcome]) {

@@ -37,7 +37,9 @@ impl CpuTopology {
         let cpus_of = |node: usize| parse_cpu_list(&read(&format!("node{node}/cpulist"))?);
         let nodes = online.unwrap_or_default().into_iter().filter_map(cpus_of);
         // Nodes may have memory only.
-        let mut nodes: Vec<Vec<usize>> = nodes.filter(|cpus| !cpus.is_empty()).collect();
+        let mut nodes = nodes
+            .filter(|cpus| !cpus.is_empty())
+            .collect::<Vec<Vec<usize>>>();
         if nodes.is_empty() {
             nodes.push(allowed.clone());
         }
@@ -58,7 +60,9 @@ impl CpuTopology {
             cpus.filter(|cpu| self.allowed.contains(cpu)).collect()
         };
         let allowed_by_node = self.nodes.iter().map(allowed_in);
-        let nodes: Vec<Vec<usize>> = allowed_by_node.filter(|node| !node.is_empty()).collect();
+        let nodes = allowed_by_node
+            .filter(|node| !node.is_empty())
+            .collect::<Vec<Vec<usize>>>();
         let present: usize = self.nodes.iter().map(Vec::len).sum();
         let restricted = self.allowed.len() < present;
         match affinity {

@@ -86,7 +86,10 @@ pub fn broadcast_bytes(group: &Arc<dyn Communicator>, bytes: &[u8]) -> Result<Ve
 ///
 /// # Errors
 /// If it is not of this type.
-pub fn decode_peer_message<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, AgreementError> {
+pub fn decode_peer_message<T>(bytes: &[u8]) -> Result<T, AgreementError>
+where
+    T: DeserializeOwned,
+{
     Ok(serde_json::from_slice(bytes)?)
 }
 

@@ -16,10 +16,10 @@ use std::{
 ///
 /// # Errors
 /// If the work fails, or is not done in time.
-pub fn within<T: Send + 'static>(
-    limit: Duration,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
+pub fn within<T>(limit: Duration, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T>
+where
+    T: Send + 'static,
+{
     let (done, result) = channel();
     std::thread::Builder::new().spawn(move || {
         // The receiver may have given up.

@@ -154,8 +154,9 @@ impl HostGroups {
         let join_level: JoinLevel = Box::new(move |level, members| {
             let name = format!("{name}, level {level}");
             let membership = Membership::new(&name, members, groups.0.rank)?;
-            let shared_memory = groups.join_shared_memory(&membership)?;
-            shared_memory.map_or_else(|| groups.join_flat(&membership), Ok)
+            groups
+                .join_shared_memory(&membership)?
+                .map_or_else(|| groups.join_flat(&membership), Ok)
         });
         let machines = self.0.machines.of(&membership.members);
         let whole = self.lazy(membership, HostGroups::join_flat);
@@ -169,7 +170,9 @@ impl HostGroups {
     }
 
     fn store_of(&self, membership: &Membership) -> Result<Store, CommError> {
-        let store = self.0.store.prefixed(&membership.store_key());
-        store.map_err(|error| membership.error("joining", error))
+        self.0
+            .store
+            .prefixed(&membership.store_key())
+            .map_err(|error| membership.error("joining", error))
     }
 }

@@ -101,8 +101,9 @@ fn numbers(reports: &[u8], ranks: usize) -> Result<Vec<u32>, Error> {
     let text = String::from_utf8_lossy(reports);
     let mut identities = vec![None; ranks];
     for line in text.lines() {
-        let report = line.split_once(' ');
-        let report = report.and_then(|(rank, identity)| Some((rank.parse().ok()?, identity)));
+        let report = line
+            .split_once(' ')
+            .and_then(|(rank, identity)| Some((rank.parse().ok()?, identity)));
         let (rank, identity): (usize, &str) =
             report.ok_or_else(|| Error::new(format!("{line:?} is no report of a machine")))?;
         if let Some(reported) = identities.get_mut(rank) {
@@ -124,7 +125,10 @@ impl Placement {
         let mut blocks: Vec<EqualBlocks> = Vec::new();
         for (index, block) in numbers.chunk_by(|one, next| one == next).enumerate() {
             if block[0] != index as u32 {
-                let numbers: Vec<usize> = numbers.iter().map(|&number| number as usize).collect();
+                let numbers = numbers
+                    .iter()
+                    .map(|&number| number as usize)
+                    .collect::<Vec<usize>>();
                 return Placement::Numbers(MemberRanges::new(&numbers));
             }
             let ranks = block.len() as u32;
@@ -173,7 +177,9 @@ mod tests {
     #[test]
     fn the_table_of_a_regular_cluster_has_constant_size() {
         let table = |machines: u32, ranks: u32| {
-            let numbers: Vec<u32> = (0..machines * ranks).map(|rank| rank / ranks).collect();
+            let numbers = (0..machines * ranks)
+                .map(|rank| rank / ranks)
+                .collect::<Vec<u32>>();
             let placement = Placement::new(&numbers);
             assert_eq!(placement.numbers(), numbers);
             serde_json::to_vec(&placement).unwrap().len()
@@ -207,7 +213,9 @@ mod tests {
             identities in prop::collection::vec(0u8..5, 1..40),
         ) {
             let reports = identities.iter().enumerate();
-            let reports: Vec<String> = reports.map(|(rank, id)| format!("{rank} {id}\n")).collect();
+            let reports: Vec<String> = reports
+                .map(|(rank, id)| format!("{rank} {id}\n"))
+                .collect();
             let numbers = numbers(reports.concat().as_bytes(), identities.len()).unwrap();
             prop_assert_eq!(Placement::new(&numbers).numbers(), numbers);
         }

@@ -306,8 +306,10 @@ impl Mesh {
 
     /// Returns the node of each member of this rank's group, for nodes of `per_node` ranks.
     pub fn nodes(&self, kind: GroupKind, per_node: usize) -> Vec<usize> {
-        let members = self.group(kind).into_iter();
-        members.map(|rank| rank / per_node).collect()
+        self.group(kind)
+            .into_iter()
+            .map(|rank| rank / per_node)
+            .collect()
     }
 
     /// Splits this rank's group by nodes of `per_node` ranks.
@@ -318,7 +320,11 @@ impl Mesh {
         let members = self.group(kind);
         let node = self.rank / per_node;
         let is_inside = |rank: &usize| rank / per_node == node;
-        let inside: Vec<usize> = members.iter().copied().filter(is_inside).collect();
+        let inside = members
+            .iter()
+            .copied()
+            .filter(is_inside)
+            .collect::<Vec<usize>>();
         let position = inside.iter().position(|&rank| rank == self.rank)?;
         let nodes = self.nodes(kind, per_node);
         let mut members_by_node = nodes.chunk_by(|node, next| node == next);
@@ -486,22 +492,28 @@ mod tests {
         #[test]
         fn groups_by_stride_are_those_of_a_scan(shape in shapes(), stages in 0usize..16) {
             let ranks = ranks(shape);
-            let stages: Vec<usize> = (0..4).rev().filter(|bit| stages >> bit & 1 == 1).collect();
+            let stages: Vec<usize> = (0..4)
+                .rev()
+                .filter(|bit| stages >> bit & 1 == 1)
+                .collect();
             for rank in 0..ranks {
                 let mesh = Mesh::new(shape, rank, ranks).unwrap();
                 let own = mesh.coordinates();
                 for kind in GroupKind::ALL {
-                    let is_member = |other: &usize| {
-                        key(mesh.coordinates_of(*other), kind) == key(own, kind)
-                    };
-                    let scanned: Vec<usize> = (0..ranks).filter(is_member).collect();
+                    let is_member =
+                        |other: &usize| key(mesh.coordinates_of(*other), kind) == key(own, kind);
+                    let scanned: Vec<usize> = (0..ranks)
+                        .filter(is_member)
+                        .collect();
                     prop_assert_eq!(mesh.group(kind), scanned);
                 }
                 let is_replica = |other: &usize| {
                     let at = mesh.coordinates_of(*other);
                     at.tensor == own.tensor && stages.contains(&at.pipeline)
                 };
-                let scanned: Vec<usize> = (0..ranks).filter(is_replica).collect();
+                let scanned: Vec<usize> = (0..ranks)
+                    .filter(is_replica)
+                    .collect();
                 prop_assert_eq!(mesh.dense_replicas_in_stages(&stages), scanned);
             }
         }
@@ -511,12 +523,18 @@ mod tests {
             let ranks = ranks(shape);
             for group in GroupKind::ALL {
                 for rank in 0..ranks {
-                    let members = Mesh::new(shape, rank, ranks).unwrap().group(group);
-                    let position = Mesh::new(shape, rank, ranks).unwrap().position(group);
+                    let members = Mesh::new(shape, rank, ranks)
+                        .unwrap()
+                        .group(group);
+                    let position = Mesh::new(shape, rank, ranks)
+                        .unwrap()
+                        .position(group);
                     prop_assert_eq!(members.get(position), Some(&rank));
                     prop_assert_eq!(members.len(), expected_size(shape, group));
                     for &member in &members {
-                        let its_group = Mesh::new(shape, member, ranks).unwrap().group(group);
+                        let its_group = Mesh::new(shape, member, ranks)
+                            .unwrap()
+                            .group(group);
                         prop_assert_eq!(&its_group, &members);
                     }
                 }

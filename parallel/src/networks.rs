@@ -177,16 +177,22 @@ mod tests {
             v4 in prop::collection::vec(any::<u32>(), 0..600),
             v6 in prop::collection::vec(any::<u128>(), 0..600),
         ) {
-            let v4 = v4.into_iter().map(|bits| IpAddr::V4(bits.into()));
-            let v6 = v6.into_iter().map(|bits| IpAddr::V6(bits.into()));
+            let v4 = v4
+                .into_iter()
+                .map(|bits| IpAddr::V4(bits.into()));
+            let v6 = v6
+                .into_iter()
+                .map(|bits| IpAddr::V6(bits.into()));
             let addresses: Vec<IpAddr> = v4.chain(v6).collect();
-            let text: Vec<String> = addresses.iter().map(IpAddr::to_string).collect();
+            let text: Vec<String> = addresses
+                .iter()
+                .map(IpAddr::to_string)
+                .collect();
             let networks = summarize(&text.join(" "));
             prop_assert!(networks.len() <= (2 * MAX_NETWORKS).min(addresses.len()));
             for address in addresses {
-                let contains = |network: &Network| {
-                    network.join(Network::of_one(address)) == Some(*network)
-                };
+                let contains =
+                    |network: &Network| network.join(Network::of_one(address)) == Some(*network);
                 prop_assert!(networks.iter().any(contains), "{}", address);
             }
         }

@@ -88,7 +88,10 @@ pub fn recomputed<F>(inputs: &[&Tensor], compute: F) -> Result<Vec<Tensor>, Erro
 where
     F: Fn(&[Tensor]) -> Result<Vec<Tensor>, Error> + Send + 'static,
 {
-    let kept: Vec<Tensor> = inputs.iter().map(|input| input.detach()).collect();
+    let kept = inputs
+        .iter()
+        .map(|input| input.detach())
+        .collect::<Vec<Tensor>>();
     let outputs = tch::no_grad(|| compute(&kept))?;
     attach_backward(inputs, outputs, move |grads| {
         tch::with_grad(|| {

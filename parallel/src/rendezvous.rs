@@ -101,8 +101,9 @@ impl RendezvousStore {
             StoreLocation::C10d(c10d) if serves => c10d.serve(env, store_timeout(timeout)),
             _ => self.open(timeout, self.traffic.clone()),
         };
-        let store = store.and_then(|store| store.prefixed(&prefix(env)));
-        let store = store.map_err(|error| self.unreachable(operation, error))?;
+        let store = store
+            .and_then(|store| store.prefixed(&prefix(env)))
+            .map_err(|error| self.unreachable(operation, error))?;
         check_versions(&store, env.rank).map_err(|reason| RendezvousError {
             operation: "comparing versions",
             reason,
@@ -188,8 +189,8 @@ impl C10dStore {
     /// machine's.
     fn serve(&self, env: &RankEnv, timeout: Duration) -> Result<Store, torch_ext::Error> {
         let is_one_machine = env.local_world_size == env.world_size;
-        let listener = bind(&self.host, self.port, is_one_machine || self.is_loopback());
-        let listener = listener.map_err(|error| torch_ext::Error::new(error.to_string()))?;
+        let listener = bind(&self.host, self.port, is_one_machine || self.is_loopback())
+            .map_err(|error| torch_ext::Error::new(error.to_string()))?;
         Store::serve_tcp(listener, timeout)
     }
 
@@ -309,7 +310,9 @@ fn serve_for_mpi(env: &RankEnv) -> io::Result<ServedForMpi> {
     let server = StoreServer::listen((Ipv4Addr::UNSPECIFIED, 0).into(), secret)?;
     let mut reached_at = server.access().clone();
     let port = reached_at.address.port();
-    let found: Vec<SocketAddr> = (hostname()?, port).to_socket_addrs()?.collect();
+    let found = (hostname()?, port)
+        .to_socket_addrs()?
+        .collect::<Vec<SocketAddr>>();
     let is_reachable = |address: &&SocketAddr| !address.ip().is_loopback() && address.is_ipv4();
     let none = || io::Error::other("this machine's host name has no address besides loopback");
     reached_at.address = *found.iter().find(is_reachable).ok_or_else(none)?;
@@ -335,8 +338,11 @@ mod tests {
     use super::*;
 
     fn listens_at(host: &str, may_be_loopback: bool) -> IpAddr {
-        let listener = bind(host, 0, may_be_loopback).unwrap();
-        listener.local_addr().unwrap().ip()
+        bind(host, 0, may_be_loopback)
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .ip()
     }
 
     #[test]

@@ -38,11 +38,20 @@ mod tests {
             rows in 0i64..100,
             ranks in 1usize..17,
         ) {
-            let parts: Vec<_> = (0..ranks).map(|rank| own_rows(rows, rank, ranks)).collect();
-            let all: Vec<i64> = parts.iter().flat_map(Clone::clone).collect();
+            let parts: Vec<_> = (0..ranks)
+                .map(|rank| own_rows(rows, rank, ranks))
+                .collect();
+            let all: Vec<i64> = parts
+                .iter()
+                .flat_map(Clone::clone)
+                .collect();
             prop_assert_eq!(all, (0..rows).collect::<Vec<_>>());
             let most = parts[0].end;
-            prop_assert!(parts.iter().all(|part| part.end - part.start <= most));
+            prop_assert!(
+                parts
+                    .iter()
+                    .all(|part| part.end - part.start <= most)
+            );
         }
     }
 }

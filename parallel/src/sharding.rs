@@ -133,7 +133,10 @@ impl ShardedWeights {
             });
         };
         let options = (first.weight.kind(), first.weight.device());
-        let total: i64 = members.iter().map(|member| member.shard_len(ranks)).sum();
+        let total = members
+            .iter()
+            .map(|member| member.shard_len(ranks))
+            .sum::<i64>();
         tch::no_grad(|| {
             let own = Tensor::zeros([total], options);
             let mut offset = 0;

@@ -82,8 +82,8 @@ impl StartCost {
             let reason = format!("the groups '{}' do not have each rank once", group.name);
             return Err(failed("planning a start", reason));
         }
-        let server = StoreServer::local();
-        let server = server.map_err(|error| failed("serving the store", error.to_string()))?;
+        let server =
+            StoreServer::local().map_err(|error| failed("serving the store", error.to_string()))?;
         let step: Step = Arc::new(Barrier::new(plan.ranks + 1));
         let plan = Arc::new(plan.clone());
         let start = |rank| {
@@ -94,7 +94,9 @@ impl StartCost {
         };
         let ranks: Vec<_> = (0..plan.ranks).map(start).collect();
         let watch = |_| Observed::of_step(&step, plan.ranks);
-        let observed: Vec<Observed> = (0..=plan.groups.len()).map(watch).collect();
+        let observed = (0..=plan.groups.len())
+            .map(watch)
+            .collect::<Vec<Observed>>();
         let ended = ranks.into_iter().map(|rank| rank.join());
         let traffic = ended.map(|ended| ended.expect("a rank returns its errors"));
         let traffic = traffic.collect::<Result<Vec<_>, CommError>>()?;
@@ -102,7 +104,11 @@ impl StartCost {
             let of_step = traffic.iter().map(|rank| rank[index]);
             observed.cost(of_step)
         };
-        let mut costs: Vec<JoinCost> = observed.iter().enumerate().map(cost).collect();
+        let mut costs = observed
+            .iter()
+            .enumerate()
+            .map(cost)
+            .collect::<Vec<JoinCost>>();
         Ok(StartCost {
             world: costs.remove(0),
             groups: costs,

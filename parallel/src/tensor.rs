@@ -48,7 +48,10 @@ impl TensorParallel {
 
     /// Returns the number of times that a block's forward uses a weight.
     pub fn uses_per_forward(&self) -> usize {
-        if self.size() == 1 { 1 } else { self.chunks }
+        if self.size() == 1 {
+            return 1;
+        }
+        self.chunks
     }
 
     /// Returns this rank's part of `0..total`, which the group size divides.
@@ -120,8 +123,9 @@ impl TensorParallel {
         for index in 0..self.chunks {
             let chunk = self.chunk(rows, index);
             let len = chunk.end - chunk.start;
-            let chunk = by_rank.narrow(1, chunk.start, len);
-            let chunk = chunk.reshape([self.size() as i64 * len, width]);
+            let chunk = by_rank
+                .narrow(1, chunk.start, len)
+                .reshape([self.size() as i64 * len, width]);
             sum.add(&compute(&chunk)?)?;
         }
         sum.finish()
@@ -301,7 +305,10 @@ impl ChunkedReduceScatter {
             links.push(chunk.link);
             slots.push(chunk.gradient);
         }
-        let sizes: Vec<i64> = parts.iter().map(|part| part.size()[0]).collect();
+        let sizes = parts
+            .iter()
+            .map(|part| part.size()[0])
+            .collect::<Vec<i64>>();
         let sum = tch::no_grad(|| Tensor::cat(&parts, 0));
         let inputs: Vec<&Tensor> = links.iter().collect();
         let shape = sum.size();

@@ -229,7 +229,10 @@ where
             .iter()
             .map(Weight::contribution)
             .collect::<Result<Vec<_>, _>>()?;
-        let sums: Vec<_> = contributions.iter().map(Contribution::sum).collect();
+        let sums = contributions
+            .iter()
+            .map(Contribution::sum)
+            .collect::<Vec<_>>();
         tch::no_grad(|| add(&sums))?;
         contributions.into_iter().try_for_each(Contribution::finish)
     });
@@ -283,9 +286,14 @@ pub fn linears(x: &Activation, weights: &[&Weight]) -> Result<Vec<Tensor>, Error
     let value = &x.value;
     let forward = |weight: &&Weight| gemm(value, &weight.value().tr());
     let outputs = tch::no_grad(|| weights.iter().map(forward).collect());
-    let trackers: Vec<Tensor> = weights.iter().map(|weight| weight.tracker()).collect();
+    let trackers = weights
+        .iter()
+        .map(|weight| weight.tracker())
+        .collect::<Vec<Tensor>>();
     let weights = clones(weights);
-    let inputs: Vec<&Tensor> = std::iter::once(value).chain(&trackers).collect();
+    let inputs = std::iter::once(value)
+        .chain(&trackers)
+        .collect::<Vec<&Tensor>>();
     let saved = x.saved();
     let needs_grad = value.requires_grad();
     attach_backward(&inputs, outputs, move |grads| {

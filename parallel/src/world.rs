@@ -114,8 +114,9 @@ impl World {
             reason,
         };
         let like = device.zeros(&[1], Kind::Float);
-        let transports = backend.resolve(env.mpi_launch, like.device(), cfg!(feature = "mpi"));
-        let transports = transports.map_err(|e| failed("choosing a backend", e))?;
+        let transports = backend
+            .resolve(env.mpi_launch, like.device(), cfg!(feature = "mpi"))
+            .map_err(|e| failed("choosing a backend", e))?;
         if env.gloo_tls.is_some() {
             check_encrypted(transports).map_err(|e| failed("choosing a backend", e))?;
         }
@@ -134,18 +135,25 @@ impl World {
 
         let rendezvous = RendezvousStore::find(env);
         let rendezvous = rendezvous.map_err(|e| failed("rendezvous through MPI", e))?;
-        let store = rendezvous.connect(env, timeout);
-        let store = store.map_err(|e| failed(e.operation, e.reason))?;
-        let recorder_store = rendezvous.connect_again(env, timeout);
-        let recorder_store = recorder_store.map_err(|e| failed(e.operation, e.reason))?;
+        let store = rendezvous
+            .connect(env, timeout)
+            .map_err(|e| failed(e.operation, e.reason))?;
+        let recorder_store = rendezvous
+            .connect_again(env, timeout)
+            .map_err(|e| failed(e.operation, e.reason))?;
         let store_rank = rendezvous.store_rank;
         // Each rank shows a sign of life before any rank has joined.
-        let timeouts = Timeouts::of_operations(timeout);
+        let operation_timeouts = Timeouts::of_operations(timeout);
         let device = like.device();
-        let recorder =
-            FlightRecorder::start(env.rank, store_rank, timeouts, recorder_store, device);
-        let machines = Machines::exchange(env, &store, joining.machine);
-        let machines = machines.map_err(|e| failed("exchanging addresses", e.to_string()))?;
+        let recorder = FlightRecorder::start(
+            env.rank,
+            store_rank,
+            operation_timeouts,
+            recorder_store,
+            device,
+        );
+        let machines = Machines::exchange(env, &store, joining.machine)
+            .map_err(|e| failed("exchanging addresses", e.to_string()))?;
         let store = Arc::new(store);
         Ok(World {
             rank: env.rank,
@@ -248,8 +256,9 @@ impl World {
     /// Returns what this rank has asked of the store to join the world and its groups. Zero for
     /// c10d's store, and in a world of one.
     pub fn store_traffic(&self) -> StoreTraffic {
-        let traffic = self.joined().map(|joined| joined.rendezvous.traffic());
-        traffic.unwrap_or_default()
+        self.joined()
+            .map(|joined| joined.rendezvous.traffic())
+            .unwrap_or_default()
     }
 
     /// Creates the communicator of the group `name` with the global ranks `members`, which include
@@ -324,22 +333,38 @@ impl World {
         };
         let failed = |reason: String| membership.error("joining", reason);
         let key = format!("device/{}", membership.store_key());
-        let store = joined.store.prefixed(&key);
-        let store = store.map_err(|error| membership.error("joining", error))?;
+        let store = joined
+            .store
+            .prefixed(&key)
+            .map_err(|error| membership.error("joining", error))?;
         let membership = membership.clone();
         let like = joined.like.shallow_clone();
-        let budget = &joined.stream_budget;
+        let stream_budget = &joined.stream_budget;
         let comm: Arc<dyn Communicator> = match transport {
             DeviceTransport::Nccl => {
                 let nccl = Nccl::load().map_err(failed)?;
-                let comm =
-                    DeviceComm::join(nccl, membership, &store, self.timeout, like, p2p, budget)?;
+                let comm = DeviceComm::join(
+                    nccl,
+                    membership,
+                    &store,
+                    self.timeout,
+                    like,
+                    p2p,
+                    stream_budget,
+                )?;
                 Arc::new(comm)
             }
             DeviceTransport::Hccl => {
                 let hccl = Hccl::load().map_err(failed)?;
-                let comm =
-                    DeviceComm::join(hccl, membership, &store, self.timeout, like, p2p, budget)?;
+                let comm = DeviceComm::join(
+                    hccl,
+                    membership,
+                    &store,
+                    self.timeout,
+                    like,
+                    p2p,
+                    stream_budget,
+                )?;
                 Arc::new(comm)
             }
         };

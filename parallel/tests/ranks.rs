@@ -7,11 +7,14 @@ use std::{sync::Arc, time::Duration};
 use tch::{Device, Kind, Tensor};
 
 /// Runs `body` on ranks that are threads of this process, with the communicator of all of them.
-fn run_with_group<T: Send + 'static>(
+fn run_with_group<T>(
     size: usize,
     timeout: Duration,
     body: fn(&World, Arc<dyn Communicator>) -> T,
-) -> Vec<T> {
+) -> Vec<T>
+where
+    T: Send + 'static,
+{
     run_on_threads(size, timeout, move |world| {
         body(world, world.all("all").unwrap())
     })
@@ -105,10 +108,10 @@ fn conforms(backend: Backend) {
 }
 
 /// Runs `body` on threads that have not joined a world yet.
-fn run_with_envs<T: Send + 'static>(
-    size: usize,
-    body: impl Fn(&RankEnv) -> T + Copy + Send + 'static,
-) -> Vec<T> {
+fn run_with_envs<T>(size: usize, body: impl Fn(&RankEnv) -> T + Copy + Send + 'static) -> Vec<T>
+where
+    T: Send + 'static,
+{
     let server = parallel::StoreServer::local().unwrap();
     let run = |rank| {
         let env = RankEnv::single_node(rank, size, server.access().clone());

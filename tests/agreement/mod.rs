@@ -70,6 +70,16 @@ pub(crate) fn values(tensor: &Tensor) -> Vec<f32> {
     Vec::try_from(tensor.flatten(0, -1).contiguous()).unwrap()
 }
 
+/// One rank's part of a [`Trace`].
+struct RankTrace {
+    steps: Vec<[f64; 4]>,
+    first_gradients: Vec<(TensorSlice, Tensor)>,
+    weights: Vec<(TensorSlice, Tensor)>,
+    lent_tokens: u64,
+    moved: u64,
+    smallest_gap: f64,
+}
+
 /// A tensor that is gathered slice by slice from the ranks.
 type Gathered = BTreeMap<String, Tensor>;
 
@@ -149,17 +159,27 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         for (_, name, bias) in trainer.model().biases() {
             weights.push((TensorSlice::whole(name, &bias.size()), bias.copy()));
         }
-        let others = (lent_tokens, moved, smallest_gap);
-        (steps, first_gradients, weights, others)
+        RankTrace {
+            steps,
+            first_gradients,
+            weights,
+            lent_tokens,
+            moved,
+            smallest_gap,
+        }
     });
     let mut first_gradients = Gathered::new();
     let mut weights = Gathered::new();
-    for (steps, of_rank, weights_of_rank, _) in &parts {
-        assert_eq!(*steps, parts[0].0, "every rank reports the same figures");
-        for (slice, part) in of_rank {
+    let first = &parts[0];
+    for rank in &parts {
+        assert_eq!(
+            rank.steps, first.steps,
+            "every rank reports the same figures"
+        );
+        for (slice, part) in &rank.first_gradients {
             gather(&mut first_gradients, slice, part);
         }
-        for (slice, part) in weights_of_rank {
+        for (slice, part) in &rank.weights {
             gather(&mut weights, slice, part);
         }
     }
@@ -170,12 +190,12 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
             .collect()
     };
     Trace {
-        steps: parts[0].0.clone(),
+        steps: first.steps.clone(),
         first_gradients: by_name(first_gradients),
         weights: by_name(weights),
-        lent_tokens: parts[0].3.0,
-        moved: parts[0].3.1,
-        smallest_gap: parts[0].3.2,
+        lent_tokens: first.lent_tokens,
+        moved: first.moved,
+        smallest_gap: first.smallest_gap,
     }
 }
 
@@ -187,13 +207,18 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 pub(crate) fn assert_same(what: &str, trace: &Trace, single: &Trace) {
+    assert_within(what, trace, single, 1e-5);
+}
+
+/// Compares two runs. Relative differences are at most `tolerance`.
+pub(crate) fn assert_within(what: &str, trace: &Trace, single: &Trace, tolerance: f64) {
     for (step, (ours, reference)) in trace.steps.iter().zip(&single.steps).enumerate() {
         for (figure, (a, b)) in ["loss", "load balance", "z", "grad norm"]
             .iter()
             .zip(ours.iter().zip(reference))
         {
             assert!(
-                (a - b).abs() <= 1e-5 * b.abs(),
+                (a - b).abs() <= tolerance * b.abs(),
                 "{what}: {figure} at step {}: {a} and {b}",
                 step + 1
             );
@@ -209,7 +234,7 @@ pub(crate) fn assert_same(what: &str, trace: &Trace, single: &Trace) {
         );
         for (name, values) in ours {
             let far = distance(values, &reference[name]);
-            assert!(far <= 1e-5, "{what}: {kind} of {name} is {far} away");
+            assert!(far <= tolerance, "{what}: {kind} of {name} is {far} away");
         }
     }
 }

@@ -76,12 +76,10 @@ pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::{EqualRanks, RankMemory};
 pub use model::parameters::{Parameter, Parameters};
 pub use model::replicas::Replicas;
-pub use model::role::Role;
 pub use model::{
     AuxLosses, BuildContext, ForwardOutput, Losses, Model, ModelPart, ParameterCount,
     PipelineSplit, Share, StagePart, split_layers,
 };
-pub use optim::muon::{AdjustLr, MuonConfig};
 pub use optim::{Optimizer, StageRanks};
 pub use process_groups::ProcessGroups;
 pub use train::metrics::records::{

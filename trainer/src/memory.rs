@@ -122,16 +122,33 @@ struct RankSizes<'a> {
 }
 
 impl Config {
-    /// Returns the elements of the mask that keeps the documents of a microbatch apart, in the
-    /// model's dtype. All layers share it, and ring attention has none.
+    /// Returns the elements of the masks that keep the documents of a microbatch apart, in the
+    /// model's dtype: one for each reach of attention, which layers share. Ring attention has none.
     pub(crate) fn document_mask_elements(&self) -> u128 {
-        let parallel = &self.parallel;
-        let is_ring = parallel.context > 1 && parallel.context_attention == ContextKind::Ring;
-        if self.data.eod_token.is_none() || is_ring {
+        if self.data.eod_token.is_none() || self.has_ring_attention() {
             return 0;
         }
-        let length = self.data.sequence_length as u128;
-        self.train.micro_batch as u128 * length * length
+        let length = self.data.sequence_length;
+        let reaches = self.model.attention_reaches(length).len() as u128;
+        let length = length as u128;
+        reaches * self.train.micro_batch as u128 * length * length
+    }
+
+    /// Returns the elements of the masks of sliding windows, which a device keeps as long as the
+    /// model: one for each window, if there are no masks of documents.
+    fn window_mask_elements(&self) -> u64 {
+        let is_masked = self.data.eod_token.is_none() && !self.has_ring_attention();
+        if self.run.device == "cpu" || !is_masked {
+            return 0;
+        }
+        let length = self.data.sequence_length;
+        let windows = self.model.attention_reaches(length).into_iter().flatten();
+        windows.count() as u64 * (length * length) as u64
+    }
+
+    fn has_ring_attention(&self) -> bool {
+        let parallel = &self.parallel;
+        parallel.context > 1 && parallel.context_attention == ContextKind::Ring
     }
 }
 
@@ -575,6 +592,7 @@ impl RankSizes<'_> {
         let buckets = shards.buckets(last_use);
         let in_backward = peak(&units, &buckets, MAX_REDUCTIONS);
         let transient = in_backward + self.softmax(&held.part) + self.message();
+        let window_masks = self.config.window_mask_elements() * self.element;
         // The optimizer runs when the activations of the step are gone.
         let in_optimizer = shards.matrix_bytes().saturating_sub(saved);
         RankMemory {
@@ -586,7 +604,7 @@ impl RankSizes<'_> {
             host: if is_offloaded { state_and_masters } else { 0 },
             microbatches_in_flight: in_flight,
             activations: saved,
-            transient: transient.max(in_optimizer),
+            transient: window_masks + transient.max(in_optimizer),
         }
     }
 }
@@ -788,6 +806,31 @@ mod tests {
             assert_eq!(mask(2, "ulysses", layers), fp32_mask);
             assert_eq!(mask(2, "ring", layers), 0);
         }
+    }
+
+    #[test]
+    fn each_reach_of_attention_has_a_mask() {
+        let bytes = |device: &str, documents: bool, window: Value| {
+            let attention = json!({"grouped": {"window": window}});
+            let mut config = config(json!({}), json!({"attention": attention}));
+            config.data.eod_token = documents.then_some(0);
+            config.run.device = device.into();
+            let memory = &config.memory(1).unwrap()[0].memory;
+            memory.activations + memory.transient
+        };
+        let fp32_mask = 32 * 32 * 4;
+        let half = || json!({"size": 5, "layers": {"every": 2}});
+        let masks = |device: &str, documents, window| {
+            bytes(device, documents, window) - bytes(device, documents, Value::Null)
+        };
+        // Documents have one mask in any case.
+        assert_eq!(masks("cpu", true, half()), fp32_mask);
+        assert_eq!(masks("cpu", true, json!({"size": 5})), 0);
+        assert_eq!(masks("cuda", true, half()), fp32_mask);
+        assert_eq!(masks("cuda", false, half()), fp32_mask);
+        assert_eq!(masks("cpu", false, half()), 0);
+        // A window as long as the sequence is none.
+        assert_eq!(masks("cuda", false, json!({"size": 32})), 0);
     }
 
     #[test]

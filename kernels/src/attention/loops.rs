@@ -98,9 +98,16 @@ pub(super) fn attention_backward(
     instructions: InstructionSet,
 ) -> [Tensor; 3] {
     let kind = grad.kind();
-    if let Some(wide) = widened(inputs, instructions) {
+    if let Some(wide_inputs) = widened(inputs, instructions) {
         let [grad, out] = [grad, out].map(|x| x.to_kind(Kind::Float));
-        let grads = attention_backward(&grad, wide.each_ref(), &out, lse, options, instructions);
+        let grads = attention_backward(
+            &grad,
+            wide_inputs.each_ref(),
+            &out,
+            lse,
+            options,
+            instructions,
+        );
         return grads.map(|grad| grad.to_kind(kind));
     }
     let [query, key, value] = inputs;
@@ -347,13 +354,16 @@ impl PackedMatrix {
     ///
     /// # Safety
     /// The rows are readable, and the processor has the features.
-    unsafe fn natural<K: Kernel>(
+    unsafe fn natural<K>(
         from: *const u8,
         row_stride: usize,
         rows: usize,
         width: usize,
         to: &mut Vec<CacheLine>,
-    ) -> PackedMatrix {
+    ) -> PackedMatrix
+    where
+        K: Kernel,
+    {
         let from = Operand {
             data: from,
             inner: row_stride,
@@ -368,13 +378,16 @@ impl PackedMatrix {
     ///
     /// # Safety
     /// The rows are readable, and the processor has the features.
-    unsafe fn transposed<K: Kernel>(
+    unsafe fn transposed<K>(
         from: *const u8,
         row_stride: usize,
         rows: usize,
         width: usize,
         to: &mut Vec<CacheLine>,
-    ) -> PackedMatrix {
+    ) -> PackedMatrix
+    where
+        K: Kernel,
+    {
         let from = Operand {
             data: from,
             inner: K::SIZE,
@@ -385,11 +398,10 @@ impl PackedMatrix {
         unsafe { PackedMatrix::new::<K>(&from, rows, to) }
     }
 
-    unsafe fn new<K: Kernel>(
-        from: &Operand,
-        columns: usize,
-        to: &mut Vec<CacheLine>,
-    ) -> PackedMatrix {
+    unsafe fn new<K>(from: &Operand, columns: usize, to: &mut Vec<CacheLine>) -> PackedMatrix
+    where
+        K: Kernel,
+    {
         let units = from.len.div_ceil(K::PER_UNIT);
         let data = reserve_units(to, units * columns.next_multiple_of(LANES));
         // SAFETY: `reserve_units` has made room; the caller promises the rest.
@@ -405,14 +417,16 @@ impl PackedMatrix {
     ///
     /// # Safety
     /// All operands have these sizes, and `columns` starts at a multiple of a tile's width.
-    unsafe fn gemm<K: Kernel>(
+    unsafe fn gemm<K>(
         &self,
         units: Range<usize>,
         columns: Range<usize>,
         rows: usize,
         left: LeftRows<impl Fn(usize) -> *const u8>,
         out: GemmOutput,
-    ) {
+    ) where
+        K: Kernel,
+    {
         let wide = K::LINES * LANES;
         for first in (0..rows).step_by(ROWS) {
             let here = (rows - first).min(ROWS);
@@ -485,12 +499,15 @@ with_target_features!(backward_avx2, "avx2,fma", backward, BackwardViews);
 /// The processor has the features, [`supports_attention`] accepts the tensors of the views, and no
 /// other thread works on this key head.
 #[inline(always)]
-unsafe fn forward<K: Kernel, T: Number>(
+unsafe fn forward<K, T>(
     task: &AttentionTask,
     views: &ForwardViews,
     kv_head: Head,
     buffers: &mut Buffers,
-) {
+) where
+    K: Kernel,
+    T: Number,
+{
     let AttentionTask {
         length,
         key_width,
@@ -552,10 +569,15 @@ unsafe fn forward<K: Kernel, T: Number>(
                     };
                     keys.gemm::<K>(0..steps, columns.clone(), rows, queries, to_scores);
                     for row in 0..rows {
-                        let scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
+                        let row_scores = slice::from_raw_parts_mut(scores.add(row * ROW), here);
                         let valid = task.visible(start + row, &columns);
-                        let factor =
-                            weights(scores, valid, scale, &mut highest[row], &mut totals[row]);
+                        let factor = weights(
+                            row_scores,
+                            valid,
+                            scale,
+                            &mut highest[row],
+                            &mut totals[row],
+                        );
                         if factor != 1.0 {
                             let sums = sums.add(row * value_width);
                             let sums = slice::from_raw_parts_mut(sums, value_width);
@@ -564,7 +586,7 @@ unsafe fn forward<K: Kernel, T: Number>(
                             }
                         }
                         if bf16 {
-                            round_padded(scores, rounded.add(row * ROW));
+                            round_padded(row_scores, rounded.add(row * ROW));
                         }
                     }
                     let weights = LeftRows {
@@ -672,12 +694,15 @@ fn larger(most: f32, x: f32) -> f32 {
 /// # Safety
 /// As for [`forward`].
 #[inline(always)]
-unsafe fn backward<K: Kernel, T: Number>(
+unsafe fn backward<K, T>(
     task: &AttentionTask,
     views: &BackwardViews,
     kv_head: Head,
     buffers: &mut Buffers,
-) {
+) where
+    K: Kernel,
+    T: Number,
+{
     let AttentionTask {
         length,
         key_width,
@@ -929,7 +954,10 @@ fn rounded(x: f32) -> u32 {
 }
 
 #[inline(always)]
-fn dot<T: Number>(a: &[T], b: &[T]) -> f32 {
+fn dot<T>(a: &[T], b: &[T]) -> f32
+where
+    T: Number,
+{
     let mut lanes = [0f32; LANES];
     for (a, b) in a.chunks_exact(LANES).zip(b.chunks_exact(LANES)) {
         for (lane, sum) in lanes.iter_mut().enumerate() {
@@ -940,7 +968,10 @@ fn dot<T: Number>(a: &[T], b: &[T]) -> f32 {
 }
 
 #[inline(always)]
-fn narrow<T: Number>(from: &[f32], to: &mut [T]) {
+fn narrow<T>(from: &[f32], to: &mut [T])
+where
+    T: Number,
+{
     for (to, x) in to.iter_mut().zip(from) {
         *to = T::narrow(*x);
     }

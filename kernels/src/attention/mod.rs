@@ -222,7 +222,11 @@ mod tests {
             tch::manual_seed(seed);
             let elements = |lines: i64| if odd { 16 * lines - 4 } else { 16 * lines };
             let width = elements(key_width);
-            let value_width = if same_width { width } else { elements(value_width) };
+            let value_width = if same_width {
+                width
+            } else {
+                elements(value_width)
+            };
             let magnitude = if large { 5.0 } else { 1.0 };
             let random = |heads: i64, width: i64, kind| {
                 let shape = [batch, length, heads, width];
@@ -243,11 +247,15 @@ mod tests {
                 let [k, v] = [width, value_width].map(|width| random(kv_heads, width, kind));
                 let sinks = Tensor::randn([heads], FLOAT_CPU) * magnitude * 2.0;
                 let wide = [&q, &k, &v].map(|x| x.to_f64().set_requires_grad(true));
-                let wide_sinks = sinks.to_f64().set_requires_grad(true);
+                let wide_sinks = sinks
+                    .to_f64()
+                    .set_requires_grad(true);
                 let used_sinks = with_sinks.then_some(&wide_sinks);
                 let (expected, expected_lse) =
                     plain_attention(wide.each_ref(), used_sinks, &options);
-                (&expected * grad.to_f64()).sum(Kind::Double).backward();
+                (&expected * grad.to_f64())
+                    .sum(Kind::Double)
+                    .backward();
                 let (mut out, mut lse) = attention(&q, &k, &v, &options);
                 if with_sinks {
                     (out, lse) = add_sinks(out, &lse, &sinks);

@@ -92,11 +92,20 @@ mod tests {
                 adamw(gpu, update, Scalars::of(config, step, scale));
             };
             let [update, theirs] = ours_and_libtorch(case, count, device, step_by);
-            for (ours, theirs) in state(&update).into_iter().zip(state(&theirs)) {
+            for (ours, theirs) in state(&update)
+                .into_iter()
+                .zip(state(&theirs))
+            {
                 close(ours, theirs, 1e-5)?;
             }
             if let Some(stored) = &update.stored {
-                prop_assert!(stored.equal(&update.master.to_kind(Kind::BFloat16)));
+                prop_assert!(
+                    stored.equal(
+                        &update
+                            .master
+                            .to_kind(Kind::BFloat16)
+                    )
+                );
             }
         }
     }

@@ -15,7 +15,7 @@ pub(crate) fn add_rows(
     rows: &Tensor,
 ) {
     let [count, width] = sizes(sums);
-    let [added] = sizes(targets);
+    let [added_rows] = sizes(targets);
     // A thread reads packs of four fp32 sums, and of four elements of `rows`.
     let of_sums = Variant::of(&[sums], width);
     let row_bytes = 4 * rows.kind().elt_size_in_bytes();
@@ -27,8 +27,15 @@ pub(crate) fn add_rows(
     let packs = if variant.vectors { width / 4 } else { width };
     // The variant's packs may be longer than four elements.
     let threads_for = packs * variant.vector();
-    let arguments = arguments![rows, targets, order, sums, added, count, width];
-    let launch = KernelLaunch::over_rows("add_rows", gpu, variant, added, threads_for, &arguments);
+    let arguments = arguments![rows, targets, order, sums, added_rows, count, width];
+    let launch = KernelLaunch::over_rows(
+        "add_rows",
+        gpu,
+        variant,
+        added_rows,
+        threads_for,
+        &arguments,
+    );
     gpu.run(&launch, sums);
 }
 
@@ -54,7 +61,9 @@ mod tests {
             let here = |x: &Tensor| x.to_device(Device::Cpu).copy();
             let plain = here(&sums);
             crate::add_rows(&plain, &targets_t, &here(&rows));
-            let (sorted, order) = targets_t.to_device(device).sort_stable(true, 0, false);
+            let (sorted, order) = targets_t
+                .to_device(device)
+                .sort_stable(true, 0, false);
             add_rows(gpu, &sums, &sorted, &order, &rows);
             prop_assert!(here(&sums).equal(&plain));
         }

@@ -129,8 +129,10 @@ mod tests {
         }
 
         fn files(&self) -> Vec<PathBuf> {
-            let entries = std::fs::read_dir(self.folder.path().join("kernels")).unwrap();
-            entries.map(|entry| entry.unwrap().path()).collect()
+            std::fs::read_dir(self.folder.path().join("kernels"))
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .collect()
         }
     }
 

@@ -119,7 +119,9 @@ mod tests {
             let routed = tokens * top_k;
             let row_ids = Tensor::randperm(routed, (Kind::Int64, device)).view([tokens, top_k]);
             let count = if missing { routed * 2 / 3 } else { routed };
-            let row_ids = row_ids.masked_fill(&row_ids.ge(count), -1).to_kind(Kind::Int);
+            let row_ids = row_ids
+                .masked_fill(&row_ids.ge(count), -1)
+                .to_kind(Kind::Int);
             let rows = input.random(&[count, width]);
             let grad = input.random(&[tokens, width]);
             let weights = Tensor::randn([tokens, top_k], (Kind::Float, device));

@@ -137,7 +137,10 @@ impl Compiler {
             .into_iter()
             .map(|option| CString::new(option).expect("options have no NUL"))
             .collect();
-        let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+        let options = options
+            .iter()
+            .map(|option| option.as_ptr())
+            .collect::<Vec<*const c_char>>();
         let mut program = std::ptr::null_mut();
         // SAFETY: `program` is an out-parameter, and NVRTC copies the texts.
         self.check(unsafe {
@@ -182,8 +185,9 @@ impl Compiler {
     }
 
     fn log(&self, program: nvrtcProgram) -> String {
-        let log = self.text(program, self.log_size, self.log);
-        let log = log.unwrap_or_default();
+        let log = self
+            .text(program, self.log_size, self.log)
+            .unwrap_or_default();
         String::from_utf8_lossy(&log)
             .trim_end_matches('\0')
             .to_owned()

@@ -115,7 +115,9 @@ mod tests {
             if tokens > 2 {
                 let _ = labels.narrow(0, 1, 1).fill_(-100);
             }
-            let wide = logits.to_f64().set_requires_grad(true);
+            let wide = logits
+                .to_f64()
+                .set_requires_grad(true);
             let scaled = &wide / 1.5;
             let plain =
                 scaled.cross_entropy_loss(&labels, None::<Tensor>, Reduction::None, -100, 0.0);
@@ -148,7 +150,9 @@ mod tests {
             let (gpu, device) = test_gpu();
             let all = input.random(&[tokens, own + other]) * 4.0;
             let wide = all.to_f64() / 1.5;
-            let whole = wide.softmax(-1, Kind::Double).narrow(1, 0, own);
+            let whole = wide
+                .softmax(-1, Kind::Double)
+                .narrow(1, 0, own);
             let logits = all.narrow(1, 0, own).contiguous();
             let (largest, sum) = softmax(gpu, &logits, 1.5, &logits);
             let own_wide = wide.narrow(1, 0, own);

@@ -152,8 +152,8 @@ pub(super) fn compile_ahead() -> Result<(), String> {
 fn library() -> Result<&'static Library, String> {
     const HINT: &str = "point MOERUN_TORCH_LIB at the torch/lib folder of a torch 2.11.0 \
                         installed with CUDA, or run ./scripts/setup --cuda";
-    let library = torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", HINT);
-    library.map_err(|error| error.to_string())
+    torch_ext::load_library("libcaffe2_nvrtc.so", "MOERUN_TORCH_LIB", HINT)
+        .map_err(|error| error.to_string())
 }
 
 /// Returns the name that the compiler gives to GPU `index`, such as `sm_90`.

@@ -140,11 +140,18 @@ mod tests {
             let wide = |x: &Tensor| x.to_f64().set_requires_grad(true);
             let wide_x = wide(&x);
             let wide_weight = wide(&weight);
-            let mean = wide_x.square().mean_dim(LAST_DIM, true, Kind::Double);
+            let mean = wide_x
+                .square()
+                .mean_dim(LAST_DIM, true, Kind::Double);
             let factor = (mean + 1e-5).rsqrt();
             let plain = &wide_x * factor * (&wide_weight + f64::from(offset));
-            (&plain * grad.to_f64()).sum(Kind::Double).backward();
-            let gain = Gain { weight: &weight, offset };
+            (&plain * grad.to_f64())
+                .sum(Kind::Double)
+                .backward();
+            let gain = Gain {
+                weight: &weight,
+                offset,
+            };
             let (out, scale) = rms_norm(gpu, &x, gain, 1e-5);
             let (grad_x, grad_weight) = rms_norm_backward(gpu, &grad, &x, &scale, gain);
             let tolerance = if input.bf16 { 2e-2 } else { 2e-5 };

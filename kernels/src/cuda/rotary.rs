@@ -73,7 +73,9 @@ mod tests {
                 positions: positions as usize,
             };
             let ours = apply_rotary(gpu, &x, &cos, &sin, order);
-            let parts = x.to_f64().split_with_sizes([half, half, rest], -1);
+            let parts = x
+                .to_f64()
+                .split_with_sizes([half, half, rest], -1);
             let [cos, sin] = [cos, sin].map(|table| table.to_f64().unsqueeze(1));
             let plain = [
                 &parts[0] * &cos - &parts[1] * &sin,

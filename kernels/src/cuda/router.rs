@@ -198,14 +198,22 @@ mod tests {
             let sorted = chosen.sort(-1, false).0;
             let others = top_k - 1;
             let apart = sorted.narrow(1, 1, others) - sorted.narrow(1, 0, others);
-            prop_assert_eq!(apart.eq(0).sum(Kind::Int64).int64_value(&[]), 0);
+            prop_assert_eq!(
+                apart
+                    .eq(0)
+                    .sum(Kind::Int64)
+                    .int64_value(&[]),
+                0
+            );
 
             let scoring = RouterScoring {
                 sigmoid,
                 normalize,
                 scale: 1.5,
             };
-            let wide = logits.to_f64().set_requires_grad(true);
+            let wide = logits
+                .to_f64()
+                .set_requires_grad(true);
             let plain = plain(&wide, &chosen, scoring, &groups);
             let ours = router(gpu, &logits, &chosen, scoring, &groups);
             let ours = [ours.weights_tk, ours.prob_sums_ge, ours.z_sum];

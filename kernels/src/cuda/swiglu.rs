@@ -51,10 +51,14 @@ mod tests {
             let (gpu, _) = test_gpu();
             let hidden = input.random(&[rows, 2 * ffn]);
             let grad = input.random(&[rows, ffn]);
-            let wide = hidden.to_f64().set_requires_grad(true);
+            let wide = hidden
+                .to_f64()
+                .set_requires_grad(true);
             let halves = wide.chunk(2, -1);
             let plain = halves[0].silu() * &halves[1];
-            (&plain * grad.to_f64()).sum(Kind::Double).backward();
+            (&plain * grad.to_f64())
+                .sum(Kind::Double)
+                .backward();
             let tolerance = if input.bf16 { 8e-3 } else { 2e-6 };
             let (grad_hidden, again) = swiglu_backward(gpu, &grad, &hidden);
             close(&grad_hidden, &wide.grad(), tolerance)?;

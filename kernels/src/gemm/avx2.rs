@@ -21,7 +21,10 @@ const AHEAD: usize = 8;
 /// The AVX2 kernel for elements of type `T`.
 pub(crate) struct Avx2<T>(PhantomData<T>);
 
-impl<T: Number> Kernel for Avx2<T> {
+impl<T> Kernel for Avx2<T>
+where
+    T: Number,
+{
     const SIZE: usize = size_of::<T>();
     const PER_UNIT: usize = 1;
     const LINES: usize = 1;
@@ -107,7 +110,10 @@ impl<T: Number> Kernel for Avx2<T> {
 /// # Safety
 /// The elements are readable and writable, and the caller has the features.
 #[inline(always)]
-unsafe fn widen<T: Number>(from: *const T, to: *mut f32, count: usize) {
+unsafe fn widen<T>(from: *const T, to: *mut f32, count: usize)
+where
+    T: Number,
+{
     // SAFETY: as the caller promises.
     unsafe {
         let from = std::slice::from_raw_parts(from, count);
@@ -123,12 +129,14 @@ unsafe fn widen<T: Number>(from: *const T, to: *mut f32, count: usize) {
 /// # Safety
 /// As for [`Kernel::pack_right`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn pack_right_rows<T: Number>(
+unsafe fn pack_right_rows<T>(
     from: &Operand,
     units: Range<usize>,
     columns: Range<usize>,
     to: *mut CacheLine,
-) {
+) where
+    T: Number,
+{
     let count = units.len();
     // The destinations of more panels at once would map to few cache sets.
     for first in columns.clone().step_by(COLUMNS) {
@@ -169,12 +177,14 @@ unsafe fn pack_right_rows<T: Number>(
 /// # Safety
 /// As for [`Kernel::pack_right`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn pack_right_columns<T: Number>(
+unsafe fn pack_right_columns<T>(
     from: &Operand,
     units: Range<usize>,
     columns: Range<usize>,
     to: *mut CacheLine,
-) {
+) where
+    T: Number,
+{
     let count = units.len();
     for (panel, first) in columns.clone().step_by(LANES).enumerate() {
         let there = (columns.end - first).min(LANES);
@@ -212,13 +222,15 @@ unsafe fn pack_right_columns<T: Number>(
 /// # Safety
 /// As for [`Kernel::pack_left`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn pack_left_rows<T: Number>(
+unsafe fn pack_left_rows<T>(
     from: &Operand,
     units: Range<usize>,
     first: usize,
     rows: usize,
     to: *mut f32,
-) {
+) where
+    T: Number,
+{
     let whole = units.len() / WIDTH * WIDTH;
     for row in 0..rows {
         // SAFETY: as the caller promises.
@@ -241,13 +253,15 @@ unsafe fn pack_left_rows<T: Number>(
 /// # Safety
 /// As for [`Kernel::pack_left`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn pack_left_columns<T: Number>(
+unsafe fn pack_left_columns<T>(
     from: &Operand,
     units: Range<usize>,
     first: usize,
     rows: usize,
     to: *mut f32,
-) {
+) where
+    T: Number,
+{
     let count = units.len();
     for (index, unit) in units.enumerate() {
         let at = from
@@ -274,7 +288,10 @@ unsafe fn pack_left_columns<T: Number>(
 /// Eight elements are readable.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn load8<T: Number>(at: *const T) -> __m256 {
+unsafe fn load8<T>(at: *const T) -> __m256
+where
+    T: Number,
+{
     // SAFETY: as the caller promises.
     unsafe {
         match size_of::<T>() {
@@ -291,7 +308,10 @@ unsafe fn load8<T: Number>(at: *const T) -> __m256 {
 /// Six elements are readable and writable.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn copy6<T: Number>(at: *const T, to: *mut f32) {
+unsafe fn copy6<T>(at: *const T, to: *mut f32)
+where
+    T: Number,
+{
     // SAFETY: as the caller promises.
     unsafe {
         if size_of::<T>() == 4 {
@@ -311,7 +331,10 @@ unsafe fn copy6<T: Number>(at: *const T, to: *mut f32) {
 /// `count` elements, at most eight, are readable.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn load_partial<T: Number>(at: *const T, count: usize) -> __m256 {
+unsafe fn load_partial<T>(at: *const T, count: usize) -> __m256
+where
+    T: Number,
+{
     let mut numbers = [0f32; WIDTH];
     // SAFETY: as the caller promises.
     unsafe {

@@ -34,7 +34,10 @@ struct Chunk {
 }
 
 /// Computes one wave after another.
-pub(super) fn gemm_batch<K: Kernel>(tasks: &[GemmTask], waves: &[Wave]) {
+pub(super) fn gemm_batch<K>(tasks: &[GemmTask], waves: &[Wave])
+where
+    K: Kernel,
+{
     PACKED.with_borrow_mut(|buffer| {
         for wave in waves {
             let packed = pack_wave::<K>(tasks, wave, buffer);
@@ -54,11 +57,10 @@ pub(super) fn gemm_batch<K: Kernel>(tasks: &[GemmTask], waves: &[Wave]) {
     });
 }
 
-fn pack_wave<K: Kernel>(
-    tasks: &[GemmTask],
-    wave: &Wave,
-    buffer: &mut Vec<CacheLine>,
-) -> PackedBlocks {
+fn pack_wave<K>(tasks: &[GemmTask], wave: &Wave, buffer: &mut Vec<CacheLine>) -> PackedBlocks
+where
+    K: Kernel,
+{
     let mut starts = Vec::new();
     let mut chunks = Vec::new();
     let mut lines = 0;

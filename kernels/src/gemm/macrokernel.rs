@@ -31,12 +31,18 @@ unsafe impl Sync for GemmTask {}
 
 impl GemmTask {
     /// Returns the length of the inner dimension in units.
-    pub(super) fn units<K: Kernel>(&self) -> usize {
+    pub(super) fn units<K>(&self) -> usize
+    where
+        K: Kernel,
+    {
         self.size.k.div_ceil(K::PER_UNIT)
     }
 
     /// True if sums stay in fp32 until they are complete, and are rounded then.
-    pub(super) fn keeps_f32_sums<K: Kernel>(&self) -> bool {
+    pub(super) fn keeps_f32_sums<K>(&self) -> bool
+    where
+        K: Kernel,
+    {
         self.rounds && (self.accumulate || self.units::<K>() > K::DEPTH)
     }
 }
@@ -58,14 +64,16 @@ thread_local! {
 /// # Safety
 /// The processor has the features, the tensors of the task are alive, and no other thread works on
 /// these panels and columns.
-pub(super) unsafe fn macrokernel<K: Kernel>(
+pub(super) unsafe fn macrokernel<K>(
     task: &GemmTask,
     columns: &Range<usize>,
     units: Range<usize>,
     right: *const CacheLine,
     panels: Range<usize>,
     mut between: impl FnMut(),
-) {
+) where
+    K: Kernel,
+{
     let m = task.size.m;
     let width = columns.len();
     let rows_of = |panel: usize| (m - panel * ROWS).min(ROWS);

@@ -109,8 +109,11 @@ pub(crate) fn gemm_batch(
     accumulate: bool,
     instructions: InstructionSet,
 ) {
-    let deepest = operands.iter().map(|gemm| gemm.left.columns).max();
-    let deepest = deepest.unwrap_or(0);
+    let deepest = operands
+        .iter()
+        .map(|gemm| gemm.left.columns)
+        .max()
+        .unwrap_or(0);
     let all_fp32 = operands.iter().all(|gemm| gemm.out.kind == Kind::Float);
     if !accumulate || deepest <= SLAB || !all_fp32 {
         return run_batch(operands, accumulate, instructions);
@@ -124,7 +127,10 @@ pub(crate) fn gemm_batch(
                 right: right.slice_rows(start, len),
             })
         };
-        let slabs: Vec<GemmOperands> = operands.iter().filter_map(slab).collect();
+        let slabs = operands
+            .iter()
+            .filter_map(slab)
+            .collect::<Vec<GemmOperands>>();
         run_batch(&slabs, accumulate, instructions);
     }
 }
@@ -141,12 +147,18 @@ fn run_batch(gemms: &[GemmOperands], accumulate: bool, instructions: Instruction
     }
 }
 
-fn gemm_batch_with<K: Kernel>(gemms: &[GemmOperands], accumulate: bool) {
+fn gemm_batch_with<K>(gemms: &[GemmOperands], accumulate: bool)
+where
+    K: Kernel,
+{
     let tasks: Vec<GemmTask> = gemms
         .iter()
         .map(|operands| task(operands, accumulate))
         .collect();
-    let sizes: Vec<GemmSize> = tasks.iter().map(|task| task.size).collect();
+    let sizes = tasks
+        .iter()
+        .map(|task| task.size)
+        .collect::<Vec<GemmSize>>();
     match partition(&sizes, torch_ext::max_parallel_ranges()) {
         Partition::PerThread(blocks) => per_thread::gemm_batch::<K>(&tasks, &blocks),
         Partition::Cooperative(waves) => cooperative::gemm_batch::<K>(&tasks, &waves),
@@ -201,7 +213,9 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(400))]
         #[test]
         fn all_instruction_sets_match_libtorch(
-            [m, k, n] in [0i64..150, 0i64..90, 0i64..300],
+            m in 0i64..150,
+            k in 0i64..90,
+            n in 0i64..300,
             transposed: [bool; 2],
             threads in 1i32..4,
             accumulate: bool,
@@ -222,7 +236,9 @@ mod tests {
                 kind
             };
             let before = random(m, n, false, out_kind);
-            let plain = left.to_f64().matmul(&right.to_f64());
+            let plain = left
+                .to_f64()
+                .matmul(&right.to_f64());
             let plain = if accumulate {
                 plain + before.to_f64()
             } else {
@@ -237,7 +253,9 @@ mod tests {
                     out
                 };
                 let out = compute();
-                let off = (out.to_f64() - &plain).norm().double_value(&[]);
+                let off = (out.to_f64() - &plain)
+                    .norm()
+                    .double_value(&[]);
                 let tolerance = if bf16 { 5e-3 } else { 1e-6 };
                 let close = off <= tolerance * plain.norm().double_value(&[]);
                 prop_assert!(close, "{instructions:?}: {off}");

@@ -77,7 +77,10 @@ pub(super) enum Partition {
 
 /// Divides GEMMs of these sizes among `threads` threads.
 pub(super) fn partition(sizes: &[GemmSize], threads: usize) -> Partition {
-    let total: usize = sizes.iter().map(|size| size.multiplications()).sum();
+    let total = sizes
+        .iter()
+        .map(|size| size.multiplications())
+        .sum::<usize>();
     let threads = threads.min(total.div_ceil(GRAIN)).max(1);
     let limit = if threads == 1 {
         total
@@ -221,7 +224,9 @@ mod tests {
                     // No block is so large that the other threads wait for it at the end.
                     let total: usize = costs.iter().sum();
                     let most = total / (2 * BLOCKS_PER_THREAD);
-                    let fair = costs.iter().all(|&cost| cost <= most);
+                    let fair = costs
+                        .iter()
+                        .all(|&cost| cost <= most);
                     prop_assert!(total <= GRAIN || threads == 1 || fair);
                 }
                 Partition::Cooperative(waves) => {
@@ -239,9 +244,15 @@ mod tests {
                             work.push(sum);
                         }
                         // No part exceeds its fair share by more than a panel.
-                        let panel = blocks.iter().map(|block| cost(block, WIDTH)).max();
-                        let most =
-                            work.iter().sum::<usize>().div_ceil(parts.len()) + panel.unwrap_or(0);
+                        let panel = blocks
+                            .iter()
+                            .map(|block| cost(block, WIDTH))
+                            .max();
+                        let most = work
+                            .iter()
+                            .sum::<usize>()
+                            .div_ceil(parts.len())
+                            + panel.unwrap_or(0);
                         prop_assert!(work.iter().all(|&sum| sum <= most), "{work:?}");
                         // A wave packs at most the limit, unless it has only one block to pack.
                         let packed: Vec<usize> = blocks
@@ -254,7 +265,11 @@ mod tests {
                     }
                 }
             }
-            prop_assert!(seen.iter().flatten().all(|&times| times == 1));
+            prop_assert!(
+                seen.iter()
+                    .flatten()
+                    .all(|&times| times == 1)
+            );
         }
     }
 }

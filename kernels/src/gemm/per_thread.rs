@@ -13,7 +13,10 @@ use crate::rows::on_threads;
 use std::ops::Range;
 
 /// Computes all blocks; each thread takes the next block when it is free.
-pub(super) fn gemm_batch<K: Kernel>(tasks: &[GemmTask], blocks: &[Block]) {
+pub(super) fn gemm_batch<K>(tasks: &[GemmTask], blocks: &[Block])
+where
+    K: Kernel,
+{
     let threads = torch_ext::max_parallel_ranges();
     on_threads(blocks.len(), |index| {
         // A guess at this thread's next block: the one after each thread has taken another.
@@ -22,12 +25,14 @@ pub(super) fn gemm_batch<K: Kernel>(tasks: &[GemmTask], blocks: &[Block]) {
     });
 }
 
-fn compute_block<K: Kernel>(
+fn compute_block<K>(
     tasks: &[GemmTask],
     block: &Block,
     next: Option<&Block>,
     buffer: &mut Vec<CacheLine>,
-) {
+) where
+    K: Kernel,
+{
     let task = &tasks[block.task];
     let panels = task.size.panels();
     let padded = block.padded();
@@ -67,7 +72,10 @@ fn compute_block<K: Kernel>(
 }
 
 /// Returns the units that are packed first: all of them if sums are rounded at the end.
-fn first<K: Kernel>(task: &GemmTask) -> Range<usize> {
+fn first<K>(task: &GemmTask) -> Range<usize>
+where
+    K: Kernel,
+{
     let units = task.units::<K>();
     if task.keeps_f32_sums::<K>() {
         0..units

@@ -92,7 +92,8 @@ mod tests {
         #[test]
         fn every_line_is_fetched_in_time(
             start in 0usize..200,
-            [inner, outer] in [0usize..80, 0usize..80],
+            inner in 0usize..80,
+            outer in 0usize..80,
             gap in 0usize..300,
             contiguous: bool,
             from in [0usize..9, 0usize..9],

@@ -356,7 +356,10 @@ mod tests {
                     routed_tokens: loads[rank % 16],
                 })
                 .collect();
-            let total = sources.iter().map(|source| source.routed_tokens).sum();
+            let total = sources
+                .iter()
+                .map(|source| source.routed_tokens)
+                .sum();
             let shares = cut_into_shares(total, &cuts, ranks, location);
             check_matches(&sources, &shares, ranks);
         }

@@ -264,7 +264,10 @@ impl PendingGradients {
     /// experts, one for each stack.
     pub(crate) fn wait_and_add_to(mut self, stacks: &[&Tensor]) -> Result<(), Error> {
         let lending = self.lending.clone();
-        let shapes: Vec<Vec<i64>> = stacks.iter().map(|stack| stack.size()).collect();
+        let shapes = stacks
+            .iter()
+            .map(|stack| stack.size())
+            .collect::<Vec<Vec<i64>>>();
         for round in 0..lending.rounds {
             let Round { work, received } = self
                 .in_flight

@@ -69,7 +69,10 @@ impl LentWeights {
         if let Some(weights) = &state.weights {
             return Ok(weights.shallow_clone());
         }
-        let own: Vec<Tensor> = own.iter().map(|weight| weight.value()).collect();
+        let own = own
+            .iter()
+            .map(|weight| weight.value())
+            .collect::<Vec<Tensor>>();
         let weights = state.lending.fetch(&own)?.wait()?;
         state.weights = Some(weights.shallow_clone());
         Ok(weights)

@@ -47,8 +47,9 @@ impl std::str::FromStr for Backend {
             Backend::Nccl,
             Backend::Hccl,
         ];
-        let found = all.into_iter().find(|backend| backend.name() == text);
-        found.ok_or_else(|| format!("unknown backend {text:?}: use auto, gloo, mpi, nccl or hccl"))
+        all.into_iter()
+            .find(|backend| backend.name() == text)
+            .ok_or_else(|| format!("unknown backend {text:?}: use auto, gloo, mpi, nccl or hccl"))
     }
 }
 

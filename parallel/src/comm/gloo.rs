@@ -50,8 +50,8 @@ impl Gloo {
     ) -> Result<Gloo, CommError> {
         let rank = membership.position;
         let size = membership.members.len();
-        let group = torch_ext::Gloo::new(store, rank, size, timeout, device);
-        let group = group.map_err(|e| membership.error("joining", e))?;
+        let group = torch_ext::Gloo::new(store, rank, size, timeout, device)
+            .map_err(|e| membership.error("joining", e))?;
         Ok(Gloo {
             state: Arc::new(GlooState {
                 group,

@@ -57,7 +57,10 @@ impl MemberRanges {
     /// Returns the text of the first `most` ranges, and the number of ranks that follow.
     pub(crate) fn text(&self, most: usize) -> String {
         let printed = &self.0[..self.0.len().min(most)];
-        let mut texts: Vec<String> = printed.iter().map(Range::to_string).collect();
+        let mut texts = printed
+            .iter()
+            .map(Range::to_string)
+            .collect::<Vec<String>>();
         let left = self.count() - printed.iter().map(|range| range.count).sum::<usize>();
         if left > 0 {
             texts.push(format!("and {left} more"));
@@ -71,8 +74,10 @@ impl Range {
     /// a range; `None` without ranks.
     fn longest(ranks: &[usize]) -> Option<Range> {
         let first = *ranks.first()?;
-        let stride = ranks.get(1).and_then(|second| second.checked_sub(first));
-        let stride = stride.unwrap_or(0);
+        let stride = ranks
+            .get(1)
+            .and_then(|second| second.checked_sub(first))
+            .unwrap_or(0);
         let follows = |pair: &&[usize]| pair[1].checked_sub(pair[0]) == Some(stride);
         let count = 1 + ranks.windows(2).take_while(follows).count();
         let count = if count < 3 { 1 } else { count };
@@ -136,7 +141,11 @@ mod tests {
             let all = [ranks, regular].concat();
             let ranges = MemberRanges::new(&all);
             prop_assert_eq!(ranges.count(), all.len());
-            prop_assert!(ranges.ranks().eq(all.iter().copied()));
+            prop_assert!(
+                ranges
+                    .ranks()
+                    .eq(all.iter().copied())
+            );
             let text = serde_json::to_string(&ranges).unwrap();
             prop_assert_eq!(serde_json::from_str::<MemberRanges>(&text).unwrap(), ranges);
         }
@@ -145,7 +154,12 @@ mod tests {
         fn text_is_short_whatever_the_members_are(
             ranks in prop::collection::vec(0usize..1_000_000, 0..400),
         ) {
-            prop_assert!(MemberRanges::new(&ranks).to_string().len() < 300);
+            prop_assert!(
+                MemberRanges::new(&ranks)
+                    .to_string()
+                    .len()
+                    < 300
+            );
         }
     }
 }

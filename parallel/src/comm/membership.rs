@@ -104,9 +104,14 @@ mod tests {
             irregular in prop::collection::vec(0usize..1_000_000, 0..500),
         ) {
             let regular = (0..16_384).map(|rank| rank * stride);
-            let members: Vec<usize> = irregular.into_iter().chain(regular).collect();
+            let members: Vec<usize> = irregular
+                .into_iter()
+                .chain(regular)
+                .collect();
             let membership = Membership::new("expert replicas", &members, 0);
-            let error = membership.unwrap().error("reduce_scatter", "timed out after 300.0s");
+            let error = membership
+                .unwrap()
+                .error("reduce_scatter", "timed out after 300.0s");
             prop_assert!(error.to_string().len() < 512, "{}", error);
         }
     }

@@ -57,8 +57,8 @@ impl Nccl {
         let loaded = LOADED.get_or_init(|| {
             const HINT: &str = "NCCL is needed for tensors on NVIDIA GPUs: run ./scripts/setup \
                 --cuda, or use run.backend: auto";
-            let library = torch_ext::load_library("libnccl.so.2", "MOERUN_TORCH_LIB", HINT);
-            let library = library.map_err(|e| e.to_string())?;
+            let library = torch_ext::load_library("libnccl.so.2", "MOERUN_TORCH_LIB", HINT)
+                .map_err(|e| e.to_string())?;
             // SAFETY: the types of the fields are those of nccl.h.
             let nccl = unsafe { Nccl::from_library(library) };
             nccl.map_err(|e| format!("libnccl.so.2 is too old: {e}"))

@@ -261,7 +261,9 @@ fn all_to_all_once(context: &TestContext, kind: Kind, width: i64, rows: Rows) ->
         matrix.view([count, width])
     };
     let sent: Vec<(i64, i64)> = (0..size).map(|to| (rank, to)).collect();
-    let received: Vec<(i64, i64)> = (0..size).map(|from| (from, rank)).collect();
+    let received = (0..size)
+        .map(|from| (from, rank))
+        .collect::<Vec<(i64, i64)>>();
     let input = context.device.upload(&matrix(&sent));
     let expected = matrix(&received);
     let output = context.device.zeros(&expected.size(), kind);
@@ -311,15 +313,27 @@ fn point_to_point(context: &TestContext) -> Verdict {
 fn exchange(context: &TestContext) -> Verdict {
     let rank = context.rank();
     let size = context.size();
-    let others: Vec<i64> = (0..size).filter(|&other| other != rank).collect();
+    let others = (0..size)
+        .filter(|&other| other != rank)
+        .collect::<Vec<i64>>();
     // The sum of both ranks is the number of elements, so that pairs have different sizes.
-    let sent = |other: &i64| context.full(&[rank + other], rank * 10 + other, Kind::Float);
-    let sent: Vec<Tensor> = others.iter().map(sent).collect();
-    let received = |other: &i64| context.device.zeros(&[rank + other], Kind::Float);
-    let received: Vec<Tensor> = others.iter().map(received).collect();
+    let sent = others
+        .iter()
+        .map(|other| context.full(&[rank + other], rank * 10 + other, Kind::Float))
+        .collect::<Vec<Tensor>>();
+    let received = others
+        .iter()
+        .map(|other| context.device.zeros(&[rank + other], Kind::Float))
+        .collect::<Vec<Tensor>>();
     let peers = others.iter().map(|&other| other as usize);
-    let sends: Vec<(&Tensor, usize)> = sent.iter().zip(peers.clone()).collect();
-    let receives: Vec<(&Tensor, usize)> = received.iter().zip(peers).collect();
+    let sends = sent
+        .iter()
+        .zip(peers.clone())
+        .collect::<Vec<(&Tensor, usize)>>();
+    let receives = received
+        .iter()
+        .zip(peers)
+        .collect::<Vec<(&Tensor, usize)>>();
     context.finish(context.all.exchange(&sends, &receives, 11))?;
     for (tensor, other) in received.iter().zip(&others) {
         let expected = vec![(other * 10 + rank) as f64; (rank + other) as usize];
@@ -390,8 +404,9 @@ fn chained(context: &TestContext) -> Verdict {
         }
         context.finish(context.all.barrier())?;
         let sum = size * (size - 1) / 2;
-        let pair_sum = |other: i64| sum * pair_of(other, size).len() as i64;
-        let expected: i64 = (0..size).map(pair_sum).sum();
+        let expected = (0..size)
+            .map(|other| sum * pair_of(other, size).len() as i64)
+            .sum::<i64>();
         let last = x.narrow(0, elements - 1, 1);
         expect("a sum of sums of sums", &last, &[expected as f64])?;
     }
@@ -414,7 +429,9 @@ fn dropped(context: &TestContext) -> Verdict {
             .view([size, elements])
             .narrow(1, elements - 1, 1)
             .contiguous();
-        let expected: Vec<f64> = (0..size).map(|other| (other + round) as f64).collect();
+        let expected = (0..size)
+            .map(|other| (other + round) as f64)
+            .collect::<Vec<f64>>();
         expect("the gathered values", &last, &expected)?;
     }
     Ok(())

@@ -58,7 +58,10 @@ mod tests {
             let plan = plan_buckets(&parameters, capacity);
             let mut count = vec![0; parameters.len()];
             for bucket in &plan {
-                let lengths = bucket.members.iter().map(|&member| parameters[member].0);
+                let lengths = bucket
+                    .members
+                    .iter()
+                    .map(|&member| parameters[member].0);
                 prop_assert_eq!(bucket.len, lengths.sum::<usize>());
                 prop_assert!(bucket.len <= capacity || bucket.members.len() == 1);
                 for &member in &bucket.members {

@@ -72,8 +72,8 @@ pub fn check(schedule: &Schedule) -> Result<(), ScheduleError> {
 fn check_passes(order: &Order, rank: usize, passes: &[Pass]) -> Result<(), ScheduleError> {
     let mut present = HashSet::new();
     for &pass in passes {
-        let problem = pass_problem(order, pass);
-        let problem = problem.or((!present.insert(pass)).then_some("appears twice"));
+        let problem =
+            pass_problem(order, pass).or((!present.insert(pass)).then_some("appears twice"));
         if let Some(problem) = problem {
             return Err(ScheduleError::InvalidPass {
                 rank,
@@ -298,7 +298,11 @@ fn check_messages(schedule: &Schedule) -> Result<(), ScheduleError> {
             }
         }
     }
-    let channels: BTreeSet<Channel> = sent.keys().chain(received.keys()).copied().collect();
+    let channels = sent
+        .keys()
+        .chain(received.keys())
+        .copied()
+        .collect::<BTreeSet<Channel>>();
     for channel in channels {
         let sent = sent.remove(&channel).unwrap_or_default();
         let received = received.remove(&channel).unwrap_or_default();
@@ -444,6 +448,8 @@ fn find_deadlock(schedule: &Schedule) -> Option<Vec<(usize, Pass)>> {
         Some(Step::Compute(pass)) => Some((rank, pass)),
         _ => None,
     };
-    let waiting: Vec<(usize, Pass)> = (0..ranks).filter_map(blocked).collect();
+    let waiting = (0..ranks)
+        .filter_map(blocked)
+        .collect::<Vec<(usize, Pass)>>();
     (!waiting.is_empty()).then_some(waiting)
 }

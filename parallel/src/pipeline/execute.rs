@@ -152,11 +152,10 @@ impl Executor {
     ///
     /// # Errors
     /// The first error of a pass or a transfer.
-    pub fn run<S: Stages>(
-        &self,
-        schedule: &Schedule,
-        stages: &mut S,
-    ) -> Result<Vec<Span>, S::Error> {
+    pub fn run<S>(&self, schedule: &Schedule, stages: &mut S) -> Result<Vec<Span>, S::Error>
+    where
+        S: Stages,
+    {
         let rank = self.messages.rank();
         let mut state = StepState::new(schedule, rank);
         for step in &schedule.ranks[rank] {
@@ -168,8 +167,11 @@ impl Executor {
                     state.received.insert(message, Transfer { tensor, work });
                 }
                 Step::Send(message, to) => {
-                    let tensor = state.local.remove(&message);
-                    let tensor = tensor.expect("the pass before made it").contiguous();
+                    let tensor = state
+                        .local
+                        .remove(&message)
+                        .expect("the pass before made it")
+                        .contiguous();
                     let work = self.messages.send(&tensor, to, tag(schedule, message))?;
                     state.sent.insert(message, Transfer { tensor, work });
                 }
@@ -228,12 +230,10 @@ impl Executor {
         Ok(())
     }
 
-    fn compute<S: Stages>(
-        &self,
-        state: &mut StepState,
-        stages: &mut S,
-        pass: Pass,
-    ) -> Result<(), S::Error> {
+    fn compute<S>(&self, state: &mut StepState, stages: &mut S, pass: Pass) -> Result<(), S::Error>
+    where
+        S: Stages,
+    {
         let inputs = self.inputs(state, pass)?;
         let start = state.seconds();
         let output = span("pass", pass.kind.name(), Cost::default, || {

@@ -66,8 +66,8 @@ impl Lane {
         background::spawn("lane", move || {
             // The little that is computed here must not take cores from the passes.
             tch::set_num_threads(1);
-            let device = torch_ext::use_device(like.device());
-            let device = device.map_err(|error| failed(group.as_ref(), &error));
+            let device = torch_ext::use_device(like.device())
+                .map_err(|error| failed(group.as_ref(), &error));
             while let Ok(collective_fn) = inbox.recv() {
                 let run = |()| tch::no_grad(|| collective_fn(group.as_ref()));
                 let result = device.clone().and_then(run);

@@ -528,7 +528,11 @@ proptest! {
         prop_assert_eq!(check(&schedule), Ok(()));
         let timeline = simulate(&schedule, &costs);
         for spans in &timeline.ranks {
-            prop_assert!(spans.windows(2).all(|pair| pair[0].end <= pair[1].start));
+            prop_assert!(
+                spans
+                    .windows(2)
+                    .all(|pair| pair[0].end <= pair[1].start)
+            );
         }
         assert_dependencies(&order, &Spans::new(&order, &timeline));
     }

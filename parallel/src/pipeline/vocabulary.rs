@@ -216,10 +216,15 @@ impl InsertionState<'_> {
     fn earliest(&self, ranks: &[RankState]) -> Option<Candidate> {
         let mut best: Option<Candidate> = None;
         for (rank, state) in ranks.iter().enumerate() {
-            let output = self.sequence.get(state.output).copied();
-            let output = output.map(|pass| (self.output_ready_at(rank, pass), pass));
-            let own = self.base.ranks[rank].get(state.at).copied();
-            let own = own.map(|pass| (self.ready_at(rank, pass), pass));
+            let output = self
+                .sequence
+                .get(state.output)
+                .copied()
+                .map(|pass| (self.output_ready_at(rank, pass), pass));
+            let own = self.base.ranks[rank]
+                .get(state.at)
+                .copied()
+                .map(|pass| (self.ready_at(rank, pass), pass));
             for (ready, pass) in output.into_iter().chain(own) {
                 let Some(ready) = ready else { continue };
                 let start = state.clock.max(ready);
@@ -278,7 +283,9 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
         overlaps,
         next_backward_times,
     };
-    let mut states: Vec<RankState> = (0..ranks).map(|_| RankState::default()).collect();
+    let mut states = (0..ranks)
+        .map(|_| RankState::default())
+        .collect::<Vec<RankState>>();
     while let Some(candidate) = insertion.earliest(&states) {
         let state = &mut states[candidate.rank];
         insertion.append(state, candidate);
@@ -290,7 +297,10 @@ fn insert(base: &Order, vocabulary: Vocabulary, costs: &Costs) -> Vec<Vec<Pass>>
         states.iter().zip(&base.ranks).all(is_complete),
         "the order deadlocks: check it before inserting vocabulary parallelism"
     );
-    let lists: Vec<Vec<Pass>> = states.into_iter().map(|state| state.list).collect();
+    let lists = states
+        .into_iter()
+        .map(|state| state.list)
+        .collect::<Vec<Vec<Pass>>>();
     let embedding = EmbeddingSlots::new(base, &lists);
     lists.iter().map(|list| embedding.insert(list)).collect()
 }
@@ -384,6 +394,7 @@ fn passes_in(
     slot: Option<usize>,
 ) -> impl Iterator<Item = Pass> {
     let chosen = slots.iter().enumerate();
-    let chosen = chosen.filter(move |(_, chosen)| **chosen == slot);
-    chosen.map(move |(microbatch, _)| Pass::new(kind, 0, microbatch))
+    chosen
+        .filter(move |(_, chosen)| **chosen == slot)
+        .map(move |(microbatch, _)| Pass::new(kind, 0, microbatch))
 }

@@ -68,8 +68,9 @@ impl StoreServer {
         )?;
         let (sender, admitted) = channel();
         let server = ServerThread::new(reader, admitted, limits.message_timeout)?;
-        let thread = std::thread::Builder::new().name("store".into());
-        let thread = thread.spawn(move || server.run())?;
+        let thread = std::thread::Builder::new()
+            .name("store".into())
+            .spawn(move || server.run())?;
         let limits = Limits {
             unauthenticated: MAX_UNAUTHENTICATED,
             authenticated: limits.clients,

@@ -122,7 +122,10 @@ impl Table {
     ) -> Option<Answer> {
         let keys = request.keys.iter();
         let is_missing = |key: &&Vec<u8>| !self.values.contains_key(*key);
-        let missing: BTreeSet<Vec<u8>> = keys.filter(is_missing).cloned().collect();
+        let missing = keys
+            .filter(is_missing)
+            .cloned()
+            .collect::<BTreeSet<Vec<u8>>>();
         if missing.is_empty() {
             let reply = Reply::Done(self.read(&request).into());
             return Some(Answer { client, reply });

@@ -26,7 +26,10 @@ impl Add for StoreTraffic {
 }
 
 impl Sum for StoreTraffic {
-    fn sum<I: Iterator<Item = StoreTraffic>>(traffic: I) -> StoreTraffic {
+    fn sum<I>(traffic: I) -> StoreTraffic
+    where
+        I: Iterator<Item = StoreTraffic>,
+    {
         traffic.fold(StoreTraffic::default(), StoreTraffic::add)
     }
 }

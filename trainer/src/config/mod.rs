@@ -23,11 +23,6 @@ mod snapshot;
 mod warnings;
 mod words;
 
-pub use crate::model::{
-    norm::{NormConfig, NormPlacement},
-    rope::RopeConfig,
-    rope_scaling::RopeScaling,
-};
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
@@ -53,13 +48,24 @@ pub use snapshot::{
 };
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
-pub use crate::model::{
-    attention::{
-        AttentionConfig,
-        grouped::{AttentionBias, GroupedConfig, QkNorm, WindowConfig},
-        latent::LatentConfig,
+pub use crate::{
+    model::{
+        attention::{
+            AttentionConfig,
+            grouped::{AttentionBias, GroupedConfig, QkNorm, WindowConfig},
+            latent::LatentConfig,
+        },
+        moe_block::{ClampedGluConfig, ExpertActivation, MoeConfig, RouterBias, RouterConfig},
+        norm::{NormConfig, NormPlacement},
+        role::Role,
+        rope::RopeConfig,
+        rope_scaling::RopeScaling,
     },
-    moe_block::{ClampedGluConfig, ExpertActivation, MoeConfig, RouterBias, RouterConfig},
+    optim::{
+        adamw::AdamwConfig,
+        muon::{AdjustLr, MuonConfig},
+        sgd::SgdConfig,
+    },
 };
 use config_derive::ResumeKeys;
 use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};

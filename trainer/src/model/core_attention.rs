@@ -230,6 +230,7 @@ mod tests {
     };
     use parking_lot::Mutex;
     use std::time::Duration;
+    use tch::kind::{FLOAT_CPU, INT64_CPU};
 
     /// Attention over whole sequences, and the gradient of its output.
     struct Case {
@@ -272,11 +273,13 @@ mod tests {
         fn expected(&self) -> Results {
             let [q, k, v, grad] = self.operands.each_ref().map(|t| t.to_kind(Kind::Double));
             let [q, k, v] = [q, k, v].map(|t| t.set_requires_grad(true));
-            let sinks = self.sinks.as_ref();
-            let sinks = sinks.map(|t| t.to_kind(Kind::Double).set_requires_grad(true));
+            let sinks = self
+                .sinks
+                .as_ref()
+                .map(|t| t.to_kind(Kind::Double).set_requires_grad(true));
             let [batch, heads, length] = [0, 1, 2].map(|dim| q.size()[dim]);
             let kv_heads = Tensor::from_slice(&self.kv_head_of_query);
-            let position = Tensor::arange(length, (Kind::Int64, Device::Cpu));
+            let position = Tensor::arange(length, INT64_CPU);
             let distance = position.unsqueeze(1) - position.unsqueeze(0);
             let near = distance.lt(self.window.unwrap_or(length));
             let mut visible = distance.ge(0).logical_and(&near);
@@ -289,8 +292,9 @@ mod tests {
             let mut scores =
                 (q.matmul(&keys) * 0.3).masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
             if let Some(sinks) = &sinks {
-                let column = sinks.view([1, heads, 1, 1]);
-                let column = column.expand([batch, heads, length, 1], false);
+                let column = sinks
+                    .view([1, heads, 1, 1])
+                    .expand([batch, heads, length, 1], false);
                 scores = Tensor::cat(&[scores, column], -1);
             }
             let weights = scores.softmax(-1, Kind::Double).narrow(-1, 0, length);
@@ -310,7 +314,7 @@ mod tests {
             let own = Tensor::from_slice(&own);
             let [q, k, v, grad] = self.operands.each_ref().map(|t| t.index_select(2, &own));
             let [q, k, v] = [q, k, v].map(|t| t.set_requires_grad(true));
-            let unused = || Tensor::zeros([1], (Kind::Float, Device::Cpu));
+            let unused = || Tensor::zeros([1], FLOAT_CPU);
             let sinks = Weight::new(self.sinks.as_ref().map_or_else(unused, Tensor::copy));
             let alone = [Replication::alone()];
             let buckets =
@@ -381,7 +385,7 @@ mod tests {
     }
 
     fn random(shape: &[i64]) -> Tensor {
-        Tensor::randn(shape, (Kind::Float, Device::Cpu))
+        Tensor::randn(shape, FLOAT_CPU)
     }
 
     #[test]
@@ -429,7 +433,7 @@ mod tests {
 
     #[test]
     fn on_the_cpu_documents_give_the_bits_of_fused_attention() {
-        let tokens = Tensor::randint(40, [2, 700], (Kind::Int64, Device::Cpu));
+        let tokens = Tensor::randint(40, [2, 700], INT64_CPU);
         let documents = Documents::new(&tokens, 7);
         for kind in [Kind::Float, Kind::BFloat16] {
             let mask = documents.mask(kind, None);

@@ -11,6 +11,7 @@ use super::{
     work::Flops,
 };
 use crate::config::{ModelConfig, MoeConfig, RecomputedPart};
+use std::collections::BTreeSet;
 
 /// Number of a model's parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -210,6 +211,14 @@ impl ModelConfig {
         }
     }
 
+    /// Returns the windows of all layers over sequences of `length` tokens, each once. `None`
+    /// stands for layers in which a token sees all earlier ones.
+    pub(crate) fn attention_reaches(&self, length: usize) -> BTreeSet<Option<usize>> {
+        let windows = (0..self.layers).map(|layer| self.attention(layer).window());
+        let shorter = |window: Option<usize>| window.filter(|&window| window < length);
+        windows.map(shorter).collect()
+    }
+
     fn score_scale(&self) -> ScoreScale {
         match self.multipliers.attention {
             Some(scale) => ScoreScale::Given(scale),
@@ -354,6 +363,10 @@ mod tests {
             let count = shapes.len();
             let shapes: BTreeMap<_, _> = shapes.into_iter().collect();
             assert_eq!(shapes.len(), count, "each name once");
+            for spec in model_specs(&config) {
+                let is_vector = matches!(spec.role, Role::Norm | Role::Bias);
+                assert_eq!(spec.dims.len(), if is_vector { 1 } else { 2 }, "{spec:?}");
+            }
             assert_eq!(shapes, built);
         }
     }

@@ -1,7 +1,7 @@
 //! Execution of a plan for whole matrices: ranks transform some while parts of others arrive.
 
 use super::{
-    matrix_plan::{Part, Place, Rectangle, Round, SplitMatrix, Transfer, plan},
+    matrix_plan::{Part, Place, ROUNDS, Rectangle, Round, SplitMatrix, Transfer, plan},
     rule::MatrixRule,
 };
 use crate::{
@@ -22,7 +22,8 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// Elements of the matrices that a rank transforms in a round. Two rounds are in memory at once.
+/// Most elements of the matrices that a rank transforms in a round, if there are several. Two
+/// rounds are in memory at once.
 const ROUND_ELEMENTS: i64 = 16 << 20;
 
 /// Copies of a round's matrices at once: those that arrive and leave, packed and unpacked.
@@ -33,7 +34,9 @@ const COPIES_OF_MATRIX: u64 = 4;
 /// Returns about how many bytes a rank needs for whole matrices of up to `largest` elements of
 /// `element` bytes, if its share of all has `own` elements.
 pub(crate) fn transform_bytes(own: u64, largest: u64, element: u64) -> u64 {
-    let round = own.min(ROUND_ELEMENTS as u64).max(largest);
+    let round = (own / ROUNDS as u64)
+        .min(ROUND_ELEMENTS as u64)
+        .max(largest);
     element * (COPIES_OF_ROUND * round + COPIES_OF_MATRIX * largest)
 }
 

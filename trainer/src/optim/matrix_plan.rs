@@ -116,8 +116,12 @@ pub(crate) fn owners(costs: &[f64], holders: &[Vec<usize>], ranks: usize) -> Vec
     owners
 }
 
-/// Plans the rounds of rank `own` of `ranks`. A rank transforms up to `round_elements` elements in
-/// a round, or one matrix.
+/// Rounds in which a rank transforms its matrices if none is large, so that transfers overlap with
+/// transformations.
+pub(crate) const ROUNDS: i64 = 4;
+
+/// Plans the rounds of rank `own` of `ranks`. A rank transforms up to `most_elements` elements in a
+/// round, or one matrix.
 ///
 /// `matrices` returns the matrices of the stage, in the same order on each call and each rank. It
 /// is called twice, because all parts together may take much memory.
@@ -125,16 +129,19 @@ pub(crate) fn plan<I: Iterator<Item = SplitMatrix>>(
     matrices: impl Fn() -> I,
     own: usize,
     ranks: usize,
-    round_elements: i64,
+    most_elements: i64,
 ) -> Vec<Round> {
     let mut costs = Vec::new();
     let mut holders = Vec::new();
+    let mut elements = 0;
     for matrix in matrices() {
+        elements += matrix.rows * matrix.columns;
         costs.push(matrix.cost);
         let of_matrix: BTreeSet<usize> = matrix.parts.iter().map(|part| part.rank).collect();
         holders.push(Vec::from_iter(of_matrix));
     }
     let owners = owners(&costs, &holders, ranks);
+    let round_elements = most_elements.min(elements / (ranks as i64 * ROUNDS));
     let mut rounds: Vec<Round> = Vec::new();
     let mut filled = vec![RoundFill::default(); ranks];
     let mut sent = vec![0; ranks];

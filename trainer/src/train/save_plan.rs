@@ -16,10 +16,10 @@ use std::{
 /// Each slice comes with its bytes and the set of ranks that hold it, which `holders` lists. All of
 /// them hold the set's slices in the same order, and list its ranks in the same order. The largest
 /// slices come first, each assigned to the rank of its set with the least to save so far.
-pub(crate) fn savers<Set: Ord + Copy>(
-    slices: &[(Set, u64)],
-    holders: impl Fn(Set) -> Vec<usize>,
-) -> Vec<usize> {
+pub(crate) fn savers<Set>(slices: &[(Set, u64)], holders: impl Fn(Set) -> Vec<usize>) -> Vec<usize>
+where
+    Set: Ord + Copy,
+{
     let mut sets: BTreeMap<Set, Vec<usize>> = BTreeMap::new();
     for (index, (set, _)) in slices.iter().enumerate() {
         sets.entry(*set).or_default().push(index);
@@ -330,8 +330,8 @@ mod tests {
             let mut held = Vec::new();
             for (slices, replicas) in self.parameters(mesh) {
                 let rows = slices.iter().map(|slice| slice.shape[0]).sum();
-                let shards = replica_ranks(mesh, &self.parallel, &self.tied_ranks(), replicas);
-                let shards = shards.shards;
+                let shards =
+                    replica_ranks(mesh, &self.parallel, &self.tied_ranks(), replicas).shards;
                 let position = shards.iter().position(|&rank| rank == mesh.rank()).unwrap();
                 let own = own_rows(rows, position, shards.len());
                 let slices = slices_of_rows(slices, &own);
@@ -343,6 +343,19 @@ mod tests {
         fn holders(&self, mesh: &Mesh, replicas: Replicas) -> Vec<usize> {
             replica_ranks(mesh, &self.parallel, &self.tied_ranks(), replicas).replicas
         }
+    }
+
+    /// A whole tensor, and the number of times that each of its elements is saved.
+    struct SavedTensor {
+        shape: Vec<i64>,
+        counts: Vec<u32>,
+    }
+
+    /// The ranks that hold a slice, and those that save it.
+    #[derive(Default)]
+    struct SliceRanks {
+        holders: Vec<usize>,
+        savers: Vec<usize>,
     }
 
     fn bytes(slice: &TensorSlice) -> u64 {
@@ -370,46 +383,82 @@ mod tests {
             let meshes: Vec<Mesh> = (0..ranks)
                 .map(|rank| Mesh::new(run.shape, rank, ranks).unwrap())
                 .collect();
-            // As many times as each element is saved.
-            let mut counts: BTreeMap<String, (Vec<i64>, Vec<u32>)> = run
+            let mut saved_tensors: BTreeMap<String, SavedTensor> = run
                 .tensors()
                 .into_iter()
                 .map(|whole| {
-                    let counts = vec![0; bytes(&whole) as usize];
-                    (whole.name, (whole.shape, counts))
+                    let saved = SavedTensor {
+                        counts: vec![0; bytes(&whole) as usize],
+                        shape: whole.shape,
+                    };
+                    (whole.name, saved)
                 })
                 .collect();
             let mut sums = [0.0; Coverage::NUMBERS];
-            // Of each slice that ranks hold, those that hold it and those that save it.
-            let mut slices: BTreeMap<TensorSlice, (Vec<usize>, Vec<usize>)> = BTreeMap::new();
+            let mut slices: BTreeMap<TensorSlice, SliceRanks> = BTreeMap::new();
             for mesh in &meshes {
                 for (slice, _) in run.held(mesh) {
-                    slices.entry(slice).or_default().0.push(mesh.rank());
+                    slices
+                        .entry(slice)
+                        .or_default()
+                        .holders
+                        .push(mesh.rank());
                 }
                 let own = owned(&run, mesh);
                 let coverage = Coverage::of(&own);
                 for slice in own {
-                    let (shape, counts) = counts.get_mut(&slice.name).unwrap();
+                    let SavedTensor { shape, counts } = saved_tensors
+                        .get_mut(&slice.name)
+                        .unwrap();
                     prop_assert_eq!(&slice.global_shape, &*shape);
-                    let columns = shape.get(1).copied().unwrap_or(1);
-                    let width = slice.shape.get(1).copied().unwrap_or(1);
-                    let left = slice.offset.get(1).copied().unwrap_or(0);
-                    for row in slice.offset[0]..slice.offset[0] + slice.shape[0] {
+                    let columns = shape
+                        .get(1)
+                        .copied()
+                        .unwrap_or(1);
+                    let width = slice
+                        .shape
+                        .get(1)
+                        .copied()
+                        .unwrap_or(1);
+                    let left = slice
+                        .offset
+                        .get(1)
+                        .copied()
+                        .unwrap_or(0);
+                    let top = slice.offset[0];
+                    for row in top..top + slice.shape[0] {
                         for column in left..left + width {
-                            counts[(row * columns + column) as usize] += 1;
+                            let element = row * columns + column;
+                            counts[element as usize] += 1;
                         }
                     }
-                    slices.get_mut(&slice).unwrap().1.push(mesh.rank());
+                    slices
+                        .get_mut(&slice)
+                        .unwrap()
+                        .savers
+                        .push(mesh.rank());
                 }
-                for (sum, number) in sums.iter_mut().zip(coverage.to_numbers()) {
+                for (sum, number) in sums
+                    .iter_mut()
+                    .zip(coverage.to_numbers())
+                {
                     *sum += number;
                 }
             }
-            for (name, (_, counts)) in &counts {
-                prop_assert!(counts.iter().all(|&count| count == 1), "{}: {:?}", name, counts);
+            for (name, saved) in &saved_tensors {
+                let counts = &saved.counts;
+                prop_assert!(
+                    counts
+                        .iter()
+                        .all(|&count| count == 1),
+                    "{}: {:?}",
+                    name,
+                    counts
+                );
             }
             // The guarantee of a plan that is made of all ranks' slices.
-            for (slice, (holders, savers)) in &slices {
+            for (slice, ranks) in &slices {
+                let SliceRanks { holders, savers } = ranks;
                 prop_assert_eq!(savers.len(), 1, "{:?}", slice);
                 prop_assert!(holders.contains(&savers[0]));
             }
@@ -420,13 +469,25 @@ mod tests {
                 let own = owned(&run, mesh);
                 let held = run.held(mesh);
                 for replicas in Replicas::ALL {
-                    let of_set: Vec<_> = held.iter().filter(|(_, set)| *set == replicas).collect();
+                    let of_set: Vec<_> = held
+                        .iter()
+                        .filter(|(_, set)| *set == replicas)
+                        .collect();
                     let holders = run.holders(mesh, replicas).len() as u64;
-                    let total: u64 = of_set.iter().map(|(slice, _)| bytes(slice)).sum();
-                    let largest = of_set.iter().map(|(slice, _)| bytes(slice)).max().unwrap_or(0);
+                    let total: u64 = of_set
+                        .iter()
+                        .map(|(slice, _)| bytes(slice))
+                        .sum();
+                    let largest = of_set
+                        .iter()
+                        .map(|(slice, _)| bytes(slice))
+                        .max()
+                        .unwrap_or(0);
                     let is_own = |slice: &&&(TensorSlice, Replicas)| own.contains(&slice.0);
                     let saved = of_set.iter().filter(is_own);
-                    let saved: u64 = saved.map(|(slice, _)| bytes(slice)).sum();
+                    let saved: u64 = saved
+                        .map(|(slice, _)| bytes(slice))
+                        .sum();
                     prop_assert!(saved <= total / holders + largest);
                 }
             }
@@ -457,7 +518,9 @@ mod tests {
                 }
                 _ => own[index].offset[0] += 1,
             }
-            let refused = Coverage::of(&own).check(before).unwrap_err();
+            let refused = Coverage::of(&own)
+                .check(before)
+                .unwrap_err();
             prop_assert!(refused.contains("nothing is saved"), "{}", refused);
         }
     }

@@ -147,7 +147,10 @@ fn check_shares(loads: &[i64], plan: &Assignment) {
         let shares = plan.expert_shares(expert);
         let assigned: i64 = shares.iter().map(|share| share.routed_tokens).sum();
         assert_eq!(assigned, load);
-        let distinct: HashSet<usize> = shares.iter().map(|share| share.owner).collect();
+        let distinct = shares
+            .iter()
+            .map(|share| share.owner)
+            .collect::<HashSet<usize>>();
         assert_eq!(distinct.len(), shares.len(), "an owner appears once");
         let all_used = shares.iter().all(|share| share.routed_tokens > 0);
         assert!(all_used, "no weights are sent for no token");
@@ -212,9 +215,15 @@ proptest! {
     ) {
         let nodes = match per_node {
             0 => vec![],
-            _ => (0..owners).map(|owner| owner / per_node).collect(),
+            _ => (0..owners)
+                .map(|owner| owner / per_node)
+                .collect(),
         };
-        let planner = Planner { capacity: alpha, nodes, ..planner(m) };
+        let planner = Planner {
+            capacity: alpha,
+            nodes,
+            ..planner(m)
+        };
         let plan = planner.plan(&loads, owners);
         prop_assert_eq!(&plan, &planner.plan(&loads, owners));
         check_shares(&loads, &plan);
@@ -232,7 +241,11 @@ proptest! {
         let total: i64 = loads.iter().sum();
         let plan = planner(0).plan(&loads, owners);
         let mean = (total as u64).div_ceil(owners as u64) as i64;
-        prop_assert!(plan.loads().iter().all(|&load| load <= mean));
+        prop_assert!(
+            plan.loads()
+                .iter()
+                .all(|&load| load <= mean)
+        );
     }
 
     #[test]
@@ -244,8 +257,14 @@ proptest! {
         let hot = hot % owners;
         let mut loads = vec![10; owners];
         loads[hot] = load;
-        let nodes: Vec<usize> = (0..owners).map(|owner| owner / 2).collect();
-        let plan = Planner { nodes: nodes.clone(), ..planner(1) }.plan(&loads, owners);
+        let nodes: Vec<usize> = (0..owners)
+            .map(|owner| owner / 2)
+            .collect();
+        let plan = Planner {
+            nodes: nodes.clone(),
+            ..planner(1)
+        }
+        .plan(&loads, owners);
         let neighbor = (0..owners).find(|&owner| owner != hot && nodes[owner] == nodes[hot]);
         if let Some(neighbor) = neighbor {
             prop_assert_eq!(plan.expert_shares(hot)[0].owner, neighbor);

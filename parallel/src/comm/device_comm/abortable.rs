@@ -20,7 +20,10 @@ pub(super) struct AbortableComm<L: Library> {
     calling: Mutex<()>,
 }
 
-impl<L: Library> AbortableComm<L> {
+impl<L> AbortableComm<L>
+where
+    L: Library,
+{
     pub(super) fn new(library: &'static L, comm: L::Comm) -> AbortableComm<L> {
         AbortableComm {
             library,

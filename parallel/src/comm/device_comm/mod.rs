@@ -70,7 +70,10 @@ impl Drop for Pending {
 /// Runs in [`Work::wait`], after the operation.
 type WaitHook = Option<Box<dyn FnOnce() + Send>>;
 
-impl<L: Library> DeviceComm<L> {
+impl<L> DeviceComm<L>
+where
+    L: Library,
+{
     /// Joins a group. `store` is the group's own, and `like` a tensor on the device.
     ///
     /// With `p2p`, neighbours in the ring of the group can send to each other. All of the vendor's
@@ -253,7 +256,10 @@ impl<L: Library> DeviceComm<L> {
 const NOT_NEIGHBOURS: &str = "these ranks are not neighbours in a group for point-to-point \
     messages: create it with World::p2p_group";
 
-impl<L: Library> DeviceCommState<L> {
+impl<L> DeviceCommState<L>
+where
+    L: Library,
+{
     fn like(&self) -> Tensor {
         self.like.lock().shallow_clone()
     }
@@ -291,7 +297,10 @@ fn reduce_parts(parts: Tensor, result: &Tensor, op: ReduceOp) -> WaitHook {
     }))
 }
 
-impl<L: Library> Communicator for DeviceComm<L> {
+impl<L> Communicator for DeviceComm<L>
+where
+    L: Library,
+{
     fn backend(&self) -> &'static str {
         L::NAME
     }
@@ -381,11 +390,17 @@ impl<L: Library> Communicator for DeviceComm<L> {
         };
         let data = Parts { data, counts };
         let reduce = reduce_parts(parts, output, op);
-        let scatter = |library: &L, target: &LaunchTarget<L>| {
+        let exchange_parts = |library: &L, target: &LaunchTarget<L>| {
             // SAFETY: as above; there is one part for each rank.
             unsafe { library.all_to_all(target, out, data, elements.kind) }
         };
-        self.queue("reduce_scatter", Participants::All, kept, scatter, reduce)
+        self.queue(
+            "reduce_scatter",
+            Participants::All,
+            kept,
+            exchange_parts,
+            reduce,
+        )
     }
     fn all_to_all(
         &self,

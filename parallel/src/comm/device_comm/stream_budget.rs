@@ -36,8 +36,11 @@ impl StreamBudget {
             return Ok(());
         }
         self.groups.sort_by_key(|it| std::cmp::Reverse(it.streams));
-        let named = self.groups.iter().take(NAMED_GROUPS);
-        let named = named.map(|it| format!("'{}' {}", it.group, it.streams));
+        let named = self
+            .groups
+            .iter()
+            .take(NAMED_GROUPS)
+            .map(|it| format!("'{}' {}", it.group, it.streams));
         let mut named = named.collect::<Vec<_>>().join(", ");
         if self.groups.len() > NAMED_GROUPS {
             named += ", ...";
@@ -68,7 +71,10 @@ mod tests {
                 let taken = budget.take(&format!("group {number}"), streams);
                 prop_assert_eq!(taken.is_ok(), total <= Priority::STREAMS);
                 if let Err(reason) = taken {
-                    let largest = groups[..=number].iter().max().unwrap();
+                    let largest = groups[..=number]
+                        .iter()
+                        .max()
+                        .unwrap();
                     let first = format!("need at least {total} streams, but the device has 32: '");
                     prop_assert!(reason.contains(&first), "{}", reason);
                     prop_assert!(reason.contains(&format!("' {largest}, ")), "{}", reason);

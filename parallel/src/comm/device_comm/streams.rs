@@ -56,7 +56,10 @@ pub(super) struct DeviceStream<L: Library> {
     pub(super) stream: Stream,
 }
 
-impl<L: Library> DeviceStream<L> {
+impl<L> DeviceStream<L>
+where
+    L: Library,
+{
     /// Creates a vendor's communicator together with its other participants.
     pub(super) fn create(
         library: &'static L,

@@ -152,7 +152,10 @@ impl Log {
     }
 }
 
-fn as_number<S: Serializer>(group: &Arc<RecordedGroup>, serializer: S) -> Result<S::Ok, S::Error> {
+fn as_number<S>(group: &Arc<RecordedGroup>, serializer: S) -> Result<S::Ok, S::Error>
+where
+    S: Serializer,
+{
     serializer.serialize_u64(group.number as u64)
 }
 
@@ -222,11 +225,19 @@ pub(super) mod tests {
         ) {
             let group = |(number, stride): (usize, &usize)| {
                 let regular = (0..16_384).map(|rank| rank * stride);
-                let members: Vec<usize> = irregular.iter().copied().chain(regular).collect();
+                let members: Vec<usize> = irregular
+                    .iter()
+                    .copied()
+                    .chain(regular)
+                    .collect();
                 let membership = Membership::new("expert replicas", &members, 0).unwrap();
                 Arc::new(RecordedGroup { number, membership })
             };
-            let groups: Vec<_> = strides.iter().enumerate().map(group).collect();
+            let groups: Vec<_> = strides
+                .iter()
+                .enumerate()
+                .map(group)
+                .collect();
             let mut log = Log::default();
             for number in 0..MAX_CALLS + 10 {
                 let mut call = call_in(groups[number % groups.len()].clone(), None, None);

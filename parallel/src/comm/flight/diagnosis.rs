@@ -52,8 +52,14 @@ pub(super) fn describe(observations: &[Observation], call: &Call) -> String {
         );
     }
     let printed = problems.len().min(DESCRIBED_PROBLEMS);
-    let mut texts: Vec<String> = problems[..printed].iter().map(Problem::text).collect();
-    let left: usize = problems[printed..].iter().map(|it| it.ranks.len()).sum();
+    let mut texts = problems[..printed]
+        .iter()
+        .map(Problem::text)
+        .collect::<Vec<String>>();
+    let left = problems[printed..]
+        .iter()
+        .map(|it| it.ranks.len())
+        .sum::<usize>();
     if left > 0 {
         texts.push(format!("and {left} more ranks are missing or have stopped"));
     }
@@ -201,7 +207,9 @@ mod tests {
             silent in prop::collection::vec(any::<bool>(), 1..2000),
             numbers in prop::collection::vec(0u64..9, 2000),
         ) {
-            let members: Vec<usize> = (0..16_384).map(|rank| rank * rank % 1_000_003).collect();
+            let members: Vec<usize> = (0..16_384)
+                .map(|rank| rank * rank % 1_000_003)
+                .collect();
             let call = call_in(group(&members), Some(7), None);
             let waits = Some("call 1234, reduce_scatter in group 'expert replicas'");
             let membership = &call.group.membership;
@@ -212,10 +220,14 @@ mod tests {
                     number,
                     operation: "reduce_scatter".into(),
                 };
-                heartbeat.last_collectives.insert(membership.digest, last);
+                heartbeat
+                    .last_collectives
+                    .insert(membership.digest, last);
                 observed(rank * rank, silent[rank], heartbeat)
             };
-            let observations: Vec<_> = (0..silent.len()).map(observation).collect();
+            let observations: Vec<_> = (0..silent.len())
+                .map(observation)
+                .collect();
             let described = describe(&observations, &call);
             let error = membership.error("all_to_all", format!("{described} (timed out)"));
             prop_assert!(error.to_string().len() < 1024, "{}", error);

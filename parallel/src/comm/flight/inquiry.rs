@@ -80,10 +80,14 @@ impl Inquirer<'_> {
     fn look(&mut self, call: &Call) -> Result<String, Error> {
         let others: Vec<usize> = match call.peer {
             Some(peer) => vec![peer],
-            None => {
-                let members = call.group.membership.members.iter().copied();
-                members.filter(|&rank| rank != self.rank).collect()
-            }
+            None => call
+                .group
+                .membership
+                .members
+                .iter()
+                .copied()
+                .filter(|&rank| rank != self.rank)
+                .collect(),
         };
         let before = Heartbeat::read(&others, self.store)?;
         let start = Instant::now();
@@ -99,7 +103,11 @@ impl Inquirer<'_> {
                 is_silent: heartbeat.beat == before.beat,
                 heartbeat,
             };
-        let observations: Vec<_> = others.into_iter().zip(pairs).map(observation).collect();
+        let observations = others
+            .into_iter()
+            .zip(pairs)
+            .map(observation)
+            .collect::<Vec<_>>();
         Ok(describe(&observations, call))
     }
 }
@@ -188,7 +196,10 @@ mod tests {
             let requests = answers.iter().map(|it| it.traffic.requests);
             assert!(requests.clone().all(|requests| requests < 30));
             // One rank reads all heartbeats, and the others its answer.
-            let mut bytes: Vec<u64> = answers.iter().map(|it| it.traffic.bytes).collect();
+            let mut bytes = answers
+                .iter()
+                .map(|it| it.traffic.bytes)
+                .collect::<Vec<u64>>();
             bytes.sort_unstable();
             let others = bytes[bytes.len() - 2];
             assert!(others < 3000, "{others} bytes");

@@ -74,8 +74,8 @@ impl RecordedComm {
         }
         Ok(Work::new(move || {
             recorder.change(id, |call| call.waited_for = true);
-            let result = span("communication", operation, || cost, || work.wait());
-            let result = result.map_err(|error| recorder.failed(&started, error));
+            let result = span("communication", operation, || cost, || work.wait())
+                .map_err(|error| recorder.failed(&started, error));
             if !is_on_device {
                 recorder.ended(id);
             }

@@ -262,8 +262,9 @@ impl Peer {
         let len = u64::from_ne_bytes(header[8..16].try_into().unwrap_or_default()) as usize;
         self.from.read(own, CACHE_LINE);
         // Earlier messages of this tag have been delivered, or no receive is posted for them.
-        let posted = self.find_posted(tag);
-        let posted = posted.filter(|&index| self.posted[index].bytes.len() == len);
+        let posted = self
+            .find_posted(tag)
+            .filter(|&index| self.posted[index].bytes.len() == len);
         let posted = posted.and_then(|index| self.posted.remove(index));
         Some(IncomingMessage {
             tag,

@@ -76,7 +76,10 @@ pub(super) fn combine(kind: Kind, op: ReduceOp, ranks: &[Option<&[u8]>], out: &m
     }
 }
 
-fn combine_typed<T: Element>(op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8]) {
+fn combine_typed<T>(op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u8])
+where
+    T: Element,
+{
     match op {
         ReduceOp::Sum => combine_blocks::<T>(T::sum, ranks, out),
         ReduceOp::Min => combine_blocks::<T>(|a, b| if b < a { b } else { a }, ranks, out),
@@ -85,11 +88,13 @@ fn combine_typed<T: Element>(op: ReduceOp, ranks: &[Option<&[u8]>], out: &mut [u
 }
 
 #[inline(always)]
-fn combine_blocks<T: Element>(
+fn combine_blocks<T>(
     with: impl Fn(T::Accumulator, T::Accumulator) -> T::Accumulator,
     ranks: &[Option<&[u8]>],
     out: &mut [u8],
-) {
+) where
+    T: Element,
+{
     let mut sums = [T::ZERO; BLOCK];
     let block = BLOCK * size_of::<T>();
     for start in (0..out.len()).step_by(block) {
@@ -114,7 +119,10 @@ fn combine_blocks<T: Element>(
     }
 }
 
-fn numbers<T: Element>(bytes: &[u8]) -> &[T] {
+fn numbers<T>(bytes: &[u8]) -> &[T]
+where
+    T: Element,
+{
     // SAFETY: every bit pattern is a number of these types.
     let (before, numbers, after) = unsafe { bytes.align_to::<T>() };
     assert!(
@@ -124,7 +132,10 @@ fn numbers<T: Element>(bytes: &[u8]) -> &[T] {
     numbers
 }
 
-fn numbers_mut<T: Element>(bytes: &mut [u8]) -> &mut [T] {
+fn numbers_mut<T>(bytes: &mut [u8]) -> &mut [T]
+where
+    T: Element,
+{
     // SAFETY: as above.
     let (before, numbers, after) = unsafe { bytes.align_to_mut::<T>() };
     assert!(
@@ -182,9 +193,17 @@ mod tests {
                         ReduceOp::Min => all.minimum(&wide(x)),
                         ReduceOp::Max => all.maximum(&wide(x)),
                     };
-                    let expected = values[1..].iter().fold(wide(&values[0]), combined);
-                    let mut out = raw.get(own).cloned().unwrap_or(vec![0; raw[0].len()]);
-                    let mut sources: Vec<_> = raw.iter().map(|x| Some(x.as_slice())).collect();
+                    let expected = values[1..]
+                        .iter()
+                        .fold(wide(&values[0]), combined);
+                    let mut out = raw
+                        .get(own)
+                        .cloned()
+                        .unwrap_or(vec![0; raw[0].len()]);
+                    let mut sources: Vec<_> = raw
+                        .iter()
+                        .map(|x| Some(x.as_slice()))
+                        .collect();
                     if let Some(source) = sources.get_mut(own) {
                         *source = None;
                     }

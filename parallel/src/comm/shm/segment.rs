@@ -464,7 +464,11 @@ mod tests {
                     let lines = 1 + if place.reader.is_some() { 1 } else { members };
                     positions.push((place.positions, lines * CACHE_LINE));
                     data.push((place.data, place.bytes));
-                    prop_assert!(place.bytes.is_multiple_of(CACHE_LINE));
+                    prop_assert!(
+                        place
+                            .bytes
+                            .is_multiple_of(CACHE_LINE)
+                    );
                 }
             }
             let end_of_ranks = (1 + members) * CACHE_LINE;
@@ -495,7 +499,9 @@ mod tests {
             let mut writer = Ring::new(&here, 0, Channel::Part(1));
             let mut reader = Ring::new(&there, 0, Channel::Part(1));
             let message = |index: usize| -> Vec<u8> {
-                (0..lens[index]).map(|i| (i * 7 + index) as u8).collect()
+                (0..lens[index])
+                    .map(|i| (i * 7 + index) as u8)
+                    .collect()
             };
             let mut sending = 0;
             let mut sent_bytes = 0;
@@ -520,7 +526,10 @@ mod tests {
                     let missing = lens[receiving] - received.len();
                     let limit = (random >> 30) as usize % 50_000;
                     let readable = reader.readable();
-                    let count = readable.len().min(missing).min(limit);
+                    let count = readable
+                        .len()
+                        .min(missing)
+                        .min(limit);
                     received.extend_from_slice(&readable[..count]);
                     reader.read(1, count);
                     if received.len() == lens[receiving] {

@@ -144,8 +144,9 @@ impl TreeComm {
         let _ = self.jobs.lock().sender().send(job);
         let timeout = self.timeout;
         Ok(Work::new(move || {
-            let result = deferred.wait(timeout);
-            let result = result.map_err(|reason| membership.error(name, reason))?;
+            let result = deferred
+                .wait(timeout)
+                .map_err(|reason| membership.error(name, reason))?;
             // The operation of a level has a message of its own.
             let result = result.map_err(|error| membership.error(name, error.reason))?;
             finish(result);
@@ -210,8 +211,11 @@ impl Tree {
         self.join()?;
         let mut gathered = own;
         for JoinedLevel { level, group } in &self.levels {
-            let parts = level.members.iter().zip(&level.counts);
-            let parts = parts.map(|(&first, &count)| rows_of(first..first + count));
+            let parts = level
+                .members
+                .iter()
+                .zip(&level.counts)
+                .map(|(&first, &count)| rows_of(first..first + count));
             let parts: Vec<i64> = parts.collect();
             let mut send = vec![0; parts.len()];
             send[0] = gathered.size()[0];

@@ -34,8 +34,10 @@ impl TreePlan {
         let mut order: Vec<usize> = (0..machines.len()).collect();
         order.sort_by_key(|&rank| machines[rank]);
         let machine_of = |position: usize| machines[order[position]];
-        let own = order.iter().position(|&other| other == rank);
-        let own = own.expect("the rank is in its group");
+        let own = order
+            .iter()
+            .position(|&other| other == rank)
+            .expect("the rank is in its group");
         let mut speakers: Vec<usize> = (0..order.len()).collect();
         let mut levels = Vec::new();
         let mut number = 0;
@@ -128,10 +130,17 @@ mod tests {
                 let mut spoken_for = 1;
                 for (index, level) in plan.levels.iter().enumerate() {
                     prop_assert!((2..=fanout).contains(&level.members.len()));
-                    let own = level.members.iter().position(|&one| one == plan.position);
+                    let own = level
+                        .members
+                        .iter()
+                        .position(|&one| one == plan.position);
                     prop_assert_eq!(level.counts[own.unwrap()], spoken_for);
                     // Adjacent, so that gathered values are in the tree's order.
-                    for (pair, count) in level.members.windows(2).zip(&level.counts) {
+                    for (pair, count) in level
+                        .members
+                        .windows(2)
+                        .zip(&level.counts)
+                    {
                         prop_assert_eq!(pair[0] + count, pair[1]);
                     }
                     if plan.leads(level) {
@@ -141,7 +150,11 @@ mod tests {
                     }
                     // All members have the same group.
                     for &member in &level.members {
-                        prop_assert!(plans[order[member]].levels.contains(level));
+                        prop_assert!(
+                            plans[order[member]]
+                                .levels
+                                .contains(level)
+                        );
                     }
                 }
                 prop_assert_eq!(spoken_for == ranks, plan.position == 0 || ranks == 1);

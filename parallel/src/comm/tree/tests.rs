@@ -4,6 +4,7 @@ use crate::{
     host_groups::GroupLimits,
     world::{Joining, run_on_threads_as},
 };
+use tch::kind::FLOAT_CPU;
 
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -29,9 +30,11 @@ fn a_tree_gathers_reduces_and_broadcasts() {
             let group = world.all("tree").unwrap();
             let rank = world.rank();
             let own = Tensor::from_slice(&[rank as f32, 0.5]);
-            let all = Tensor::zeros([40], (Kind::Float, Device::Cpu));
+            let all = Tensor::zeros([40], FLOAT_CPU);
             group.all_gather(&all, &own).unwrap().wait().unwrap();
-            let expected: Vec<f32> = (0..20).flat_map(|rank| [rank as f32, 0.5]).collect();
+            let expected = (0..20)
+                .flat_map(|rank| [rank as f32, 0.5])
+                .collect::<Vec<f32>>();
             assert_eq!(floats(&all), expected);
 
             // The order of the sum is fixed.
@@ -74,18 +77,18 @@ fn large_tensors_and_messages_use_the_whole_group() {
     run_on_threads_as(6, TIMEOUT, with_trees(2), |world| {
         let group = world.all("tree").unwrap();
         let rank = world.rank();
-        let sum = Tensor::full([100_000], rank as i64, (Kind::Float, Device::Cpu));
+        let sum = Tensor::full([100_000], rank as i64, FLOAT_CPU);
         // Started before an operation of the tree, and waited for afterwards.
         let work = group.all_reduce(&sum, ReduceOp::Sum).unwrap();
         group.barrier().unwrap().wait().unwrap();
         work.wait().unwrap();
         assert_eq!(floats(&sum.narrow(0, 99_999, 1)), [15.0]);
-        let part = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        let part = Tensor::zeros([1], FLOAT_CPU);
         let parts = Tensor::from_slice(&[1f32, 2., 3., 4., 5., 6.]);
         let work = group.reduce_scatter(&part, &parts, ReduceOp::Sum);
         work.unwrap().wait().unwrap();
         assert_eq!(floats(&part), [6.0 * (rank as f32 + 1.0)]);
-        let received = Tensor::zeros([1], (Kind::Float, Device::Cpu));
+        let received = Tensor::zeros([1], FLOAT_CPU);
         let receive = group.recv(&received, (rank + 5) % 6, 3).unwrap();
         let send = group.send(&part, (rank + 1) % 6, 3).unwrap();
         send.wait().unwrap();
