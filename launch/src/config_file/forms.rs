@@ -4,7 +4,7 @@ use serde_json::Value;
 use trainer::config::{NumberRange, resolve_schema, schema};
 
 /// Numbers that stand in for refused ones: each range of the schema contains one of them.
-const STAND_INS: [i32; 3] = [1, 0, -1];
+const STAND_INS: [i32; 4] = [1, 0, -1, 2];
 
 /// All forms of one value, without references. Empty if the schema does not know the key.
 #[derive(Clone)]
