@@ -237,7 +237,11 @@ fn state_is_read_in_either_precision() {
         let (resumed, _) = resume(2, &of(to), &[]).unwrap();
         // Moments in bf16 change steps by less than a hundredth.
         assert_eq!(resumed[0], unbroken[0]);
-        let change = (resumed[1] - unbroken[1]).abs() / unbroken[1];
+        let changes = resumed
+            .iter()
+            .zip(&unbroken)
+            .map(|(resumed, unbroken)| (resumed - unbroken).abs() / unbroken);
+        let change = changes.fold(0.0, f64::max);
         assert!(change > 0.0 && change < 1e-3, "{change}");
         std::fs::remove_dir_all(folder.path().join("run")).unwrap();
     }
