@@ -237,12 +237,10 @@ fn state_is_read_in_either_precision() {
         let (resumed, _) = resume(2, &of(to), &[]).unwrap();
         // Moments in bf16 change steps by less than a hundredth.
         assert_eq!(resumed[0], unbroken[0]);
-        let changes = resumed
-            .iter()
-            .zip(&unbroken)
-            .map(|(resumed, unbroken)| (resumed - unbroken).abs() / unbroken);
-        let change = changes.fold(0.0, f64::max);
-        assert!(change > 0.0 && change < 1e-3, "{change}");
+        let change = (resumed[1] - unbroken[1]).abs() / unbroken[1];
+        assert!(change < 1e-3, "{change}");
+        // State that was read in bf16 gives the next update exactly, whatever it is kept in.
+        assert_eq!(change > 0.0, to == "bf16", "{change}");
         std::fs::remove_dir_all(folder.path().join("run")).unwrap();
     }
 }
