@@ -183,8 +183,16 @@ mod tests {
     use super::*;
     use crate::optim::golden_file::{GoldenFile, SHAPES, WEIGHT_DECAY, largest_difference};
 
+    /// Returns the largest difference between the results of torch's iterations, which are in bf16,
+    /// and of those in fp32.
+    fn rounding_of_torch(golden: &GoldenFile, shape: [i64; 2], name: &str) -> f64 {
+        let result = |reference| golden.tensor(shape, &format!("muon/{name}/{reference}"));
+        let begun = golden.tensor(shape, "weight");
+        largest_difference(result("torch"), result("fp32"), begun)
+    }
+
     /// Compares steps in `kind` with the golden file's `reference`.
-    fn check(kind: Kind, reference: &str, tolerance: f64) {
+    fn check(kind: Kind, reference: &str, tolerance: impl Fn(&GoldenFile, [i64; 2], &str) -> f64) {
         let golden = GoldenFile::open();
         for (name, nesterov, adjust_lr) in [
             ("original", true, AdjustLr::Original),
@@ -207,18 +215,25 @@ mod tests {
                 let theirs = golden.tensor(shape, &format!("muon/{name}/{reference}"));
                 let begun = golden.tensor(shape, "weight");
                 let difference = largest_difference(&ours, theirs, begun);
-                assert!(difference < tolerance, "{name} {shape:?}: {difference}");
+                let limit = tolerance(&golden, shape, name);
+                assert!(
+                    difference < limit,
+                    "{name} {shape:?}: {difference}, {limit}"
+                );
             }
         }
     }
 
     #[test]
     fn steps_in_fp32_equal_the_algorithm_in_fp32() {
-        check(Kind::Float, "fp32", 1e-5);
+        check(Kind::Float, "fp32", |_, _, _| 1e-5);
     }
 
     #[test]
     fn steps_in_bf16_equal_those_of_torch_within_rounding() {
-        check(Kind::BFloat16, "torch", 0.02);
+        // Both sides round, each at its own places.
+        check(Kind::BFloat16, "torch", |golden, shape, name| {
+            2.0 * rounding_of_torch(golden, shape, name)
+        });
     }
 }
