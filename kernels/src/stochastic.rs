@@ -121,7 +121,7 @@ fn round_row(wide: &[f32], out: &mut [Bf16], key: u64, first: u64) {
     for (index, (out, x)) in (first..).zip(elements) {
         let bits = x.to_bits().wrapping_add(random_bits(key, index));
         let bits = bits & 0xffff_0000;
-        // What is no number has no neighbors.
+        // NaN and infinities have no neighbors to round to.
         *out = Bf16::narrow(if x.is_finite() {
             f32::from_bits(bits)
         } else {

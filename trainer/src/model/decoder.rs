@@ -7,7 +7,7 @@ use super::{
     norm::{BlockNorms, NormNames, norm_spec},
     part::{HeadWeight, ModelPart},
     rules::ParameterRules,
-    spec::{Dim, ParamSpec, Role, Split, Stack},
+    spec::{Dim, ParamSpec, Role, Split},
     work::Flops,
 };
 use crate::config::{ModelConfig, MoeConfig, RecomputedPart};
@@ -37,18 +37,9 @@ pub(crate) fn layer_name(index: usize) -> String {
 
 /// Returns the description of the embedding, or of the output layer, by its name.
 pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> ParamSpec {
-    ParamSpec {
-        block: String::new(),
-        part,
-        dims: vec![
-            Dim::new("model.vocab_size", config.vocab_size as u64),
-            Dim::hidden(config.hidden),
-        ],
-        stack: Stack::Single,
-        split: Split::Vocabulary,
-        role: Role::Vocabulary,
-        writes_residual: false,
-    }
+    let tokens = Dim::new("model.vocab_size", config.vocab_size as u64);
+    let dims = [tokens, Dim::hidden(config.hidden)];
+    ParamSpec::single("", part, &dims, Split::Vocabulary, Role::Vocabulary)
 }
 
 /// Returns the description of a norm over the residual stream.
@@ -248,7 +239,7 @@ impl ModelConfig {
     /// Returns the FLOPs of a token in layer `index`, in sequences of `length` tokens.
     pub(crate) fn layer_flops(&self, index: usize, length: usize) -> Flops {
         let mut specs = feed_forward_specs(self, index);
-        specs.retain(|spec| spec.dims.len() > 1);
+        specs.retain(ParamSpec::is_matrix);
         let feed_forward = Flops::of_weights(active_elements(self, &specs));
         self.attention(index).flops(length) + feed_forward
     }
@@ -269,19 +260,26 @@ impl ModelConfig {
 
     /// Returns the forward cost of each layer, in units of a mean layer's GEMMs.
     pub(crate) fn layer_costs(&self) -> Vec<f64> {
-        let weights = |index| self.layer_flops(index, 0).weights;
-        let costs: Vec<f64> = (0..self.layers).map(weights).collect();
-        let mean = costs.iter().sum::<f64>() / self.layers.max(1) as f64;
-        costs.iter().map(|cost| cost / mean.max(1.0)).collect()
+        let flops = self.gemm_flops_of_layers();
+        let mean = mean_of_layers(&flops);
+        flops.iter().map(|flops| flops / mean).collect()
     }
 
     /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.
     pub fn head_cost_in_layers(&self) -> f64 {
-        let weights = |index| self.layer_flops(index, 0).weights;
-        let sum = (0..self.layers).map(weights).sum::<f64>();
-        let mean = sum / self.layers.max(1) as f64;
-        self.head_flops().weights / mean.max(1.0)
+        self.head_flops().weights / mean_of_layers(&self.gemm_flops_of_layers())
     }
+
+    fn gemm_flops_of_layers(&self) -> Vec<f64> {
+        let flops = |index| self.layer_flops(index, 0).weights;
+        (0..self.layers).map(flops).collect()
+    }
+}
+
+/// Returns the mean, at least 1.
+fn mean_of_layers(flops: &[f64]) -> f64 {
+    let mean = flops.iter().sum::<f64>() / flops.len().max(1) as f64;
+    mean.max(1.0)
 }
 
 #[cfg(test)]

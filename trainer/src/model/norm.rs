@@ -3,7 +3,7 @@
 //!
 //! Backward needs only the input and one number per row.
 
-use super::spec::{Dim, ParamSpec, Role, Split, Stack};
+use super::spec::{Dim, ParamSpec, Role, Split};
 use config_derive::ResumeKeys;
 use kernels::Gain;
 use parallel::{Activation, Communicator, ReduceOp, Weight};
@@ -127,15 +127,7 @@ impl BlockNorms<Norm> {
 
 /// Returns the weight of a norm over `dim`, of which `split` gives the division.
 pub(crate) fn norm_spec(block: &str, part: &'static str, dim: Dim, split: Split) -> ParamSpec {
-    ParamSpec {
-        block: block.to_string(),
-        part,
-        dims: vec![dim],
-        stack: Stack::Single,
-        split,
-        role: Role::Norm,
-        writes_residual: false,
-    }
+    ParamSpec::single(block, part, &[dim], split, Role::Norm)
 }
 
 /// A norm on this rank.

@@ -89,7 +89,42 @@ pub(crate) struct ParamSpec {
     pub(crate) writes_residual: bool,
 }
 
+impl Split {
+    /// Returns the division of a dimension whose equal parts are this many heads.
+    pub(crate) fn heads(dim: usize, heads: u64) -> Split {
+        Split::Tensor(SplitDim {
+            dim,
+            units: heads,
+            fused: 1,
+        })
+    }
+}
+
 impl ParamSpec {
+    /// Describes a single vector or matrix that does not write to the residual stream.
+    pub(crate) fn single(
+        block: &str,
+        part: &'static str,
+        dims: &[Dim],
+        split: Split,
+        role: Role,
+    ) -> ParamSpec {
+        ParamSpec {
+            block: block.to_string(),
+            part,
+            dims: dims.to_vec(),
+            stack: Stack::Single,
+            split,
+            role,
+            writes_residual: false,
+        }
+    }
+
+    /// Returns true for the operands of GEMMs.
+    pub(crate) fn is_matrix(&self) -> bool {
+        !matches!(self.role, Role::Norm | Role::Bias)
+    }
+
     /// Returns the global name of the matrix of `expert`, which counts for stacks of experts only.
     pub(crate) fn name(&self, expert: usize) -> String {
         let ParamSpec { block, part, .. } = self;

@@ -1,5 +1,6 @@
 //! Floating-point operations of a block, as blocks describe them.
 
+use super::spec::ParamSpec;
 use std::ops::{Add, AddAssign};
 
 /// FLOPs of one token in a forward pass. A product and its addition are two.
@@ -18,6 +19,12 @@ impl Flops {
             weights: 2.0 * weights as f64,
             activations: 0.0,
         }
+    }
+
+    /// Returns the FLOPs of GEMMs with all of `specs`.
+    pub(crate) fn of_specs(specs: &[ParamSpec]) -> Flops {
+        let matrices = specs.iter().filter(|spec| spec.is_matrix());
+        Flops::of_weights(matrices.map(ParamSpec::elements).sum())
     }
 
     /// Returns the FLOPs of a forward pass.

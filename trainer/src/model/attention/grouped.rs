@@ -12,16 +12,13 @@ use crate::{
         core_attention::CoreAttention,
         norm::{Norm, norm_spec},
         rope::Rope,
-        spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
+        spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
     },
     problems::{Problems, Quantity},
 };
-use parallel::{
-    Activation, MeshShape, Weight, add_bias, context::ContextKind, linear, linears,
-    tensor::TensorParallel,
-};
+use parallel::{Activation, Weight, add_bias, linear, linears, tensor::TensorParallel};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -196,27 +193,14 @@ impl GroupedSpecs {
             "model.kv_heads x head_dim",
             kv_heads.saturating_mul(head_dim),
         );
-        let of_heads = |dim, units| {
-            Split::Tensor(SplitDim {
-                dim,
-                units,
-                fused: 1,
-            })
-        };
-        let matrix = |part, dims: [Dim; 2], split, writes_residual| ParamSpec {
-            block: block.to_string(),
-            part,
-            dims: dims.to_vec(),
-            stack: Stack::Single,
-            split,
-            role: Role::Matrix,
-            writes_residual,
+        let matrix = |part, dims: [Dim; 2], split| {
+            ParamSpec::single(block, part, &dims, split, Role::Matrix)
         };
         let norms = match plan.model.qk_norm {
             QkNorm::None => None,
             QkNorm::Full => Some([
-                norm_spec(block, "query_norm", queries, of_heads(0, heads)),
-                norm_spec(block, "key_norm", keys, of_heads(0, kv_heads)),
+                norm_spec(block, "query_norm", queries, Split::heads(0, heads)),
+                norm_spec(block, "key_norm", keys, Split::heads(0, kv_heads)),
             ]),
             QkNorm::Head | QkNorm::HeadAfterRope => {
                 let width = Dim::new("model.head_dim", head_dim);
@@ -227,24 +211,27 @@ impl GroupedSpecs {
             }
         };
         GroupedSpecs {
-            query: matrix("query", [queries, hidden], of_heads(0, heads), false),
-            key: matrix("key", [keys, hidden], of_heads(0, kv_heads), false),
-            value: matrix("value", [keys, hidden], of_heads(0, kv_heads), false),
+            query: matrix("query", [queries, hidden], Split::heads(0, heads)),
+            key: matrix("key", [keys, hidden], Split::heads(0, kv_heads)),
+            value: matrix("value", [keys, hidden], Split::heads(0, kv_heads)),
             norms,
             biases: (plan.config.bias != AttentionBias::None).then(|| {
                 [
-                    bias_spec(block, "query_bias", queries, of_heads(0, heads)),
-                    bias_spec(block, "key_bias", keys, of_heads(0, kv_heads)),
-                    bias_spec(block, "value_bias", keys, of_heads(0, kv_heads)),
+                    bias_spec(block, "query_bias", queries, Split::heads(0, heads)),
+                    bias_spec(block, "key_bias", keys, Split::heads(0, kv_heads)),
+                    bias_spec(block, "value_bias", keys, Split::heads(0, kv_heads)),
                 ]
             }),
             sinks: plan.config.sinks.then(|| {
                 let each = Dim::new("model.heads", heads);
-                bias_spec(block, "sinks", each, of_heads(0, heads))
+                bias_spec(block, "sinks", each, Split::heads(0, heads))
             }),
             gate: (plan.config.output_gate)
-                .then(|| matrix("gate", [queries, hidden], of_heads(0, heads), false)),
-            output: matrix("output", [hidden, queries], of_heads(1, heads), true),
+                .then(|| matrix("gate", [queries, hidden], Split::heads(0, heads))),
+            output: ParamSpec {
+                writes_residual: true,
+                ..matrix("output", [hidden, queries], Split::heads(1, heads))
+            },
             output_bias: (plan.config.bias == AttentionBias::All)
                 .then(|| bias_spec(block, "output_bias", hidden, Split::Whole)),
         }
@@ -331,13 +318,11 @@ impl AttentionPlan for GroupedAttention {
     }
 
     fn flops(&self, length: usize) -> Flops {
-        let specs = self.specs("");
-        let matrices = specs.iter().filter(|spec| spec.role == Role::Matrix);
         let seen = self.window().map_or(length, |window| window.min(length));
         let scores_and_values = 2 * self.model.heads * self.head_dim();
         Flops {
             activations: 2.0 * scores_and_values as f64 * seen as f64,
-            ..Flops::of_weights(matrices.map(ParamSpec::elements).sum())
+            ..Flops::of_specs(&self.specs(""))
         }
     }
 
@@ -398,22 +383,8 @@ impl AttentionPlan for GroupedAttention {
         }
     }
 
-    fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
-        problems.divides(
-            Quantity::new("model.heads", self.model.heads),
-            Quantity::new("parallel.tensor", mesh.tensor),
-            "each rank must have the same number of heads",
-        );
-        if context == ContextKind::Ulysses && mesh.tensor > 0 {
-            problems.divides(
-                Quantity::new(
-                    "model.heads / parallel.tensor",
-                    self.model.heads / mesh.tensor,
-                ),
-                Quantity::new("parallel.context", mesh.context),
-                "ulysses splits the heads; ring does not",
-            );
-        }
+    fn heads(&self) -> usize {
+        self.model.heads
     }
 
     fn build(&self, builder: &mut WeightBuilder, name: &str) -> Box<dyn Attention> {

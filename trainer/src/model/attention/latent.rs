@@ -19,15 +19,13 @@ use crate::{
         core_attention::CoreAttention,
         norm::{Norm, norm_spec},
         rope::Rope,
-        spec::{Dim, ParamSpec, Role, Split, SplitDim, Stack},
+        spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
     },
-    problems::{Problems, Quantity},
+    problems::Problems,
 };
-use parallel::{
-    Activation, MeshShape, Weight, context::ContextKind, linear, linears, tensor::TensorParallel,
-};
+use parallel::{Activation, Weight, linear, linears, tensor::TensorParallel};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -86,21 +84,8 @@ impl LatentSpecs {
         let config = &plan.config;
         let heads = plan.model.heads as u64;
         let hidden = Dim::hidden(plan.model.hidden);
-        let of_heads = |dim| {
-            Split::Tensor(SplitDim {
-                dim,
-                units: heads,
-                fused: 1,
-            })
-        };
-        let matrix = |part, dims: [Dim; 2], split, writes_residual| ParamSpec {
-            block: block.to_string(),
-            part,
-            dims: dims.to_vec(),
-            stack: Stack::Single,
-            split,
-            role: Role::Matrix,
-            writes_residual,
+        let matrix = |part, dims: [Dim; 2], split| {
+            ParamSpec::single(block, part, &dims, split, Role::Matrix)
         };
         let wide = |key, width: usize| Dim::new(key, heads.saturating_mul(width as u64));
         let kv_latent = Dim::new("model.attention.latent.kv_rank", config.kv_rank as u64);
@@ -123,20 +108,26 @@ impl LatentSpecs {
         LatentSpecs {
             query_down: query_latent.map(|rank| {
                 [
-                    matrix("query_down", [rank, hidden], Split::Whole, false),
+                    matrix("query_down", [rank, hidden], Split::Whole),
                     norm_spec(block, "query_norm", rank, Split::Whole),
                 ]
             }),
             query: matrix(
                 "query",
                 [queries, query_latent.unwrap_or(hidden)],
-                of_heads(0),
-                false,
+                Split::heads(0, heads),
             ),
-            kv_down: matrix("kv_down", [latent_and_key, hidden], Split::Whole, false),
+            kv_down: matrix("kv_down", [latent_and_key, hidden], Split::Whole),
             kv_norm: norm_spec(block, "kv_norm", kv_latent, Split::Whole),
-            kv_up: matrix("kv_up", [keys_and_values, kv_latent], of_heads(0), false),
-            output: matrix("output", [hidden, values], of_heads(1), true),
+            kv_up: matrix(
+                "kv_up",
+                [keys_and_values, kv_latent],
+                Split::heads(0, heads),
+            ),
+            output: ParamSpec {
+                writes_residual: true,
+                ..matrix("output", [hidden, values], Split::heads(1, heads))
+            },
         }
     }
 
@@ -197,12 +188,10 @@ impl AttentionPlan for LatentAttention {
     }
 
     fn flops(&self, length: usize) -> Flops {
-        let specs = self.specs("");
-        let matrices = specs.iter().filter(|spec| spec.role == Role::Matrix);
         let per_position = self.model.heads * (self.key_dim() + self.config.value_dim);
         Flops {
             activations: 2.0 * per_position as f64 * length as f64,
-            ..Flops::of_weights(matrices.map(ParamSpec::elements).sum())
+            ..Flops::of_specs(&self.specs(""))
         }
     }
 
@@ -244,22 +233,8 @@ impl AttentionPlan for LatentAttention {
         }
     }
 
-    fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
-        problems.divides(
-            Quantity::new("model.heads", self.model.heads),
-            Quantity::new("parallel.tensor", mesh.tensor),
-            "each rank must have the same number of heads",
-        );
-        if context == ContextKind::Ulysses && mesh.tensor > 0 {
-            problems.divides(
-                Quantity::new(
-                    "model.heads / parallel.tensor",
-                    self.model.heads / mesh.tensor,
-                ),
-                Quantity::new("parallel.context", mesh.context),
-                "ulysses splits the heads; ring does not",
-            );
-        }
+    fn heads(&self) -> usize {
+        self.model.heads
     }
 
     fn build(&self, builder: &mut WeightBuilder, name: &str) -> Box<dyn Attention> {

@@ -12,7 +12,7 @@ use super::{
     weights::WeightBuilder,
     work::Flops,
 };
-use crate::problems::Problems;
+use crate::problems::{Problems, Quantity};
 use grouped::{GroupedAttention, GroupedConfig, QkNorm};
 use latent::{LatentAttention, LatentConfig};
 use parallel::{Activation, MeshShape, context::ContextKind};
@@ -123,8 +123,25 @@ pub(crate) trait AttentionPlan {
     /// Adds the reasons why the block cannot exist.
     fn problems(&self, problems: &mut Problems);
 
+    /// Returns the number of query heads, which ranks divide.
+    fn heads(&self) -> usize;
+
     /// Adds the reasons why the ranks of `mesh` cannot divide the block.
-    fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems);
+    fn layout_problems(&self, mesh: &MeshShape, context: ContextKind, problems: &mut Problems) {
+        let heads = self.heads();
+        problems.divides(
+            Quantity::new("model.heads", heads),
+            Quantity::new("parallel.tensor", mesh.tensor),
+            "each rank must have the same number of heads",
+        );
+        if context == ContextKind::Ulysses && mesh.tensor > 0 {
+            problems.divides(
+                Quantity::new("model.heads / parallel.tensor", heads / mesh.tensor),
+                Quantity::new("parallel.context", mesh.context),
+                "ulysses splits the heads; ring does not",
+            );
+        }
+    }
 
     /// Builds this rank's part of the block with this global name.
     fn build(&self, builder: &mut WeightBuilder, name: &str) -> Box<dyn Attention>;

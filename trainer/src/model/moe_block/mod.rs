@@ -12,6 +12,7 @@ pub use router::{RouterBias, RouterConfig};
 use super::{
     activations::{Activations, BlockShape, FP32_BYTES},
     experts::LocalExperts,
+    feed_forward::DensePlan,
     spec::{Dim, ParamSpec},
     weights::WeightBuilder,
 };
@@ -197,8 +198,7 @@ impl MoeConfig {
             }
         };
         (width.size > 0).then_some(SharedPlan {
-            hidden,
-            width,
+            network: DensePlan { hidden, ffn: width },
             activation: self.activation,
             gated: self.shared_gate,
         })
@@ -268,7 +268,9 @@ impl MoeConfig {
     /// experts.
     pub(crate) fn widest(&self, hidden: usize, slices: usize) -> usize {
         let routed = self.top_k * self.ffn.max(hidden) * slices;
-        let shared = self.shared(hidden).map_or(0, |shared| shared.width.size);
+        let shared = self
+            .shared(hidden)
+            .map_or(0, |shared| shared.network.ffn.size);
         routed.max(shared as usize).max(self.experts)
     }
 
@@ -308,7 +310,7 @@ impl MoeConfig {
     /// Adds the reasons why ranks of this mesh cannot divide the layer.
     pub(crate) fn layout_problems(&self, hidden: usize, mesh: &MeshShape, problems: &mut Problems) {
         if let Some(shared) = self.shared(hidden) {
-            shared.layout_problems(mesh, problems);
+            shared.network.layout_problems(mesh, problems);
         }
         self.routed(hidden).layout_problems(mesh, problems);
     }

@@ -4,7 +4,7 @@ use crate::{
     config::limits::MAX_EXPERTS,
     model::{
         bias::bias_spec,
-        spec::{Dim, ParamSpec, Role, Split, Stack},
+        spec::{Dim, ParamSpec, Role, Split},
     },
     problems::{Problems, Quantity},
 };
@@ -133,17 +133,10 @@ impl RouterConfig {
     /// Describes the parameters in the MoE block with this global name.
     pub(super) fn specs(&self, experts: usize, hidden: usize, block: &str) -> RouterSpecs {
         let experts = Dim::new("model.moe.experts", experts as u64);
+        let dims = [experts, Dim::hidden(hidden)];
         let is_trained = self.bias == Some(RouterBias::Trained);
         RouterSpecs {
-            gate: ParamSpec {
-                block: block.to_string(),
-                part: "gate",
-                dims: vec![experts, Dim::hidden(hidden)],
-                stack: Stack::Single,
-                split: Split::Whole,
-                role: Role::Router,
-                writes_residual: false,
-            },
+            gate: ParamSpec::single(block, "gate", &dims, Split::Whole, Role::Router),
             bias: is_trained.then(|| bias_spec(block, "gate_bias", experts, Split::Whole)),
         }
     }
