@@ -3,10 +3,13 @@
 
 use crate::fixture::{
     COMMAND_TIMEOUT, Experiment, curve, finish, launcher_output, rank_process, signal,
-    start_with_output_file, text, wait_for_step,
+    start_with_output_file, text, wait_for_output, wait_for_step,
 };
 use serde_json::Value;
-use std::{process::Command, time::Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
 const CHUNK_BYTES: u64 = 64;
 const MESSAGE_BYTES: u64 = 500 << 10;
@@ -40,18 +43,27 @@ fn pids(statuses: &[Value]) -> Vec<i64> {
     pids.collect::<Option<_>>().unwrap()
 }
 
-/// Waits until every keeper knows of complete snapshots, and returns the length of the first.
-fn state_bytes(experiment: &Experiment) -> u64 {
+/// Waits until every keeper has the parity of a snapshot of at least `step` steps, and returns
+/// the snapshot's length in bytes. While it looks, the ranks are stopped, so that they cannot
+/// end before the keepers of a busy machine catch up.
+fn wait_for_snapshot(experiment: &Experiment, step: u64) -> u64 {
     let started = Instant::now();
     loop {
-        let statuses = statuses(experiment);
-        let complete = |status: &Value| status["inventory"]["complete"].as_array().cloned();
-        let complete: Vec<Value> = statuses.iter().filter_map(complete).flatten().collect();
-        if complete.len() >= NODES {
-            let parts = complete[0]["parts"].as_array().unwrap().iter();
+        let statuses = experiment.with_ranks_stopped(|| statuses(experiment));
+        let has_parity = |status: &&Value| {
+            let protected = status["inventory"]["protected"].as_array();
+            protected.is_some_and(|of| of.iter().any(|id| id["step"].as_u64() >= Some(step)))
+        };
+        if statuses.iter().filter(has_parity).count() == NODES {
+            let parts = &statuses[0]["inventory"]["complete"][0]["parts"];
+            let parts = parts.as_array().unwrap().iter();
             return parts.map(|part| part["bytes"].as_u64().unwrap()).sum();
         }
-        assert!(started.elapsed() < COMMAND_TIMEOUT, "no snapshot");
+        assert!(
+            started.elapsed() < COMMAND_TIMEOUT,
+            "no snapshot of {step} steps: {statuses:?}"
+        );
+        std::thread::sleep(Duration::from_millis(300));
     }
 }
 
@@ -77,15 +89,15 @@ fn keepers_outlive_a_state_whose_checksums_exceed_a_message() {
     assert!(unbroken.status.success(), "{}", text(&unbroken));
     let mut train = scaled_down(experiment.train(RANKS, &common));
     let run = start_with_output_file(&experiment, &mut train);
-    let bytes = state_bytes(&experiment);
+    let bytes = wait_for_snapshot(&experiment, 20);
     let of_one_snapshot = bytes / CHUNK_BYTES * CHECKSUM_BYTES;
     assert!(
         of_one_snapshot < MESSAGE_BYTES && 2 * of_one_snapshot > MESSAGE_BYTES,
         "the checksums of {bytes} bytes do not show what they should"
     );
-    wait_for_step(&experiment, "run", 33);
     let before = pids(&statuses(&experiment));
     signal(&rank_process(&experiment, 3), "KILL");
+    wait_for_output(&experiment, "resuming from the snapshot of step", 1);
     wait_for_step(&experiment, "run", 50);
     let after = statuses(&experiment);
     assert_eq!(pids(&after), before, "{}", launcher_output(&experiment));
