@@ -19,10 +19,65 @@ pub(crate) fn run(args: &MemoryArgs) -> Result<ExitCode> {
 struct Layout {
     ranks: usize,
     parallel: Value,
+    attention: &'static str,
+}
+
+impl Layout {
+    fn name(&self) -> String {
+        let parallel = self.parallel.to_string().replace('"', "");
+        let name = format!("{}: {parallel}", self.ranks);
+        match self.attention {
+            "grouped" => name,
+            kind => format!("{name}, {kind}"),
+        }
+    }
+}
+
+/// Returns the section `model.attention` of a name.
+fn attention(name: &str) -> Value {
+    match name {
+        "windows" => json!({"grouped": {
+            "window": {"size": 128, "layers": {"every": 2}}, "sinks": true,
+        }}),
+        "latent" => json!({"latent": {
+            "query_rank": 192, "kv_rank": 128, "nope_dim": 32, "rope_dim": 16, "value_dim": 32,
+        }}),
+        _ => json!({"grouped": {}}),
+    }
 }
 
 fn layouts() -> Vec<Layout> {
-    let layout = |ranks, parallel| Layout { ranks, parallel };
+    let mut layouts = layouts_of_grouped_attention();
+    for attention in ["windows", "latent"] {
+        let layout = |ranks, parallel| Layout {
+            ranks,
+            parallel,
+            attention,
+        };
+        layouts.extend([
+            layout(1, json!({})),
+            layout(4, json!({"zero": 3})),
+            layout(4, json!({"tensor": 4, "expert": 4})),
+            layout(4, json!({"context": 4, "expert": 4})),
+            layout(
+                4,
+                json!({"context": 4, "expert": 4, "context_attention": "ulysses"}),
+            ),
+            layout(2, json!({"pipeline": 2})),
+            layout(1, json!({"recompute": {"parts": ["attention"]}})),
+            layout(1, json!({"recompute": {"layers": "all"}})),
+        ]);
+    }
+    layouts
+}
+
+fn layouts_of_grouped_attention() -> Vec<Layout> {
+    let attention = "grouped";
+    let layout = |ranks, parallel| Layout {
+        ranks,
+        parallel,
+        attention,
+    };
     let half_memory = json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"});
     vec![
         layout(1, json!({})),
@@ -48,12 +103,12 @@ fn layouts() -> Vec<Layout> {
 
 fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
-    for Layout { ranks, parallel } in layouts() {
-        let name = name(ranks, &parallel);
+    for layout in layouts() {
+        let (name, ranks) = (layout.name(), layout.ranks);
         if args.case.as_ref().is_some_and(|case| *case != name) {
             continue;
         }
-        let config = experiment(folder, &parallel);
+        let config = experiment(folder, &layout);
         let parsed: Config = serde_json::from_value(config.clone())
             .context("the configuration of the bench is invalid")?;
         let planned = parsed.memory(ranks).map_err(|error| anyhow!(error))?;
@@ -80,15 +135,13 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn name(ranks: usize, parallel: &Value) -> String {
-    format!("{ranks}: {}", parallel.to_string().replace('"', ""))
-}
-
-fn experiment(folder: &Path, parallel: &Value) -> Value {
+fn experiment(folder: &Path, layout: &Layout) -> Value {
     json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
-        "parallel": parallel,
-        "model": {"vocab_size": VOCAB, "hidden": 384, "layers": 4, "heads": 12, "kv_heads": 4,
+        "parallel": layout.parallel,
+        "model": {"vocab_size": VOCAB, "hidden": 384, "layers": 4, "heads": 12,
+                  "kv_heads": (layout.attention != "latent").then_some(4),
+                  "attention": attention(layout.attention),
                   "moe": {"experts": 8, "top_k": 2, "ffn": 768,
                           // As the plan assumes.
                           "router": {"force_balance": true}}},
