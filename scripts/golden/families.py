@@ -21,14 +21,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from folders import Family, loaded, read, write_family
+from folders import CHOICE_BIAS, Family, loaded, read, write_family
+from released import old_spelling, release_bailing, release_bailing_config
 from tokenizer import write_tokenizer
 from transformers import (
+    Dots1Config,
+    Ernie4_5_MoeConfig,
+    Glm4MoeConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
+    HunYuanMoEV1Config,
     LlamaConfig,
+    MiniMaxM2Config,
     MixtralConfig,
     OlmoeConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -75,6 +82,50 @@ def finish_qwen3(folder):
                 rows = [split[f"{prefix}.{expert}.{part}_proj.weight"] for part in parts]
                 assert torch.equal(matrix, torch.cat(rows))
     write_tokenizer(folder)
+
+
+def state(module):
+    """Returns parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def near_seven(module):
+    """Sets choice biases as GLM has them. Rounded to bf16, all of them would be 7.
+
+    Routers are weak, so that these biases decide.
+    """
+    for name, tensor in state(module).items():
+        if name.endswith(CHOICE_BIAS):
+            tensor.copy_(7 + 1e-3 * torch.arange(tensor.numel()).reshape(tensor.shape))
+        elif name.endswith("mlp.gate.weight"):
+            tensor.mul_(0.1)
+
+
+def draw_choice_biases(module):
+    """Draws choice biases."""
+    for name, bias in state(module).items():
+        if name.endswith(CHOICE_BIAS):
+            torch.nn.init.normal_(bias, std=0.1)
+
+
+def glm4_moe(**more):
+    """Returns a configuration of glm4_moe, also for families that compute the same."""
+    values = dict(
+        num_key_value_heads=2,
+        head_dim=12,
+        attention_bias=False,
+        use_qk_norm=True,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=8,
+        intermediate_size=20,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.5,
+        num_mtp_layers=0,
+        rope_parameters=rope(1e6, partial_rotary_factor=0.5),
+    )
+    return Glm4MoeConfig(**{**SMALL, **values, **more})
 
 
 FAMILIES = {
@@ -172,6 +223,115 @@ FAMILIES = {
             head_dim=12,
             intermediate_size=20,
             rope_parameters=rope(1e6),
+        ),
+    ),
+    # A part of a head rotates, and that part has an odd number of pairs.
+    "glm4_moe": Family(glm4_moe(attention_bias=True), shard=16_000, adjust=near_seven),
+    "glm4_moe-air": Family(
+        glm4_moe(use_qk_norm=False, attention_bias=True, head_dim=8, routed_scaling_factor=1.0),
+        adjust=draw_choice_biases,
+    ),
+    # Of 12 elements of a head 6 rotate, which config.json says as it was released.
+    "minimax_m2": Family(
+        MiniMaxM2Config(
+            **SMALL,
+            head_dim=12,
+            intermediate_size=4,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            rope_parameters=rope(5e6, partial_rotary_factor=0.5),
+        ),
+        adjust=near_seven,
+        release_config=old_spelling(
+            rotary_dim=6,
+            partial_rotary_factor="absent",
+            mtp_transformer_layers=1,
+            num_mtp_modules=3,
+            scoring_func="sigmoid",
+            shared_intermediate_size=0,
+            use_mtp=True,
+            use_qk_norm=True,
+            use_routing_bias=True,
+        ),
+    ),
+    # transformers has no class for it: renamed from glm4_moe.
+    "bailing_moe_v2": Family(
+        glm4_moe(
+            n_routed_experts=8,
+            n_group=4,
+            topk_group=2,
+            num_experts_per_tok=3,
+            rope_parameters=rope(6e5, partial_rotary_factor=0.5),
+        ),
+        adjust=draw_choice_biases,
+        release=release_bailing,
+        release_config=release_bailing_config,
+        reload=None,
+    ),
+    # As released, config.json has null for the number of groups.
+    "dots1": Family(
+        Dots1Config(
+            **SMALL,
+            head_dim=8,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_shared_experts=2,
+            moe_intermediate_size=4,
+            intermediate_size=20,
+            first_k_dense_replace=1,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+            rope_parameters=rope(1e7),
+        ),
+        adjust=draw_choice_biases,
+        release_config=old_spelling(n_group=None, topk_group=None),
+        reload=dict(n_group=1, topk_group=1),
+    ),
+    "qwen2_moe": Family(
+        Qwen2MoeConfig(
+            **{**SMALL, "num_hidden_layers": 3},
+            moe_intermediate_size=4,
+            shared_expert_intermediate_size=10,
+            intermediate_size=20,
+            num_experts=6,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            mlp_only_layers=[1],
+            rope_parameters=rope(1e6),
+        ),
+    ),
+    # Neighboring elements rotate together, and choice biases have two dimensions.
+    "ernie4_5_moe": Family(
+        Ernie4_5_MoeConfig(
+            **{**SMALL, "tie_word_embeddings": True, "num_hidden_layers": 3},
+            head_dim=8,
+            intermediate_size=12,
+            moe_intermediate_size=4,
+            moe_num_experts=6,
+            moe_k=2,
+            moe_num_shared_experts=2,
+            moe_layer_start_index=1,
+            rope_parameters=rope(5e5),
+        ),
+        adjust=draw_choice_biases,
+    ),
+    # Norms of queries and keys come after rotation. As released, config.json has lists by layer.
+    "hunyuan_v1_moe": Family(
+        HunYuanMoEV1Config(
+            **{**SMALL, "tie_word_embeddings": True},
+            head_dim=8,
+            intermediate_size=8,
+            num_experts=6,
+            moe_topk=2,
+            rope_parameters=rope(1e4, rope_type="dynamic", alpha=1000.0, factor=1.0),
+        ),
+        release_config=old_spelling(
+            attention_head_dim=8,
+            moe_intermediate_size=[8, 8],
+            moe_topk=[2, 2],
+            num_shared_expert=[1, 1],
+            use_mixed_mlp_moe=True,
+            use_qk_norm=True,
         ),
     ),
 }

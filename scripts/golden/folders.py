@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+logging.set_verbosity_error()
 # Names of frozen biases that change the choice of experts.
 CHOICE_BIAS = ("e_score_correction_bias", "expert_bias")
 # Smallest difference of scores at the boundary of a choice.
