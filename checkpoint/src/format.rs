@@ -50,16 +50,29 @@ pub(crate) fn kind_of(dtype: Dtype) -> Option<Kind> {
 
 /// The positions of the tensors in a safetensors file.
 #[derive(Debug, Clone)]
-pub(crate) struct TensorIndex {
+pub struct TensorIndex {
     pub(crate) metadata: Metadata,
     /// The position of the first tensor in the file.
     pub(crate) data_start: u64,
 }
 
 impl TensorIndex {
+    /// Returns the names, dtypes, shapes and places of the tensors.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// Returns the position of the first tensor in the file.
+    pub fn data_start(&self) -> u64 {
+        self.data_start
+    }
+
     /// Reads the index of a file and compares the lengths in it with that of the file. Errors name
     /// `path`.
-    pub(crate) fn from_file(file: &File, path: &Path) -> Result<TensorIndex, Error> {
+    ///
+    /// # Errors
+    /// If the file cannot be read, is no safetensors file, or has another length.
+    pub fn from_file(file: &File, path: &Path) -> Result<TensorIndex, Error> {
         let header = FileHeader::read(file, path)?;
         let index = header.parse(path)?;
         let data_len = index.metadata.data_len() as u64;

@@ -24,7 +24,7 @@ use tch::{Device, Tensor};
 ///
 /// # Panics
 /// If the tensor is on another device or not contiguous.
-pub(crate) fn with_tensor_bytes<T>(tensor: &Tensor, write: impl FnOnce(&mut [u8]) -> T) -> T {
+pub fn with_tensor_bytes<T>(tensor: &Tensor, write: impl FnOnce(&mut [u8]) -> T) -> T {
     assert!(
         tensor.device() == Device::Cpu && tensor.is_contiguous(),
         "the tensor is not contiguous in host memory"

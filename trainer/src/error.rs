@@ -10,6 +10,9 @@ pub enum Error {
     /// The configuration cannot run.
     #[error("{0}")]
     Config(String),
+    /// The folder of a Hugging Face model is damaged, or moerun cannot compute its model.
+    #[error("{0}")]
+    Folder(String),
     /// A data file is damaged or too small, or holds no usable text.
     #[error("{0}")]
     Data(String),

@@ -127,6 +127,29 @@ pub(crate) fn model_specs(config: &ModelConfig) -> impl Iterator<Item = ParamSpe
     end_specs(config).into_iter().chain(layers)
 }
 
+/// A bias that takes part in the selection of experts and is no parameter.
+pub(crate) struct SelectionBias {
+    /// Global name.
+    pub(crate) name: String,
+    pub(crate) experts: u64,
+}
+
+/// Returns the global name of the selection bias of the MoE block with this name.
+pub(crate) fn selection_bias_name(block: &str) -> String {
+    format!("{block}.bias")
+}
+
+/// Returns the biases of a model that take part in the selection of experts. Layers are in order.
+pub(crate) fn selection_biases(config: &ModelConfig) -> impl Iterator<Item = SelectionBias> {
+    (0..config.layers).filter_map(|index| {
+        let moe = config.moe_config(index)?;
+        moe.has_selection_bias().then(|| SelectionBias {
+            name: selection_bias_name(&format!("{}.moe", layer_name(index))),
+            experts: moe.experts as u64,
+        })
+    })
+}
+
 /// Returns the bytes of activations of layer `index` on a rank.
 pub(crate) fn layer_activations(
     config: &ModelConfig,
@@ -208,6 +231,12 @@ impl ModelConfig {
         let windows = (0..self.layers).map(|layer| self.attention(layer).window());
         let shorter = |window: Option<usize>| window.filter(|&window| window < length);
         windows.map(shorter).collect()
+    }
+
+    /// Returns the factor on the products of queries and keys, without that of rotary embedding.
+    pub(crate) fn attention_scale(&self) -> f64 {
+        let width = self.attention(0).key_width();
+        self.score_scale().of_width(width)
     }
 
     fn score_scale(&self) -> ScoreScale {

@@ -443,5 +443,5 @@ impl Model {
 }
 
 fn bias_name(experts: &LocalExperts) -> String {
-    format!("{}.bias", experts.name)
+    decoder::selection_bias_name(&experts.name)
 }

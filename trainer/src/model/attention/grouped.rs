@@ -2,7 +2,7 @@
 // Shapes: B batch, S sequence (s of it on this rank), T = B * s tokens, D hidden, H query heads and
 // G key/value heads of this rank, d head width.
 
-use super::{Attention, AttentionKeys, AttentionPlan, HeadKeys, saved::SavedAttention};
+use super::{Attention, AttentionKeys, AttentionPlan, HeadKeys, HeadRows, saved::SavedAttention};
 use crate::{
     config::{layer_set::LayerSet, layout::RecomputedPart, limits::MAX_TOKENS},
     model::{
@@ -305,6 +305,23 @@ impl AttentionPlan for GroupedAttention {
 
     fn rotary_width(&self) -> usize {
         self.head_dim()
+    }
+
+    fn key_width(&self) -> usize {
+        self.head_dim()
+    }
+
+    fn head_rows(&self, part: &str, rotary: u64) -> Option<HeadRows> {
+        let heads = match part {
+            "query" | "query_bias" => self.model.heads,
+            "key" | "key_bias" => self.kv_heads(),
+            _ => return None,
+        };
+        Some(HeadRows {
+            heads: heads as u64,
+            width: self.head_dim() as u64,
+            rotary: 0..rotary,
+        })
     }
 
     fn window(&self) -> Option<usize> {

@@ -9,7 +9,8 @@
 // parts with and without rotation, v width of a value.
 
 use super::{
-    Attention, AttentionKeys, AttentionPlan, HeadKeys, grouped::QkNorm, saved::SavedAttention,
+    Attention, AttentionKeys, AttentionPlan, HeadKeys, HeadRows, grouped::QkNorm,
+    saved::SavedAttention,
 };
 use crate::{
     config::{layout::RecomputedPart, limits::MAX_WIDTH},
@@ -145,13 +146,6 @@ impl LatentSpecs {
     }
 }
 
-impl LatentAttention {
-    /// Returns the width of a query and of a key.
-    fn key_dim(&self) -> usize {
-        self.config.rope_dim + self.config.nope_dim
-    }
-}
-
 impl AttentionPlan for LatentAttention {
     fn specs(&self, block: &str) -> Vec<ParamSpec> {
         LatentSpecs::new(self, block).into_list()
@@ -166,6 +160,30 @@ impl AttentionPlan for LatentAttention {
 
     fn rotary_width(&self) -> usize {
         self.config.rope_dim
+    }
+
+    fn key_width(&self) -> usize {
+        self.config.rope_dim + self.config.nope_dim
+    }
+
+    fn head_rows(&self, part: &str, rotary: u64) -> Option<HeadRows> {
+        let LatentConfig {
+            kv_rank, nope_dim, ..
+        } = self.config;
+        match part {
+            "query" => Some(HeadRows {
+                heads: self.model.heads as u64,
+                width: rotary + nope_dim as u64,
+                rotary: 0..rotary,
+            }),
+            // The latent, and the part of the key that all heads share.
+            "kv_down" => Some(HeadRows {
+                heads: 1,
+                width: kv_rank as u64 + rotary,
+                rotary: kv_rank as u64..kv_rank as u64 + rotary,
+            }),
+            _ => None,
+        }
     }
 
     fn window(&self) -> Option<usize> {
@@ -188,7 +206,7 @@ impl AttentionPlan for LatentAttention {
     }
 
     fn flops(&self, length: usize) -> Flops {
-        let per_position = self.model.heads * (self.key_dim() + self.config.value_dim);
+        let per_position = self.model.heads * (self.key_width() + self.config.value_dim);
         Flops {
             activations: 2.0 * per_position as f64 * length as f64,
             ..Flops::of_specs(&self.specs(""))
@@ -200,7 +218,7 @@ impl AttentionPlan for LatentAttention {
         let heads = (self.model.heads / at.mesh.tensor) as u64;
         let of_heads = |width: usize| at.tokens * heads * width as u64 * at.element;
         let latents = |width: usize| at.own_tokens * width as u64 * at.element;
-        let keys = of_heads(self.key_dim());
+        let keys = of_heads(self.key_width());
         // Values are a part of the product that also has the keys' parts without rotation.
         let keys_and_values = of_heads(config.nope_dim + config.value_dim);
         let outputs = of_heads(config.value_dim);
@@ -261,7 +279,7 @@ impl AttentionPlan for LatentAttention {
             tensor,
             attention: SavedAttention {
                 core: CoreAttention {
-                    scale: self.model.score_scale.of_width(self.key_dim())
+                    scale: self.model.score_scale.of_width(self.key_width())
                         * self.model.latent_scale_factor,
                     window: None,
                     sinks: None,

@@ -18,6 +18,7 @@ use latent::{LatentAttention, LatentConfig};
 use parallel::{Activation, MeshShape, context::ContextKind};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use tch::Tensor;
 use torch_ext::Error;
 
@@ -74,6 +75,16 @@ pub(crate) struct HeadKeys {
     pub(crate) head_dim: Option<usize>,
 }
 
+/// Heads in the rows of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HeadRows {
+    pub(crate) heads: u64,
+    /// Rows of a head.
+    pub(crate) width: u64,
+    /// Rows of a head that rotary position embedding turns, the first half with the second half.
+    pub(crate) rotary: Range<u64>,
+}
+
 /// Factor on the products of queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum ScoreScale {
@@ -107,6 +118,13 @@ pub(crate) trait AttentionPlan {
 
     /// Returns the elements of a head of which rotary position embedding turns all or a part.
     fn rotary_width(&self) -> usize;
+
+    /// Returns the width of a query and of a key.
+    fn key_width(&self) -> usize;
+
+    /// Returns the heads in the rows of a tensor, by its name in the block, if rotary position
+    /// embedding turns `rotary` elements of a head. `None` if it turns none of the tensor's rows.
+    fn head_rows(&self, part: &str, rotary: u64) -> Option<HeadRows>;
 
     /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
     fn window(&self) -> Option<usize>;

@@ -1,0 +1,73 @@
+//! Keys of `config.json` about experts and routers.
+
+use super::layer_lists::moe_layers;
+use crate::{
+    config::{ModelConfig, MoeConfig, RouterBias, RouterConfig},
+    hub::config_json::ConfigJson,
+};
+use moe::Score;
+
+/// Sizes of an MoE layer.
+pub(super) struct Sizes {
+    pub(super) experts: usize,
+    pub(super) top_k: usize,
+    pub(super) ffn: usize,
+}
+
+/// Returns an MoE section for training from loaded weights: without a load-balancing loss and
+/// without updates of biases, as other tools fine-tune.
+pub(super) fn section(sizes: Sizes, router: RouterConfig) -> MoeConfig {
+    MoeConfig {
+        router,
+        load_balance: 0.0,
+        bias_update_rate: 0.0,
+        ..MoeConfig::new(sizes.experts, sizes.top_k, sizes.ffn)
+    }
+}
+
+/// Returns a router with softmax scores.
+pub(super) fn softmax(normalize: bool) -> RouterConfig {
+    RouterConfig {
+        normalize: Some(normalize),
+        ..RouterConfig::default()
+    }
+}
+
+/// Returns a router with sigmoid scores, and a bias that only selects (DeepSeek-V3).
+pub(super) fn sigmoid(normalize: bool, scale: f64) -> RouterConfig {
+    RouterConfig {
+        score: Score::Sigmoid,
+        normalize: Some(normalize),
+        scale,
+        bias: Some(RouterBias::Frozen),
+        ..RouterConfig::default()
+    }
+}
+
+/// Returns true if the routing weights of a token are scaled to a sum of 1.
+pub(super) fn normalizes(moe: &MoeConfig) -> bool {
+    moe.router.normalize.unwrap_or(moe.top_k > 1)
+}
+
+/// Returns the number of dense layers before the first MoE layer.
+pub(super) fn leading_dense_layers(model: &ModelConfig) -> usize {
+    let layers = moe_layers(model);
+    layers.iter().take_while(|is_moe| !**is_moe).count()
+}
+
+/// Returns the width of all shared experts of a layer together.
+pub(super) fn shared_width(moe: &MoeConfig) -> usize {
+    moe.shared_ffn.unwrap_or(moe.shared_experts * moe.ffn)
+}
+
+/// Sets both spellings of the number of experts: readers differ in which they know.
+pub(super) fn write_experts(moe: &MoeConfig, config: &mut ConfigJson) {
+    config.set("num_experts", moe.experts);
+    config.set("num_local_experts", moe.experts);
+    config.set("num_experts_per_tok", moe.top_k);
+    config.set("output_router_logits", false);
+    config.set(
+        "router_aux_loss_coef",
+        moe.load_balance / moe.top_k.max(1) as f64,
+    );
+}

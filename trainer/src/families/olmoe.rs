@@ -1,0 +1,54 @@
+//! OLMoE (arXiv 2409.02060): norms over all queries and all keys, softmax router.
+
+use super::{
+    FamilyRules,
+    decoder_keys::{self, Defaults},
+    moe_keys::{self, Sizes},
+    names::{DECODER, MLP_EXPERTS},
+};
+use crate::{
+    Error,
+    config::{AttentionBias, ModelConfig, QkNorm},
+    hub::{config_json::ConfigJson, rule::Names},
+};
+
+pub(super) struct Olmoe;
+
+impl FamilyRules for Olmoe {
+    fn model_type(&self) -> &'static str {
+        "olmoe"
+    }
+
+    fn architecture(&self) -> &'static str {
+        "OlmoeForCausalLM"
+    }
+
+    fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
+        let mut model = decoder_keys::read(config, Defaults::default())?;
+        config.expect("clip_qkv", &[])?;
+        model.qk_norm = QkNorm::Full;
+        decoder_keys::read_bias(config, &mut model, AttentionBias::All)?;
+        let sizes = Sizes {
+            experts: config.require(&["num_experts"])?,
+            top_k: config.require(&["num_experts_per_tok"])?,
+            ffn: config.require(&["intermediate_size"])?,
+        };
+        let router = moe_keys::softmax(config.get_or("norm_topk_prob", false)?);
+        model.moe = Some(moe_keys::section(sizes, router));
+        Ok(model)
+    }
+
+    fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
+        decoder_keys::write(model, config);
+        decoder_keys::write_bias(model, config);
+        if let Some(moe) = &model.moe {
+            moe_keys::write_experts(moe, config);
+            config.set("intermediate_size", moe.ffn);
+            config.set("norm_topk_prob", moe_keys::normalizes(moe));
+        }
+    }
+
+    fn names(&self, _model: &ModelConfig) -> Vec<Names> {
+        vec![MLP_EXPERTS, DECODER]
+    }
+}

@@ -1,0 +1,16 @@
+//! Folders in the form of Hugging Face models: `config.json` and safetensors files.
+//!
+//! A [`folder::TensorTable`] lists the stored tensors, [`encoding::LogicalTable`] their values
+//! without quantization. [`mapping::Mapping`] says which rows of the model's tensors are which rows
+//! of the folder's, by the names of a family (`families/`). Import and export read the same
+//! mapping in opposite directions.
+
+pub(crate) mod config_json;
+pub(crate) mod encoding;
+pub(crate) mod folder;
+#[cfg(test)]
+mod golden;
+pub(crate) mod mapping;
+pub(crate) mod model_folder;
+pub(crate) mod reader;
+pub(crate) mod rule;

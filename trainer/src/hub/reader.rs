@@ -1,0 +1,176 @@
+//! Slices of a model's tensors, read from a folder.
+
+use super::{
+    encoding::{LogicalTable, Region},
+    mapping::{Mapping, Piece},
+    rule::Run,
+};
+use crate::Error;
+use checkpoint::TensorSlice;
+use std::ops::Range;
+use tch::{Kind, Tensor};
+
+/// Bytes of fp32 values that a thread reads at once.
+const CHUNK_BYTES: u64 = 16 << 20;
+
+/// Reads the tensors of a folder by the names of the model.
+pub(crate) struct FolderReader {
+    pub(crate) mapping: Mapping,
+    pub(crate) table: LogicalTable,
+}
+
+/// A part of a matrix `[rows, columns]` of the model. A vector has one column.
+struct Part {
+    rows: Range<u64>,
+    columns: Range<u64>,
+}
+
+impl FolderReader {
+    /// Copies a slice of a tensor into `into`, which has its shape.
+    ///
+    /// # Errors
+    /// If the model has no such tensor, or a file cannot be read.
+    pub(crate) fn read_into(&self, slice: &TensorSlice, into: &Tensor) -> Result<(), Error> {
+        let tensor = self
+            .mapping
+            .tensor(&slice.name)
+            .ok_or_else(|| Error::Folder(format!("the folder has no tensor for {}", slice.name)))?;
+        let part = Part::of(slice);
+        let into = into.view([
+            (part.rows.end - part.rows.start) as i64,
+            (part.columns.end - part.columns.start) as i64,
+        ]);
+        let row_bytes = 4 * (part.columns.end - part.columns.start).max(1);
+        let chunk = (CHUNK_BYTES / row_bytes).max(1);
+        let mut start = part.rows.start;
+        while start < part.rows.end {
+            let rows = start..(start + chunk).min(part.rows.end);
+            for piece in &tensor.pieces {
+                self.read_rows(piece, &part, &rows, &into)?;
+            }
+            start = rows.end;
+        }
+        Ok(())
+    }
+
+    /// Returns the file and the position where a tensor begins, for sorting.
+    pub(crate) fn position(&self, name: &str) -> Option<(usize, u64)> {
+        let piece = self.mapping.tensor(name)?.pieces.first()?;
+        Some(self.table.position(&self.table.tensors[&piece.name]))
+    }
+
+    /// Compares an output layer that repeats the embedding with it.
+    ///
+    /// # Errors
+    /// If they differ, or a file cannot be read.
+    pub(crate) fn check_repeated(&self, repeated: &str) -> Result<(), Error> {
+        let embedding = self
+            .mapping
+            .tensor("embedding")
+            .map(|tensor| &tensor.pieces[0].name);
+        let embedding = embedding.expect("every model has an embedding");
+        let [first, second] = [embedding.as_str(), repeated].map(|name| &self.table.tensors[name]);
+        let differs = || {
+            let reason = format!(
+                "config.json says that embeddings are tied, and it differs from {embedding}: set \
+                 tie_word_embeddings to false"
+            );
+            Err(self.table.error(repeated, reason))
+        };
+        if first.shape != second.shape {
+            return differs();
+        }
+        let [rows, columns] = [first.shape[0], first.shape[1]];
+        let chunk = (CHUNK_BYTES / (4 * columns.max(1))).max(1);
+        for start in (0..rows).step_by(chunk as usize) {
+            let region = Region {
+                matrix: 0,
+                rows: start..(start + chunk).min(rows),
+                columns: 0..columns,
+            };
+            let first = self.table.read(first, &region)?.to_kind(Kind::Float);
+            if first != self.table.read(second, &region)?.to_kind(Kind::Float) {
+                return differs();
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies those of `rows` that a piece has.
+    fn read_rows(
+        &self,
+        piece: &Piece,
+        part: &Part,
+        rows: &Range<u64>,
+        into: &Tensor,
+    ) -> Result<(), Error> {
+        let runs: Vec<Run> = piece
+            .runs
+            .iter()
+            .filter_map(|run| run.within(rows))
+            .collect();
+        let last = |run: &Run| run.theirs + (run.count - 1) * run.step;
+        let (Some(first), Some(last)) = (
+            runs.iter().map(|run| run.theirs).min(),
+            runs.iter().map(last).max(),
+        ) else {
+            return Ok(());
+        };
+        let theirs = first..last + 1;
+        let columns = part.columns.clone();
+        let region = match piece.is_transposed {
+            false => Region {
+                matrix: piece.matrix,
+                rows: theirs,
+                columns,
+            },
+            true => Region {
+                matrix: piece.matrix,
+                rows: columns,
+                columns: theirs,
+            },
+        };
+        let found = &self.table.tensors[&piece.name];
+        let read = self.table.read(found, &region)?;
+        let read = if piece.is_transposed {
+            read.transpose(0, 1)
+        } else {
+            read
+        };
+        for run in runs {
+            let from = (run.theirs - first) as i64;
+            let end = from + ((run.count - 1) * run.step + 1) as i64;
+            let values = read.slice(0, from, end, run.step as i64);
+            let target = into.narrow(0, (run.ours - part.rows.start) as i64, run.count as i64);
+            tch::no_grad(|| target.shallow_clone().copy_(&values));
+        }
+        Ok(())
+    }
+}
+
+impl Part {
+    fn of(slice: &TensorSlice) -> Part {
+        let range = |dim: usize| match slice.shape.get(dim) {
+            Some(&size) => slice.offset[dim] as u64..(slice.offset[dim] + size) as u64,
+            None => 0..1,
+        };
+        Part {
+            rows: range(0),
+            columns: range(1),
+        }
+    }
+}
+
+impl Run {
+    /// Returns the rows of a run that are among these of the model.
+    fn within(&self, rows: &Range<u64>) -> Option<Run> {
+        let start = self.ours.max(rows.start);
+        let end = (self.ours + self.count).min(rows.end);
+        (start < end).then(|| Run {
+            ours: start,
+            theirs: self.theirs + (start - self.ours) * self.step,
+            step: self.step,
+            count: end - start,
+        })
+    }
+}
