@@ -88,6 +88,17 @@ def release_moonlight(tensors):
     }
 
 
+# Keys of released configurations, which transformers neither needs nor writes, and keys that it
+# adds. Its head_dim is that of the part that rotates.
+RELEASED_KEYS = dict(
+    head_dim="absent",
+    qk_head_dim="absent",
+    rope_interleave="absent",
+    moe_layer_freq=1,
+    scoring_func="sigmoid",
+    seq_aux=True,
+    topk_method="noaux_tc",
+)
 # Placeholders for code that a released folder brings. It is copied when a model is exported.
 KIMI_FILES = {
     "configuration_deepseek.py": (
@@ -139,6 +150,7 @@ FAMILIES = {
         ),
         adjust=draw_choice_biases,
         release_config=old_spelling(
+            **RELEASED_KEYS,
             model_type="kimi_k2",
             auto_map={
                 "AutoConfig": "configuration_deepseek.DeepseekV3Config",
@@ -161,6 +173,7 @@ FAMILIES = {
         ),
         adjust=round_choice_biases,
         release=release_moonlight,
+        release_config=old_spelling(**RELEASED_KEYS),
         seed=2,
     ),
     # As V2-Lite: YaRN scales the softmax, but neither queries nor keys.
