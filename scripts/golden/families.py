@@ -7,7 +7,7 @@ usage: scripts/golden/families.py [--output DIR] [NAME ...]
 To add a folder, add an entry to FAMILIES: a configuration of transformers, and what its folder has
 that save_pretrained does not write. folders.py lists the files of a folder and checks them: choices
 of experts are not close, frozen biases and groups change them, transformers loads the folder again
-with the same logits, and a folder is below 170 KB. The folder itself is the fixture: moerun's tests
+with the same logits, and a folder is below 170 KB. latent.py has families with latent attention. The folder itself is the fixture: moerun's tests
 read it with the importer.
 
 Sizes are small and uneven, so that a mistake shows: heads are together wider than the model, key
@@ -20,40 +20,34 @@ import argparse
 import shutil
 from pathlib import Path
 
+import latent
 import torch
-from folders import CHOICE_BIAS, Family, loaded, read, write_family
+from folders import Family, loaded, read, write, write_family
+from quantized import MXFP4_CONFIG, mxfp4, mxfp4_extremes
 from released import old_spelling, release_bailing, release_bailing_config
+from shapes import SMALL, draw_choice_biases, near_seven, rope
 from tokenizer import write_tokenizer
 from transformers import (
+    AfmoeConfig,
     Dots1Config,
     Ernie4_5_MoeConfig,
+    FlexOlmoConfig,
     Glm4MoeConfig,
+    GptOssConfig,
     GraniteMoeConfig,
     GraniteMoeSharedConfig,
     HunYuanMoEV1Config,
     LlamaConfig,
     MiniMaxM2Config,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OlmoeConfig,
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
-SMALL = dict(
-    vocab_size=48,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-    # torch's embedding gives a padding token no gradient.
-    pad_token_id=None,
-    bos_token_id=0,
-    eos_token_id=0,
-)
 # Factors of granite, none of which is 1.
 MULTIPLIERS = dict(
     embedding_multiplier=12.0,
@@ -61,11 +55,6 @@ MULTIPLIERS = dict(
     attention_multiplier=0.3,
     logits_scaling=6.0,
 )
-
-
-def rope(theta, **more):
-    """Returns parameters of rotary embedding in the spelling of transformers 5."""
-    return {"rope_type": "default", "rope_theta": theta, **more}
 
 
 def finish_qwen3(folder):
@@ -82,30 +71,6 @@ def finish_qwen3(folder):
                 rows = [split[f"{prefix}.{expert}.{part}_proj.weight"] for part in parts]
                 assert torch.equal(matrix, torch.cat(rows))
     write_tokenizer(folder)
-
-
-def state(module):
-    """Returns parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def near_seven(module):
-    """Sets choice biases as GLM has them. Rounded to bf16, all of them would be 7.
-
-    Routers are weak, so that these biases decide.
-    """
-    for name, tensor in state(module).items():
-        if name.endswith(CHOICE_BIAS):
-            tensor.copy_(7 + 1e-3 * torch.arange(tensor.numel()).reshape(tensor.shape))
-        elif name.endswith("mlp.gate.weight"):
-            tensor.mul_(0.1)
-
-
-def draw_choice_biases(module):
-    """Draws choice biases."""
-    for name, bias in state(module).items():
-        if name.endswith(CHOICE_BIAS):
-            torch.nn.init.normal_(bias, std=0.1)
 
 
 def glm4_moe(**more):
@@ -126,6 +91,35 @@ def glm4_moe(**more):
         rope_parameters=rope(1e6, partial_rotary_factor=0.5),
     )
     return Glm4MoeConfig(**{**SMALL, **values, **more})
+
+
+def gpt_oss(**more):
+    """Returns a configuration of gpt_oss."""
+    values = dict(
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        rope_parameters=rope(
+            15e4,
+            rope_type="yarn",
+            factor=8.0,
+            original_max_position_embeddings=8,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            truncate=False,
+        ),
+    )
+    return GptOssConfig(**{**SMALL, **values, **more})
+
+
+def reach_the_limits(module):
+    """Draws wide sinks, and experts whose values reach the limit of the clamped GLU."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("sinks"):
+            parameter.uniform_(-3, 3)
+        elif name.endswith("experts.gate_up_proj"):
+            parameter.mul_(4)
 
 
 FAMILIES = {
@@ -226,7 +220,12 @@ FAMILIES = {
         ),
     ),
     # A part of a head rotates, and that part has an odd number of pairs.
-    "glm4_moe": Family(glm4_moe(attention_bias=True), shard=16_000, adjust=near_seven),
+    "glm4_moe": Family(
+        glm4_moe(attention_bias=True),
+        shard=16_000,
+        adjust=near_seven,
+        seed=1,
+    ),
     "glm4_moe-air": Family(
         glm4_moe(use_qk_norm=False, attention_bias=True, head_dim=8, routed_scaling_factor=1.0),
         adjust=draw_choice_biases,
@@ -313,7 +312,7 @@ FAMILIES = {
             moe_layer_start_index=1,
             rope_parameters=rope(5e5),
         ),
-        adjust=draw_choice_biases,
+        adjust=lambda module: draw_choice_biases(module, std=0.03),
     ),
     # Norms of queries and keys come after rotation. As released, config.json has lists by layer.
     "hunyuan_v1_moe": Family(
@@ -332,6 +331,85 @@ FAMILIES = {
             num_shared_expert=[1, 1],
             use_mixed_mlp_moe=True,
             use_qk_norm=True,
+        ),
+    ),
+    # Matrices of experts are transposed. Those of `down` are square, which hides it.
+    "gpt_oss": Family(gpt_oss(intermediate_size=16), adjust=reach_the_limits),
+    # One layer, as rows are at least as long as a block of mxfp4.
+    "gpt_oss-mxfp4": Family(
+        gpt_oss(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=3,
+        ),
+        adjust=reach_the_limits,
+        quantize=mxfp4,
+        release_config=old_spelling(
+            kind="rope_type",
+            experts_per_token=2,
+            initial_context_length=8,
+            quantization_config=MXFP4_CONFIG,
+        ),
+        reload=dict(quantization_config={**MXFP4_CONFIG, "dequantize": True}),
+        finish=lambda folder: write(folder.parent / "scales.safetensors", mxfp4_extremes()),
+    ),
+    **latent.FAMILIES,
+    # Three of four layers slide and rotate, outputs of heads are gated, four norms a layer.
+    "afmoe": Family(
+        AfmoeConfig(
+            **{
+                **SMALL,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+            },
+            head_dim=10,
+            intermediate_size=12,
+            moe_intermediate_size=4,
+            num_dense_layers=2,
+            num_experts=4,
+            num_experts_per_tok=2,
+            num_shared_experts=1,
+            route_scale=2.5,
+            global_attn_every_n_layers=4,
+            sliding_window=4,
+            mup_enabled=True,
+            rope_parameters=rope(1e4),
+        ),
+        adjust=draw_choice_biases,
+    ),
+    # Norms after the blocks and none before.
+    "flex_olmo": Family(
+        FlexOlmoConfig(
+            **SMALL,
+            intermediate_size=8,
+            num_experts=6,
+            num_experts_per_tok=2,
+            rope_parameters=rope(5e5),
+        ),
+    ),
+    "olmo2": Family(Olmo2Config(**SMALL, intermediate_size=20, rope_parameters=rope(5e5))),
+    # Three of four layers slide, and YaRN is for the others alone.
+    "olmo3": Family(
+        Olmo3Config(
+            **{**SMALL, "num_hidden_layers": 4},
+            intermediate_size=12,
+            sliding_window=4,
+            rope_parameters={
+                "sliding_attention": rope(5e5),
+                "full_attention": rope(
+                    5e5,
+                    rope_type="yarn",
+                    factor=8.0,
+                    original_max_position_embeddings=8,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                    attention_factor=1.2,
+                ),
+            },
         ),
     ),
 }

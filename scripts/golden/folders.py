@@ -149,6 +149,7 @@ def gradients(model):
         missing = tensor.isnan()
         assert missing.all() or not missing.any(), name
         if not missing.any():
+            assert tensor.any(), f"{name} has no effect: take another seed"
             tensors[name] = tensor
     return tensors
 

@@ -7,15 +7,18 @@ have no class in transformers: their folders come from a model that computes the
 import torch
 
 
-def old_spelling(**more):
-    """Returns how config.json becomes that of transformers 4, with more keys."""
+def old_spelling(kind="type", **more):
+    """Returns how config.json becomes that of transformers 4, with more keys.
+
+    `kind` is the key of the kind of scaling.
+    """
 
     def release(config):
         rope = config.pop("rope_parameters")
         config["rope_theta"] = rope.pop("rope_theta")
         partial = rope.pop("partial_rotary_factor", None)
-        kind = rope.pop("rope_type")
-        config["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+        scaling = rope.pop("rope_type")
+        config["rope_scaling"] = None if scaling == "default" else {**rope, kind: scaling}
         if partial is not None:
             config["partial_rotary_factor"] = partial
         config["torch_dtype"] = config.pop("dtype")
