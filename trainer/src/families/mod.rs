@@ -4,16 +4,33 @@
 //! tensors of a folder (`hub::rule`). The facts are those of Hugging Face transformers 5.23.0, and
 //! of the released configurations where these differ.
 
+mod afmoe;
+mod bailing_moe_v2;
 pub(crate) mod canonical;
 mod decoder_keys;
+mod deepseek_keys;
+mod deepseek_v2;
+mod deepseek_v3;
+mod dots1;
+mod ernie4_5_moe;
+mod flex_olmo;
+mod glm4_moe;
+mod glm4_moe_lite;
+mod gpt_oss;
 mod granitemoe;
 mod granitemoeshared;
+mod hunyuan_v1_moe;
+mod kimi_k2;
 mod layer_lists;
 mod llama;
+mod minimax_m2;
 mod mixtral;
 mod moe_keys;
 mod names;
+mod olmo2;
+mod olmo3;
 mod olmoe;
+mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
 mod rope_keys;
@@ -34,6 +51,22 @@ pub(crate) enum Family {
     GraniteMoeShared,
     Llama,
     Qwen3,
+    Glm4Moe,
+    MiniMaxM2,
+    BailingMoeV2,
+    Dots1,
+    Qwen2Moe,
+    Ernie45Moe,
+    HunyuanV1Moe,
+    GptOss,
+    DeepseekV3,
+    KimiK2,
+    DeepseekV2,
+    Glm4MoeLite,
+    Afmoe,
+    FlexOlmo,
+    Olmo2,
+    Olmo3,
 }
 
 /// The conversions of a family.
@@ -43,6 +76,11 @@ pub(crate) trait FamilyRules: Sync {
 
     /// The class in the key `architectures`.
     fn architecture(&self) -> &'static str;
+
+    /// True if a `config.json` with this `model_type` and class is of the family.
+    fn describes(&self, model_type: &str, _architecture: &str) -> bool {
+        model_type == self.model_type()
+    }
 
     /// Reads the model that a `config.json` describes.
     ///
@@ -70,8 +108,8 @@ pub(crate) trait FamilyRules: Sync {
 }
 
 impl Family {
-    /// All families, those that can express more first.
-    pub(crate) const ALL: [Family; 7] = [
+    /// All families. Of those that can express a model, an export takes the first.
+    pub(crate) const ALL: &[Family] = &[
         Family::Qwen3Moe,
         Family::Mixtral,
         Family::Olmoe,
@@ -79,6 +117,22 @@ impl Family {
         Family::GraniteMoeShared,
         Family::Llama,
         Family::Qwen3,
+        Family::Glm4Moe,
+        Family::MiniMaxM2,
+        Family::BailingMoeV2,
+        Family::Dots1,
+        Family::Qwen2Moe,
+        Family::Ernie45Moe,
+        Family::HunyuanV1Moe,
+        Family::GptOss,
+        Family::DeepseekV3,
+        Family::KimiK2,
+        Family::DeepseekV2,
+        Family::Glm4MoeLite,
+        Family::Afmoe,
+        Family::FlexOlmo,
+        Family::Olmo2,
+        Family::Olmo3,
     ];
 
     /// Returns the family's conversions.
@@ -91,6 +145,22 @@ impl Family {
             Family::GraniteMoeShared => &granitemoeshared::GraniteMoeShared,
             Family::Llama => &llama::Llama,
             Family::Qwen3 => &qwen3::Qwen3,
+            Family::Glm4Moe => &glm4_moe::Glm4Moe,
+            Family::MiniMaxM2 => &minimax_m2::MiniMaxM2,
+            Family::BailingMoeV2 => &bailing_moe_v2::BailingMoeV2,
+            Family::Dots1 => &dots1::Dots1,
+            Family::Qwen2Moe => &qwen2_moe::Qwen2Moe,
+            Family::Ernie45Moe => &ernie4_5_moe::Ernie45Moe,
+            Family::HunyuanV1Moe => &hunyuan_v1_moe::HunyuanV1Moe,
+            Family::GptOss => &gpt_oss::GptOss,
+            Family::DeepseekV3 => &deepseek_v3::DeepseekV3,
+            Family::KimiK2 => &kimi_k2::KimiK2,
+            Family::DeepseekV2 => &deepseek_v2::DeepseekV2,
+            Family::Glm4MoeLite => &glm4_moe_lite::Glm4MoeLite,
+            Family::Afmoe => &afmoe::Afmoe,
+            Family::FlexOlmo => &flex_olmo::FlexOlmo,
+            Family::Olmo2 => &olmo2::Olmo2,
+            Family::Olmo3 => &olmo3::Olmo3,
         }
     }
 
@@ -105,9 +175,10 @@ impl Family {
     /// If moerun does not know it.
     pub(crate) fn of(config: &ConfigJson) -> Result<Family, Error> {
         let model_type: String = config.require(&["model_type"])?;
-        let known = Family::ALL
-            .iter()
-            .find(|family| family.name() == model_type);
+        let architectures: Vec<String> = config.get_or("architectures", Vec::new())?;
+        let architecture = architectures.first().map_or("", String::as_str);
+        let is_of = |family: &&Family| family.rules().describes(&model_type, architecture);
+        let known = Family::ALL.iter().find(is_of);
         known.copied().ok_or_else(|| {
             let names: Vec<&str> = Family::ALL.iter().map(|family| family.name()).collect();
             config.error(

@@ -41,7 +41,8 @@ impl FamilyRules for Qwen3Moe {
         };
         let router = moe_keys::softmax(config.get_or("norm_topk_prob", false)?);
         model.moe = Some(moe_keys::section(sizes, router));
-        set_sparse_layers(config, &mut model)
+        set_sparse_layers(config, &mut model)?;
+        Ok(model)
     }
 
     fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
@@ -71,10 +72,7 @@ impl FamilyRules for Qwen3Moe {
 ///
 /// # Errors
 /// If a key has another type.
-pub(super) fn set_sparse_layers(
-    config: &ConfigJson,
-    model: &mut ModelConfig,
-) -> Result<ModelConfig, Error> {
+pub(super) fn set_sparse_layers(config: &ConfigJson, model: &mut ModelConfig) -> Result<(), Error> {
     let step: usize = config.get_or("decoder_sparse_step", 1)?;
     let dense: Vec<usize> = config.get_or("mlp_only_layers", Vec::new())?;
     let is_sparse =
@@ -84,7 +82,7 @@ pub(super) fn set_sparse_layers(
         model.ffn = Some(config.require(&["intermediate_size"])?);
     }
     set_moe_layers(model, &sparse);
-    Ok(model.clone())
+    Ok(())
 }
 
 /// Sets the keys that [`set_sparse_layers`] reads.

@@ -32,7 +32,7 @@ pub(super) fn read(
     let scaling = config.section("rope_scaling")?;
     let parameters = match scaling.filter(|scaling| !scaling.keys().is_empty()) {
         Some(scaling) => Some(scaling),
-        None => config.section("rope_parameters")?,
+        None => uniform(config.section("rope_parameters")?)?,
     };
     let Some(parameters) = parameters else {
         let theta = config.get_or("rope_theta", defaults.theta)?;
@@ -49,6 +49,27 @@ pub(super) fn read(
     };
     let scaling = read_scaling(config, &parameters)?;
     Ok((theta, rope(fraction, scaling)))
+}
+
+/// Returns the one section of parameters that are given for each kind of layer.
+fn uniform(parameters: Option<ConfigJson>) -> Result<Option<ConfigJson>, Error> {
+    let Some(parameters) = parameters else {
+        return Ok(None);
+    };
+    let mut kinds = parameters
+        .keys()
+        .iter()
+        .filter(|(_, value)| value.is_object());
+    let Some((kind, first)) = kinds.next() else {
+        return Ok(Some(parameters));
+    };
+    if let Some((other, _)) = kinds.find(|(_, value)| *value != first) {
+        return Err(parameters.error(
+            other,
+            format!("moerun needs the same rotary embedding as for {kind}"),
+        ));
+    }
+    parameters.section(kind)
 }
 
 fn rope(fraction: f64, scaling: Option<RopeScaling>) -> RopeConfig {

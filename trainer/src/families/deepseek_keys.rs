@@ -1,0 +1,121 @@
+//! Keys of `config.json` of the DeepSeek families: latent attention, and their MoE layers, which
+//! other families share.
+
+use super::{
+    decoder_keys::{self, Defaults},
+    layer_lists::{moe_layers, set_moe_layers},
+    moe_keys::{self, Sizes},
+};
+use crate::{
+    Error,
+    config::{AttentionConfig, LatentConfig, ModelConfig, RouterConfig},
+    hub::config_json::ConfigJson,
+};
+use serde_json::json;
+
+/// Reads a decoder with latent attention and no layer's feed-forward network.
+///
+/// # Errors
+/// If a key is missing or has a value that moerun cannot compute.
+pub(super) fn read_latent(config: &ConfigJson, defaults: Defaults) -> Result<ModelConfig, Error> {
+    config.expect("attention_bias", &[json!(false)])?;
+    config.expect("mlp_bias", &[json!(false)])?;
+    config.expect("rope_interleave", &[json!(true)])?;
+    let mut model = decoder_keys::read_without_heads(config, defaults)?;
+    model.attention = AttentionConfig::Latent(LatentConfig {
+        query_rank: config.get("q_lora_rank")?,
+        kv_rank: config.require(&["kv_lora_rank"])?,
+        nope_dim: config.require(&["qk_nope_head_dim"])?,
+        rope_dim: config.require(&["qk_rope_head_dim"])?,
+        value_dim: config.require(&["v_head_dim"])?,
+    });
+    Ok(model)
+}
+
+/// Sets the keys that [`read_latent`] reads.
+pub(super) fn write_latent(model: &ModelConfig, config: &mut ConfigJson) {
+    decoder_keys::write(model, config);
+    config.set("attention_bias", false);
+    config.set("rope_interleave", true);
+    config.set("num_key_value_heads", model.heads);
+    if let AttentionConfig::Latent(latent) = &model.attention {
+        config.set("q_lora_rank", latent.query_rank);
+        config.set("kv_lora_rank", latent.kv_rank);
+        config.set("qk_nope_head_dim", latent.nope_dim);
+        config.set("qk_rope_head_dim", latent.rope_dim);
+        config.set("qk_head_dim", latent.nope_dim + latent.rope_dim);
+        config.set("v_head_dim", latent.value_dim);
+    }
+}
+
+/// Reads the keys of groups of experts, of which a token may choose some.
+///
+/// # Errors
+/// If a key has another type.
+pub(super) fn read_groups(config: &ConfigJson, router: &mut RouterConfig) -> Result<(), Error> {
+    router.groups = config.get_or("n_group", 1)?;
+    router.top_groups = config.get_or("topk_group", router.groups)?;
+    Ok(())
+}
+
+/// Reads experts that are divided into dense layers first, shared ones, and routed ones.
+///
+/// # Errors
+/// If a key is missing or has another type.
+pub(super) fn read_experts(
+    config: &ConfigJson,
+    model: &mut ModelConfig,
+    router: RouterConfig,
+) -> Result<(), Error> {
+    let dense: usize = config.get_or("first_k_dense_replace", 0)?;
+    let sizes = Sizes {
+        experts: config.require(&["n_routed_experts", "num_experts"])?,
+        top_k: config.require(&["num_experts_per_tok"])?,
+        ffn: config.require(&["moe_intermediate_size"])?,
+    };
+    config.expect("moe_layer_freq", &[json!(1)])?;
+    let mut moe = moe_keys::section(sizes, router);
+    moe.shared_experts = config.get_or("n_shared_experts", 0)?;
+    model.moe = Some(moe);
+    set_dense_layers(config, model, dense)
+}
+
+/// Makes the first layers dense.
+///
+/// # Errors
+/// If their width is missing.
+pub(super) fn set_dense_layers(
+    config: &ConfigJson,
+    model: &mut ModelConfig,
+    dense: usize,
+) -> Result<(), Error> {
+    let layers: Vec<bool> = (0..model.layers).map(|layer| layer >= dense).collect();
+    set_moe_layers(model, &layers);
+    if dense > 0 {
+        model.ffn = Some(config.require(&["intermediate_size"])?);
+    }
+    Ok(())
+}
+
+/// Sets the keys that [`read_experts`] reads, and those of the router.
+pub(super) fn write_experts(model: &ModelConfig, config: &mut ConfigJson) {
+    let Some(moe) = &model.moe else {
+        return;
+    };
+    let layers = moe_layers(model);
+    let dense = layers.iter().take_while(|is_moe| !**is_moe).count();
+    config.set("n_routed_experts", moe.experts);
+    config.set(
+        "n_shared_experts",
+        moe_keys::shared_width(moe) / moe.ffn.max(1),
+    );
+    config.set("num_experts_per_tok", moe.top_k);
+    config.set("moe_intermediate_size", moe.ffn);
+    config.set("intermediate_size", model.ffn.unwrap_or(moe.ffn));
+    config.set("first_k_dense_replace", dense);
+    config.set("n_group", moe.router.groups);
+    config.set("topk_group", moe.router.top_groups);
+    config.set("norm_topk_prob", moe_keys::normalizes(moe));
+    config.set("routed_scaling_factor", moe.router.scale);
+    config.set("num_nextn_predict_layers", 0);
+}

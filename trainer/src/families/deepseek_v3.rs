@@ -1,0 +1,65 @@
+//! DeepSeek-V3 and R1 (arXiv 2412.19437), Moonlight: latent attention, sigmoid router with groups.
+
+use super::{
+    FamilyRules,
+    decoder_keys::Defaults,
+    deepseek_keys, moe_keys,
+    names::{DECODER, DEEPSEEK_EXPERTS, DIRECT_QUERY, LATENT, MLP_EXPERTS, is_of_later_layer},
+};
+use crate::{
+    Error,
+    config::{AttentionConfig, ModelConfig},
+    hub::{config_json::ConfigJson, rule::Names},
+};
+use serde_json::json;
+
+pub(super) struct DeepseekV3;
+
+impl FamilyRules for DeepseekV3 {
+    fn model_type(&self) -> &'static str {
+        "deepseek_v3"
+    }
+
+    fn architecture(&self) -> &'static str {
+        "DeepseekV3ForCausalLM"
+    }
+
+    fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
+        config.expect("scoring_func", &[json!("sigmoid")])?;
+        config.expect("topk_method", &[json!("noaux_tc")])?;
+        let mut model = deepseek_keys::read_latent(config, Defaults::default())?;
+        let normalize = config.get_or("norm_topk_prob", true)?;
+        let scale = config.get_or("routed_scaling_factor", 2.5)?;
+        let mut router = moe_keys::sigmoid(normalize, scale);
+        deepseek_keys::read_groups(config, &mut router)?;
+        deepseek_keys::read_experts(config, &mut model, router)?;
+        Ok(model)
+    }
+
+    fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
+        deepseek_keys::write_latent(model, config);
+        deepseek_keys::write_experts(model, config);
+        config.set("scoring_func", "sigmoid");
+        config.set("topk_method", "noaux_tc");
+        config.set("moe_layer_freq", 1);
+    }
+
+    fn names(&self, model: &ModelConfig) -> Vec<Names> {
+        latent_names(model)
+    }
+
+    fn carries(&self, name: &str, model: &ModelConfig) -> bool {
+        is_of_later_layer(name, model.layers)
+    }
+}
+
+/// Returns the names of the DeepSeek families.
+pub(super) fn latent_names(model: &ModelConfig) -> Vec<Names> {
+    let mut names = vec![LATENT, DEEPSEEK_EXPERTS, MLP_EXPERTS, DECODER];
+    if let AttentionConfig::Latent(latent) = &model.attention
+        && latent.query_rank.is_none()
+    {
+        names.insert(0, DIRECT_QUERY);
+    }
+    names
+}

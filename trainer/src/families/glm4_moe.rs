@@ -1,0 +1,59 @@
+//! GLM-4.5 to 4.7 (arXiv 2508.06471): partial rotary embedding, biases, sigmoid router.
+
+use super::{
+    FamilyRules,
+    decoder_keys::{self, Defaults},
+    deepseek_keys, moe_keys,
+    names::{DECODER, DEEPSEEK_EXPERTS, MLP_EXPERTS, is_of_later_layer},
+};
+use crate::{
+    Error,
+    config::{AttentionBias, ModelConfig, QkNorm},
+    hub::{config_json::ConfigJson, rule::Names},
+};
+
+pub(super) struct Glm4Moe;
+
+impl FamilyRules for Glm4Moe {
+    fn model_type(&self) -> &'static str {
+        "glm4_moe"
+    }
+
+    fn architecture(&self) -> &'static str {
+        "Glm4MoeForCausalLM"
+    }
+
+    fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
+        let defaults = Defaults {
+            rotary_fraction: 0.5,
+            ..Defaults::default()
+        };
+        let mut model = decoder_keys::read(config, defaults)?;
+        decoder_keys::read_bias(config, &mut model, AttentionBias::Qkv)?;
+        if config.get_or("use_qk_norm", false)? {
+            model.qk_norm = QkNorm::Head;
+        }
+        let normalize = config.get_or("norm_topk_prob", true)?;
+        let scale = config.get_or("routed_scaling_factor", 1.0)?;
+        let mut router = moe_keys::sigmoid(normalize, scale);
+        deepseek_keys::read_groups(config, &mut router)?;
+        deepseek_keys::read_experts(config, &mut model, router)?;
+        Ok(model)
+    }
+
+    fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
+        decoder_keys::write(model, config);
+        decoder_keys::write_bias(model, config);
+        config.set("use_qk_norm", model.qk_norm == QkNorm::Head);
+        config.set("partial_rotary_factor", model.rope.fraction);
+        deepseek_keys::write_experts(model, config);
+    }
+
+    fn names(&self, _model: &ModelConfig) -> Vec<Names> {
+        vec![DEEPSEEK_EXPERTS, MLP_EXPERTS, DECODER]
+    }
+
+    fn carries(&self, name: &str, model: &ModelConfig) -> bool {
+        is_of_later_layer(name, model.layers)
+    }
+}

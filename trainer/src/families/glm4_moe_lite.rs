@@ -1,0 +1,72 @@
+//! GLM-4.7-Flash: latent attention, and the experts of GLM-4.5.
+
+use super::{
+    FamilyRules,
+    decoder_keys::Defaults,
+    deepseek_keys,
+    deepseek_v3::latent_names,
+    layer_lists::{moe_layers, set_moe_layers},
+    moe_keys,
+    names::is_of_later_layer,
+};
+use crate::{
+    Error,
+    config::ModelConfig,
+    hub::{config_json::ConfigJson, rule::Names},
+};
+
+const DENSE: &str = "dense";
+const SPARSE: &str = "sparse";
+
+pub(super) struct Glm4MoeLite;
+
+impl FamilyRules for Glm4MoeLite {
+    fn model_type(&self) -> &'static str {
+        "glm4_moe_lite"
+    }
+
+    fn architecture(&self) -> &'static str {
+        "Glm4MoeLiteForCausalLM"
+    }
+
+    fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
+        let mut model = deepseek_keys::read_latent(config, Defaults::default())?;
+        let normalize = config.get_or("norm_topk_prob", true)?;
+        let scale = config.get_or("routed_scaling_factor", 1.8)?;
+        let mut router = moe_keys::sigmoid(normalize, scale);
+        deepseek_keys::read_groups(config, &mut router)?;
+        deepseek_keys::read_experts(config, &mut model, router)?;
+        let types: Option<Vec<String>> = config.get("mlp_layer_types")?;
+        if let Some(types) = types {
+            let known = types.iter().all(|kind| kind == DENSE || kind == SPARSE);
+            if types.len() != model.layers || !known {
+                let reason = format!("it needs {} entries, {DENSE} or {SPARSE}", model.layers);
+                return Err(config.error("mlp_layer_types", reason));
+            }
+            let layers: Vec<bool> = types.iter().map(|kind| kind == SPARSE).collect();
+            set_moe_layers(&mut model, &layers);
+            if layers.contains(&false) {
+                model.ffn = Some(config.require(&["intermediate_size"])?);
+            }
+        } else if !config.has("first_k_dense_replace") {
+            deepseek_keys::set_dense_layers(config, &mut model, 1)?;
+        }
+        Ok(model)
+    }
+
+    fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
+        deepseek_keys::write_latent(model, config);
+        deepseek_keys::write_experts(model, config);
+        let kind = |is_moe: bool| if is_moe { SPARSE } else { DENSE };
+        let types: Vec<&str> = moe_layers(model).into_iter().map(kind).collect();
+        config.set("mlp_layer_types", types);
+    }
+
+    fn names(&self, model: &ModelConfig) -> Vec<Names> {
+        latent_names(model)
+    }
+
+    fn carries(&self, name: &str, model: &ModelConfig) -> bool {
+        is_of_later_layer(name, model.layers)
+    }
+}
