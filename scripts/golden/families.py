@@ -377,6 +377,11 @@ FAMILIES = {
             global_attn_every_n_layers=4,
             sliding_window=4,
             mup_enabled=True,
+            # Keys of the release that other programs read, and transformers does not.
+            n_group=1,
+            topk_group=1,
+            route_norm=True,
+            score_func="sigmoid",
             rope_parameters=rope(1e4),
         ),
         adjust=draw_choice_biases,
