@@ -54,9 +54,11 @@ pub(crate) struct LogicalTensor {
     is_transposed: bool,
 }
 
-/// A part of one matrix of a tensor. A vector is a matrix with one column.
+/// A part of one matrix, or of one vector, of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Region {
+    /// True if the tensor consists of vectors: matrices with one column.
+    pub(crate) is_vector: bool,
     pub(crate) matrix: u64,
     pub(crate) rows: Range<u64>,
     pub(crate) columns: Range<u64>,
@@ -135,7 +137,10 @@ impl LogicalTable {
     /// # Errors
     /// If the file cannot be read.
     pub(crate) fn read(&self, tensor: &LogicalTensor, region: &Region) -> Result<Tensor, Error> {
-        let [rows, columns] = matrix_of(&tensor.shape);
+        let [rows, columns] = match region.is_vector {
+            true => [tensor.shape.last().copied().unwrap_or(1), 1],
+            false => matrix_of(&tensor.shape),
+        };
         if tensor.is_transposed {
             let stored = StoredMatrix {
                 matrix: region.matrix,

@@ -27,6 +27,9 @@ fn families() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families")
 }
 
+/// Folders of models that moerun refuses: OLMo 3 scales the frequencies of some layers only.
+const REFUSED: [&str; 1] = ["olmo3"];
+
 /// Returns the names of all folders with the results of a training step.
 fn names() -> Vec<String> {
     let folders = std::fs::read_dir(families()).unwrap();
@@ -76,6 +79,16 @@ fn reader_of(folder: &ModelFolder, file: &Path) -> FolderReader {
     FolderReader { mapping, table }
 }
 
+impl FolderReader {
+    fn has(&self, name: &str) -> bool {
+        let tensor = self.mapping.tensor(name);
+        tensor.is_some_and(|tensor| {
+            let mut pieces = tensor.pieces.iter();
+            pieces.all(|piece| self.table.tensors.contains_key(&piece.name))
+        })
+    }
+}
+
 /// Returns the largest difference over the largest value.
 fn difference(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size());
@@ -91,6 +104,11 @@ fn assert_equal<'a>(
     tolerance: f64,
 ) {
     for (slice, ours) in tensors {
+        // Rounding alone decides what these become, so their file leaves them out.
+        let is_left_out = !file.has(&slice.name);
+        if is_left_out && slice.name.ends_with("key_bias") {
+            continue;
+        }
         let theirs = Tensor::zeros_like(&ours);
         file.read_into(&slice, &theirs).unwrap();
         let worst = difference(&ours, &theirs);
@@ -191,12 +209,30 @@ fn check(name: &str) {
 fn folders_compute_what_transformers_computes() {
     let names = names();
     assert!(names.len() >= Family::ALL.len());
-    let failed = names.iter().filter(|name| {
+    let failed = names
+        .iter()
+        .filter(|name| !REFUSED.contains(&name.as_str()));
+    let failed = failed.filter(|name| {
         eprintln!("{name}");
         std::panic::catch_unwind(|| check(name)).is_err()
     });
     let failed: Vec<&String> = failed.collect();
     assert!(failed.is_empty(), "{failed:?}");
+}
+
+#[test]
+fn models_that_moerun_cannot_compute_are_refused() {
+    for name in REFUSED {
+        let refused = ModelFolder::open(&families().join(name).join("model"));
+        let message = refused.err().unwrap().to_string();
+        assert!(
+            message.ends_with(
+                "config.json: rope_parameters.sliding_attention: moerun needs the same rotary \
+                 embedding as for full_attention"
+            ),
+            "{message}"
+        );
+    }
 }
 
 #[test]

@@ -21,6 +21,7 @@ pub(crate) struct FolderReader {
 
 /// A part of a matrix `[rows, columns]` of the model. A vector has one column.
 struct Part {
+    is_vector: bool,
     rows: Range<u64>,
     columns: Range<u64>,
 }
@@ -84,6 +85,7 @@ impl FolderReader {
         let chunk = (CHUNK_BYTES / (4 * columns.max(1))).max(1);
         for start in (0..rows).step_by(chunk as usize) {
             let region = Region {
+                is_vector: false,
                 matrix: 0,
                 rows: start..(start + chunk).min(rows),
                 columns: 0..columns,
@@ -118,17 +120,15 @@ impl FolderReader {
         };
         let theirs = first..last + 1;
         let columns = part.columns.clone();
-        let region = match piece.is_transposed {
-            false => Region {
-                matrix: piece.matrix,
-                rows: theirs,
-                columns,
-            },
-            true => Region {
-                matrix: piece.matrix,
-                rows: columns,
-                columns: theirs,
-            },
+        let (rows, columns) = match piece.is_transposed {
+            false => (theirs, columns),
+            true => (columns, theirs),
+        };
+        let region = Region {
+            is_vector: part.is_vector,
+            matrix: piece.matrix,
+            rows,
+            columns,
         };
         let found = &self.table.tensors[&piece.name];
         let read = self.table.read(found, &region)?;
@@ -155,6 +155,7 @@ impl Part {
             None => 0..1,
         };
         Part {
+            is_vector: slice.shape.len() == 1,
             rows: range(0),
             columns: range(1),
         }
