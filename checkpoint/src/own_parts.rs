@@ -17,7 +17,7 @@ use std::{
 };
 
 /// Gives the parts of a snapshot by rank.
-pub trait PartSource {
+pub trait PartSource: Send {
     /// Returns the header of a rank's part.
     ///
     /// # Errors

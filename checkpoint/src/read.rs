@@ -47,7 +47,7 @@ enum Source {
 }
 
 /// Opens a part of a snapshot by its number.
-pub type PartOpener = Box<dyn FnMut(usize) -> Result<File, Error>>;
+pub type PartOpener = Box<dyn FnMut(usize) -> Result<File, Error> + Send>;
 
 /// A stored slice and what it has in common with a requested one.
 struct Overlap {

@@ -73,7 +73,10 @@ mod train;
 pub use bench::copy_timer::CopyTimer;
 pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use error::Error;
-pub use hub::model_folder::ModelFolder;
+pub use hub::{
+    export::{DEFAULT_SHARD_BYTES, ExportOptions, ExportReport, export},
+    model_folder::ModelFolder,
+};
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
 pub use memory::{EqualRanks, RankMemory};

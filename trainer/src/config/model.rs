@@ -11,11 +11,19 @@ use crate::model::{
 use config_derive::ResumeKeys;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// The architecture: a decoder-only transformer with MoE layers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
+    /// Folder of a Hugging Face model (`config.json` and safetensors files) whose weights a new run
+    /// starts from. Its `config.json` gives the keys of this section; those of training can be set.
+    /// The load-balancing loss and updates of biases are off unless they are set.
+    #[on_resume(reported)]
+    #[schemars(extend("format" = "path"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<PathBuf>,
     /// Size of the vocabulary: token ids are below it.
     #[on_resume(refused)]
     #[schemars(range(min = 1, max = MAX_VOCABULARY))]
@@ -111,6 +119,7 @@ impl ModelConfig {
     /// Returns a model of these sizes without MoE layers, with the defaults of all other keys.
     pub fn new(vocab_size: usize, hidden: usize, layers: usize, heads: usize) -> ModelConfig {
         ModelConfig {
+            from: None,
             vocab_size,
             hidden,
             layers,

@@ -19,6 +19,7 @@ pub(crate) fn canonical(model: &ModelConfig) -> Value {
         attention: Some(model.attention_scale()),
         logits: 1.0 / model.logits_divisor(),
     };
+    plain.from = None;
     plain.mup = None;
     plain.init_std = 1.0;
     if !model.has_dense_layers() {

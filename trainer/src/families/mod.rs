@@ -13,6 +13,7 @@ mod deepseek_v2;
 mod deepseek_v3;
 mod dots1;
 mod ernie4_5_moe;
+pub(crate) mod expression;
 mod flex_olmo;
 mod glm4_moe;
 mod glm4_moe_lite;

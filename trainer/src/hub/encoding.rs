@@ -26,6 +26,9 @@ const E2M1: [f32; 16] = [
 /// Bytes of a part of a row from which the part is read alone, and not the whole row.
 const MIN_READ_BYTES: u64 = 64 << 10;
 
+/// Bytes that are copied at once.
+const COPY_BYTES: usize = 8 << 20;
+
 /// The form of a tensor's values in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Encoding {
@@ -158,6 +161,29 @@ impl LogicalTable {
         self.read_stored(tensor, &stored, &region.rows, &region.columns)
     }
 
+    /// Passes the bytes of a tensor that is not quantized to `write`, with their offset.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or `write` fails.
+    pub(crate) fn copy(
+        &self,
+        tensor: &LogicalTensor,
+        write: &dyn Fn(&[u8], u64) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let data = &tensor.data;
+        let mut buffer = vec![0; COPY_BYTES.min(data.bytes() as usize)];
+        let mut done = 0;
+        while done < data.bytes() {
+            let count = (data.bytes() - done).min(COPY_BYTES as u64);
+            let part = &mut buffer[..count as usize];
+            let read = self.files[data.file].read_exact_at(part, data.start + done);
+            read.map_err(Error::io("cannot read", &self.table.path(data)))?;
+            write(part, done)?;
+            done += count;
+        }
+        Ok(())
+    }
+
     fn read_stored(
         &self,
         tensor: &LogicalTensor,
@@ -249,6 +275,29 @@ impl LogicalTable {
                 .collect::<Vec<f32>>()
         });
         Ok(Tensor::from_slice(&exponents).view(read.size().as_slice()))
+    }
+}
+
+impl LogicalTensor {
+    /// Returns the number of matrices, and rows and columns of each. A vector has one column.
+    pub(crate) fn matrices(&self) -> (u64, [u64; 2]) {
+        (
+            self.shape.iter().rev().skip(2).product(),
+            matrix_of(&self.shape),
+        )
+    }
+
+    /// Returns the dtype in the file, if the tensor is not quantized.
+    pub(crate) fn plain_dtype(&self) -> Option<Dtype> {
+        match self.encoding {
+            Encoding::Plain(_) | Encoding::Other => Some(self.data.dtype),
+            Encoding::Fp8Blocks { .. } | Encoding::Mxfp4 { .. } => None,
+        }
+    }
+
+    /// Returns the name of the tensor's file.
+    pub(crate) fn file<'a>(&self, table: &'a TensorTable) -> &'a str {
+        &table.files[self.data.file]
     }
 }
 

@@ -155,6 +155,12 @@ impl Mapping {
         self.by_name.get(name).map(|&index| &self.tensors[index])
     }
 
+    /// Returns the folder's name of the embedding.
+    pub(crate) fn embedding(&self) -> &str {
+        let embedding = self.tensor("embedding");
+        &embedding.expect("every model has an embedding").pieces[0].name
+    }
+
     /// Compares the folder with the rules: every tensor of the model is complete, and every tensor
     /// of the folder is used once, or known to be carried through or to repeat another one.
     ///
@@ -197,6 +203,34 @@ impl Mapping {
 }
 
 impl TheirTensor {
+    /// Returns the number of matrices or vectors.
+    pub(crate) fn matrices(&self) -> u64 {
+        self.matrices.unwrap_or(1)
+    }
+
+    /// Returns the rows of a matrix in the model's orientation.
+    pub(crate) fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Returns the columns of a matrix in the model's orientation: 1 for vectors.
+    pub(crate) fn columns(&self) -> u64 {
+        self.columns.unwrap_or(1)
+    }
+
+    /// Returns the tensors of the model in a matrix, with their rows in it.
+    pub(crate) fn pieces_of<'a>(
+        &'a self,
+        mapping: &'a Mapping,
+        matrix: u64,
+    ) -> impl Iterator<Item = (&'a MappedTensor, &'a Piece)> {
+        let pieces = self.pieces.iter().map(|&(tensor, piece)| {
+            let tensor = &mapping.tensors[tensor];
+            (tensor, &tensor.pieces[piece])
+        });
+        pieces.filter(move |(_, piece)| piece.matrix == matrix)
+    }
+
     /// Returns the shape in the folder.
     pub(crate) fn shape(&self) -> Vec<u64> {
         let mut shape: Vec<u64> = self.matrices.into_iter().collect();
@@ -218,7 +252,7 @@ impl TheirTensor {
             );
             return Err(table.error(name, reason));
         }
-        if self.covered != self.rows * self.matrices.unwrap_or(1) {
+        if self.covered != self.rows * self.matrices() {
             return Err(table.error(name, "the model uses a part of it only"));
         }
         Ok(())

@@ -7,6 +7,7 @@
 
 pub(crate) mod config_json;
 pub(crate) mod encoding;
+pub(crate) mod export;
 pub(crate) mod folder;
 #[cfg(test)]
 mod golden;
@@ -14,3 +15,6 @@ pub(crate) mod mapping;
 pub(crate) mod model_folder;
 pub(crate) mod reader;
 pub(crate) mod rule;
+mod shards;
+mod values;
+mod writer;

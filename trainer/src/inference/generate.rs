@@ -1,9 +1,9 @@
 //! Text generation from a checkpoint.
 
-use super::loaded::LoadedModel;
-use crate::{Error, config::Config, data::END_OF_DOCUMENT, model::Model};
+use super::loaded::{LoadedModel, find_tokenizer};
+use crate::{Error, data::END_OF_DOCUMENT, model::Model};
 use parallel::{Accelerator, Cpu};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use tch::{Kind, Tensor};
 
 /// Prompt and sampling of [`generate`].
@@ -45,7 +45,7 @@ pub fn generate(
     for note in notes {
         warn(&note);
     }
-    let tokenizer_path = find_tokenizer(options, &config, &path)?;
+    let tokenizer_path = find_tokenizer(options.tokenizer.as_deref(), &config, &path)?;
     let tokenizer = crate::data::load_tokenizer(&tokenizer_path)?;
     let length = config.data.sequence_length;
     tch::manual_seed(options.seed);
@@ -105,37 +105,4 @@ fn next_token(model: &Model, tokens: &[u32], options: &GenerateOptions) -> Resul
     let probabilities = logits.softmax(-1, Kind::Float);
     let sampled = probabilities.multinomial(1, false);
     Ok(sampled.int64_value(&[0]) as u32)
-}
-
-fn find_tokenizer(
-    options: &GenerateOptions,
-    config: &Config,
-    checkpoint: &Path,
-) -> Result<PathBuf, Error> {
-    let in_folder = |folder: &Path| folder.join("tokenizer.json");
-    let run = checkpoint.ancestors().nth(2);
-    let first_source = config.data.train.first();
-    let data = first_source.and_then(|source| source.path.parent());
-    let candidates: Vec<PathBuf> = match &options.tokenizer {
-        Some(path) => vec![path.clone()],
-        None => [
-            run.map(in_folder),
-            config.data.tokenizer.clone(),
-            data.map(in_folder),
-        ]
-        .into_iter()
-        .flatten()
-        .collect(),
-    };
-    if let Some(found) = candidates.iter().find(|path| path.exists()) {
-        return Ok(found.clone());
-    }
-    let listed: Vec<String> = candidates
-        .iter()
-        .map(|path| path.display().to_string())
-        .collect();
-    Err(Error::Tokenizer(format!(
-        "no tokenizer at {}: name one with --tokenizer",
-        listed.join(", ")
-    )))
 }

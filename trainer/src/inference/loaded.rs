@@ -57,13 +57,17 @@ impl LoadedModel {
     }
 }
 
-struct FoundCheckpoint {
-    checkpoint: Checkpoint,
-    notes: Vec<String>,
+/// A checkpoint, with notes for the user about its choice.
+pub(crate) struct FoundCheckpoint {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) notes: Vec<String>,
 }
 
 /// Opens the checkpoint `path`, or the newest verified one of a run's folder.
-fn find_checkpoint(path: &Path) -> Result<FoundCheckpoint, Error> {
+///
+/// # Errors
+/// If there is none, or it is damaged.
+pub(crate) fn find_checkpoint(path: &Path) -> Result<FoundCheckpoint, Error> {
     if is_checkpoint(path)? {
         let verified = folder::verify(path, Depth::Data)?;
         return open(verified, Vec::new());
@@ -107,4 +111,41 @@ fn open(verified: Verified, refused: Vec<String>) -> Result<FoundCheckpoint, Err
         checkpoint: Checkpoint::open(path)?,
         notes,
     })
+}
+
+/// Returns the tokenizer `given`, or that of the run of a checkpoint.
+///
+/// # Errors
+/// If there is none.
+pub(crate) fn find_tokenizer(
+    given: Option<&Path>,
+    config: &Config,
+    checkpoint: &Path,
+) -> Result<PathBuf, Error> {
+    let in_folder = |folder: &Path| folder.join("tokenizer.json");
+    let run = checkpoint.ancestors().nth(2);
+    let first_source = config.data.train.first();
+    let data = first_source.and_then(|source| source.path.parent());
+    let candidates: Vec<PathBuf> = match given {
+        Some(path) => vec![path.to_path_buf()],
+        None => [
+            run.map(in_folder),
+            config.data.tokenizer.clone(),
+            data.map(in_folder),
+        ]
+        .into_iter()
+        .flatten()
+        .collect(),
+    };
+    if let Some(found) = candidates.iter().find(|path| path.exists()) {
+        return Ok(found.clone());
+    }
+    let listed: Vec<String> = candidates
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    Err(Error::Tokenizer(format!(
+        "no tokenizer at {}: name one with --tokenizer",
+        listed.join(", ")
+    )))
 }

@@ -1,5 +1,5 @@
 //! Trained models, loaded whole on the CPU of this process.
 
 pub(crate) mod generate;
-mod loaded;
+pub(crate) mod loaded;
 pub(crate) mod routing;

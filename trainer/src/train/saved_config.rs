@@ -20,6 +20,16 @@ pub(super) mod kind {
     pub(in crate::train) const GENERATOR: &str = "generator";
 }
 
+/// Returns the name under which a checkpoint has a parameter, or a bias that selects experts.
+pub(crate) fn saved_name(name: &str, is_selection_bias: bool) -> String {
+    let kind = if is_selection_bias {
+        kind::BIAS
+    } else {
+        kind::MASTER
+    };
+    format!("{kind}/{name}")
+}
+
 pub(super) fn has_kind(name: &str, kinds: &[&str]) -> bool {
     let kind = name.split_once('/').map(|(kind, _)| kind);
     kind.is_some_and(|kind| kinds.contains(&kind))

@@ -1,0 +1,587 @@
+//! Writing a model as a folder that transformers and inference servers load.
+
+use super::{
+    config_json::{CONFIG_FILE, ConfigJson},
+    folder::INDEX_FILE,
+    mapping::Mapping,
+    model_folder::ModelFolder,
+    shards::{NewFile, NewTensor, index_text, plan_files, stored_dtype},
+    values::{CheckpointValues, ModelValues},
+    writer::{Sources, write_files},
+};
+use crate::{
+    Error,
+    config::{Config, Dtype, ModelConfig},
+    data::END_OF_DOCUMENT,
+    families::{Family, canonical::canonical, expression::express},
+    inference::loaded::{FoundCheckpoint, find_checkpoint, find_tokenizer},
+    train::saved_config::{read_run_state, saved_config},
+};
+use safetensors::Dtype as StoredDtype;
+use serde_json::json;
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+/// Bytes of a file at most, unless one tensor has more.
+pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Endings of files that have weights, which an export does not copy.
+const WEIGHTS: [&str; 8] = [
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "gguf",
+    "h5",
+    "msgpack",
+    "onnx",
+];
+
+/// What [`export`] writes, and from where.
+#[derive(Debug, Clone)]
+pub struct ExportOptions {
+    /// A run's folder, its `checkpoints` folder, or one checkpoint.
+    pub checkpoint: PathBuf,
+    /// The folder to write. It must not exist, or be empty.
+    pub output: PathBuf,
+    /// Dtype of the weights. By default that of the folder the model came from, bf16 if that is
+    /// quantized; else that of training.
+    pub dtype: Option<Dtype>,
+    /// The folder the model came from, if it is no longer where `model.from` says.
+    pub source: Option<PathBuf>,
+    /// Bytes of a file at most, unless one tensor has more.
+    pub shard_bytes: u64,
+}
+
+/// The outcome of an export.
+#[derive(Debug, Clone)]
+pub struct ExportReport {
+    /// `model_type` of the folder.
+    pub family: String,
+    /// Steps that the model was trained for.
+    pub step: u64,
+    pub files: usize,
+    pub tensors: usize,
+    pub bytes: u64,
+    /// Tensors that were copied from the folder the model came from, because moerun does not
+    /// train them.
+    pub carried: usize,
+    /// Notes for the user, one line each.
+    pub notes: Vec<String>,
+}
+
+/// Writes the model of a checkpoint. Calls `progress` with the bytes that are done and all.
+///
+/// # Errors
+/// If there is no usable checkpoint, no family can express the model, or a file cannot be read or
+/// written. The output does not exist then.
+pub fn export(
+    options: &ExportOptions,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> Result<ExportReport, Error> {
+    let FoundCheckpoint {
+        checkpoint,
+        mut notes,
+    } = find_checkpoint(&options.checkpoint)?;
+    let state = read_run_state(&checkpoint)?;
+    let config = saved_config(&checkpoint, &state)?;
+    let path = checkpoint.path().to_path_buf();
+    let values = CheckpointValues::new(path.clone())?;
+    let came_from = options.source.clone().or(config.model.from.clone());
+    let source = came_from.map(|from| open_source(&from, &config.model));
+    let source = source.transpose()?;
+    let form = match &source {
+        Some(source) => Form::of_source(source, options.dtype),
+        None => Form::of_family(&config, options.dtype, &path, &mut notes)?,
+    };
+    let mut report = write_folder(
+        options,
+        &values,
+        &config.model,
+        source.as_ref(),
+        &form,
+        progress,
+    )?;
+    report.step = state.step;
+    notes.append(&mut report.notes);
+    report.notes = notes;
+    Ok(report)
+}
+
+/// Opens the folder that a model came from, and compares its model.
+fn open_source(from: &Path, model: &ModelConfig) -> Result<ModelFolder, Error> {
+    let source = ModelFolder::open(from).map_err(|error| {
+        Error::Folder(format!(
+            "the model came from a folder that an export needs, for tokenizer, configuration and \
+             tensors that moerun does not train: {error}; if it moved, name it with --source"
+        ))
+    })?;
+    if canonical(source.model()) != canonical(model) {
+        return Err(Error::Folder(format!(
+            "{} has another model than the checkpoint",
+            from.display()
+        )));
+    }
+    Ok(source)
+}
+
+/// Everything of the folder but the values.
+struct Form {
+    family: Family,
+    config: ConfigJson,
+    dtype: Option<StoredDtype>,
+    /// Files to copy.
+    copies: Vec<PathBuf>,
+    /// Names and texts of small files.
+    texts: Vec<(String, String)>,
+}
+
+impl Form {
+    fn of_source(source: &ModelFolder, dtype: Option<Dtype>) -> Form {
+        let mut config = source.config.clone();
+        let is_quantized = config.has("quantization_config");
+        config.remove("quantization_config");
+        let dtype = dtype.map(stored_dtype);
+        let written = dtype.or(is_quantized.then_some(StoredDtype::BF16));
+        if let Some(written) = written {
+            for key in ["dtype", "torch_dtype"] {
+                if config.has(key) {
+                    config.set(key, name_of(written));
+                }
+            }
+        }
+        // Readers differ in the spellings that they know.
+        let mut known = ConfigJson::empty(config.path().to_path_buf());
+        source.family.rules().write(source.model(), &mut known);
+        for (key, value) in known.keys() {
+            if !config.keys().contains_key(key) && !value.is_null() {
+                config.set(key, value);
+            }
+        }
+        Form {
+            family: source.family,
+            config,
+            dtype,
+            copies: other_files(&source.reader.table.table.folder),
+            texts: Vec::new(),
+        }
+    }
+
+    fn of_family(
+        run: &Config,
+        dtype: Option<Dtype>,
+        checkpoint: &Path,
+        notes: &mut Vec<String>,
+    ) -> Result<Form, Error> {
+        let dtype = stored_dtype(dtype.unwrap_or(run.train.dtype));
+        let (family, mut config) = express(&run.model)?;
+        config.set("dtype", name_of(dtype));
+        config.set("torch_dtype", name_of(dtype));
+        config.set("max_position_embeddings", run.data.sequence_length);
+        let mut form = Form {
+            family,
+            config,
+            dtype: Some(dtype),
+            copies: Vec::new(),
+            texts: Vec::new(),
+        };
+        match find_tokenizer(None, run, checkpoint) {
+            Ok(path) => form.add_tokenizer(path, run)?,
+            Err(error) => notes.push(format!("the folder has no tokenizer: {error}")),
+        }
+        Ok(form)
+    }
+
+    /// Adds a tokenizer that moerun trained or was given, and the configuration that transformers
+    /// needs with it.
+    fn add_tokenizer(&mut self, path: PathBuf, run: &Config) -> Result<(), Error> {
+        let tokenizer = crate::data::load_tokenizer(&path)?;
+        let mut config = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": run.data.sequence_length,
+            "clean_up_tokenization_spaces": false,
+        });
+        if let Some(end) = tokenizer.token_to_id(END_OF_DOCUMENT) {
+            for key in ["bos_token", "eos_token"] {
+                config[key] = json!(END_OF_DOCUMENT);
+            }
+            self.config.set("bos_token_id", end);
+            self.config.set("eos_token_id", end);
+            let generation = json!({"bos_token_id": end, "eos_token_id": end});
+            self.add_text("generation_config.json", &generation);
+        }
+        self.add_text("tokenizer_config.json", &config);
+        self.copies.push(path);
+        Ok(())
+    }
+
+    fn add_text(&mut self, name: &str, value: &serde_json::Value) {
+        let text = serde_json::to_string_pretty(value).expect("the value is plain data");
+        self.texts.push((name.to_string(), text + "\n"));
+    }
+}
+
+fn name_of(dtype: StoredDtype) -> &'static str {
+    match dtype {
+        StoredDtype::BF16 => "bfloat16",
+        StoredDtype::F16 => "float16",
+        _ => "float32",
+    }
+}
+
+/// Returns the files of a folder that are neither weights nor written anew.
+fn other_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let is_other = |path: &PathBuf| {
+        let ending = path.extension().and_then(|ending| ending.to_str());
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or("");
+        let is_written = name == CONFIG_FILE || name == INDEX_FILE;
+        path.is_file() && !is_written && !ending.is_some_and(|ending| WEIGHTS.contains(&ending))
+    };
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_other).collect();
+    files.sort();
+    files
+}
+
+/// Returns the tensors to write.
+fn new_tensors(
+    mapping: &Mapping,
+    source: Option<&ModelFolder>,
+    form: &Form,
+    freezes_biases: bool,
+) -> Vec<NewTensor> {
+    let dtype_of = |name: &str, stored: Option<StoredDtype>| {
+        let pieces = mapping.theirs.get(name).map(|theirs| &theirs.pieces);
+        let is_bias = pieces.is_some_and(|pieces| mapping.tensors[pieces[0].0].is_selection_bias);
+        let given = form.dtype.or(stored).unwrap_or(StoredDtype::BF16);
+        match stored {
+            // bf16 would merge biases that differ in small steps.
+            _ if is_bias && !freezes_biases => StoredDtype::F32,
+            None if is_bias => StoredDtype::F32,
+            Some(stored) if is_bias => stored,
+            _ => given,
+        }
+    };
+    let Some(source) = source else {
+        let mut theirs: Vec<_> = mapping.theirs.iter().collect();
+        theirs.sort_by_key(|(_, theirs)| theirs.pieces[0]);
+        let tensors = theirs.into_iter().map(|(name, theirs)| NewTensor {
+            name: name.clone(),
+            dtype: dtype_of(name, None),
+            shape: theirs.shape(),
+            file: None,
+        });
+        return tensors.collect();
+    };
+    let table = &source.reader.table;
+    let mut tensors: Vec<_> = table.tensors.iter().collect();
+    tensors.sort_by_key(|(_, tensor)| table.position(tensor));
+    let tensors = tensors.into_iter().map(|(name, tensor)| {
+        let stored = tensor.plain_dtype();
+        let is_carried = source.account.carried.contains(name);
+        NewTensor {
+            name: name.clone(),
+            dtype: match stored {
+                Some(stored) if is_carried => stored,
+                stored => dtype_of(name, stored),
+            },
+            shape: tensor.shape.clone(),
+            file: Some(tensor.file(&table.table).to_string()),
+        }
+    });
+    tensors.collect()
+}
+
+fn write_folder(
+    options: &ExportOptions,
+    values: &dyn ModelValues,
+    model: &ModelConfig,
+    source: Option<&ModelFolder>,
+    form: &Form,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> Result<ExportReport, Error> {
+    let named = |name: &str| match source {
+        Some(source) => source.reader.table.tensors.contains_key(name),
+        None => true,
+    };
+    let mapping = Mapping::new(form.family, model, &named)?;
+    let moe = model.moe.as_ref();
+    let freezes_biases = moe.is_none_or(|moe| moe.bias_update_rate == 0.0);
+    let tensors = new_tensors(&mapping, source, form, freezes_biases);
+    let count = tensors.len();
+    let files = plan_files(tensors, options.shard_bytes);
+    let bytes: u64 = files.iter().map(|file| file.len).sum();
+    let sources = Sources {
+        mapping: &mapping,
+        values,
+        before: source.map(|source| &source.reader.table),
+        repeated: mapping.embedding(),
+    };
+    let staging = Staging::begin(&options.output)?;
+    write_files(staging.folder(), &files, &sources, &|done| {
+        progress(done, bytes)
+    })?;
+    staging.finish(form, &files, source.is_some_and(has_index))?;
+    Ok(ExportReport {
+        family: form.family.name().to_string(),
+        step: 0,
+        files: files.len(),
+        tensors: count,
+        bytes,
+        carried: source.map_or(0, |source| source.account.carried.len()),
+        notes: Vec::new(),
+    })
+}
+
+fn has_index(source: &ModelFolder) -> bool {
+    source.reader.table.table.folder.join(INDEX_FILE).exists()
+}
+
+/// A folder that is written beside its place and renamed at the end. Dropped before, it is removed.
+struct Staging<'a> {
+    output: &'a Path,
+    folder: Option<tempfile::TempDir>,
+}
+
+impl Staging<'_> {
+    /// Creates the folder.
+    ///
+    /// # Errors
+    /// If the output has files, or the folder cannot be created.
+    fn begin(output: &Path) -> Result<Staging<'_>, Error> {
+        if let Ok(mut entries) = std::fs::read_dir(output)
+            && entries.next().is_some()
+        {
+            return Err(Error::Folder(format!(
+                "{} has files already: name a new folder, because readers would mix both",
+                output.display()
+            )));
+        }
+        let parent = match output.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+            Some(parent) => parent,
+            None => Path::new("/"),
+        };
+        std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
+        let folder = tempfile::Builder::new()
+            .prefix(".moerun-export-")
+            .tempdir_in(parent);
+        let folder = folder.map_err(Error::io("cannot create a folder in", parent))?;
+        Ok(Staging {
+            output,
+            folder: Some(folder),
+        })
+    }
+
+    fn folder(&self) -> &Path {
+        self.folder
+            .as_ref()
+            .expect("the folder is not finished")
+            .path()
+    }
+
+    /// Adds the other files, and gives the folder its name.
+    ///
+    /// # Errors
+    /// If a file cannot be written or the folder cannot be renamed.
+    fn finish(mut self, form: &Form, files: &[NewFile], has_index: bool) -> Result<(), Error> {
+        for copy in &form.copies {
+            let name = copy.file_name().unwrap_or(copy.as_os_str());
+            let name = match form.texts.is_empty() {
+                true => name,
+                // The tokenizer of a run may have another name.
+                false => "tokenizer.json".as_ref(),
+            };
+            let into = self.folder().join(name);
+            std::fs::copy(copy, &into).map_err(Error::io("cannot copy", copy))?;
+        }
+        for (name, text) in &form.texts {
+            self.write(name, text)?;
+        }
+        self.write(CONFIG_FILE, &form.config.to_text())?;
+        if files.len() > 1 || has_index {
+            self.write(INDEX_FILE, &index_text(files))?;
+        }
+        let folder = self
+            .folder
+            .take()
+            .expect("the folder is not finished")
+            .keep();
+        let renamed = set_mode(&folder).and_then(|()| {
+            // An empty folder with the name is replaced.
+            std::fs::rename(&folder, self.output)
+        });
+        if let Err(error) = renamed {
+            let _ = std::fs::remove_dir_all(&folder);
+            return Err(Error::io("cannot create", self.output)(error));
+        }
+        Ok(())
+    }
+
+    fn write(&self, name: &str, text: &str) -> Result<(), Error> {
+        let path = self.folder().join(name);
+        let write = || {
+            std::fs::write(&path, text)?;
+            File::open(&path)?.sync_all()
+        };
+        write().map_err(Error::io("cannot write", &path))
+    }
+}
+
+/// Gives a temporary folder, which only its owner can read, the permissions of others.
+fn set_mode(folder: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let mask = nix::sys::stat::umask(nix::sys::stat::Mode::empty());
+    nix::sys::stat::umask(mask);
+    let mode = 0o777 & !mask.bits();
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(mode))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        families::expression::config_of,
+        hub::{encoding::Region, folder::TensorTable, golden},
+    };
+    use tch::Tensor;
+
+    fn open(name: &str) -> ModelFolder {
+        ModelFolder::open(&golden::families().join(name).join("model")).unwrap()
+    }
+
+    /// Writes a folder with the values of another one.
+    fn copy_of(source: &ModelFolder, output: &Path, dtype: Option<Dtype>) -> ModelFolder {
+        let options = ExportOptions {
+            checkpoint: PathBuf::new(),
+            output: output.to_path_buf(),
+            dtype,
+            source: None,
+            shard_bytes: DEFAULT_SHARD_BYTES,
+        };
+        let form = Form::of_source(source, dtype);
+        let values = &source.reader;
+        write_folder(
+            &options,
+            values,
+            source.model(),
+            Some(source),
+            &form,
+            &|_, _| (),
+        )
+        .unwrap();
+        ModelFolder::open(output).unwrap()
+    }
+
+    /// Returns all values of a tensor of a folder.
+    fn values(folder: &ModelFolder, name: &str) -> Vec<Tensor> {
+        let table = &folder.reader.table;
+        let tensor = &table.tensors[name];
+        let (matrices, [rows, columns]) = tensor.matrices();
+        let region = |matrix| Region {
+            is_vector: tensor.shape.len() == 1,
+            matrix,
+            rows: 0..rows,
+            columns: 0..columns,
+        };
+        let matrices = (0..matrices).map(|matrix| table.read(tensor, &region(matrix)).unwrap());
+        matrices.collect()
+    }
+
+    #[test]
+    fn configurations_convert_both_ways() {
+        for name in golden::names() {
+            let folder = open(&name);
+            let written = config_of(folder.family, folder.model());
+            let read = folder.family.rules().read(&written).unwrap();
+            assert_eq!(canonical(&read), canonical(folder.model()), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_export_repeats_the_folder_it_came_from() {
+        for name in golden::names() {
+            let folder = tempfile::tempdir().unwrap();
+            let output = folder.path().join("export");
+            let source = open(&name);
+            let copy = copy_of(&source, &output, None);
+            let table = &source.reader.table;
+            let keys = |folder: &ModelFolder| {
+                let tensors = folder.reader.table.tensors.iter();
+                let keys = tensors.map(|(name, tensor)| (name.clone(), tensor.shape.clone()));
+                keys.collect::<Vec<_>>()
+            };
+            assert_eq!(keys(&copy), keys(&source), "{name}");
+            let is_quantized = source.config.has("quantization_config");
+            for (tensor, _) in keys(&source) {
+                let (new, old) = (values(&copy, &tensor), values(&source, &tensor));
+                let rounded = |values: &Tensor| values.to_kind(new[0].kind());
+                for (new, old) in new.iter().zip(&old) {
+                    assert_eq!(new, &rounded(old), "{name}: {tensor}");
+                }
+            }
+            if !is_quantized {
+                // The same bytes, header included.
+                for file in &table.table.files {
+                    let [new, old] = [&copy, &source].map(|folder| {
+                        std::fs::read(folder.reader.table.table.folder.join(file)).unwrap()
+                    });
+                    assert!(new == old, "{name}: {file}");
+                }
+            }
+            for (key, value) in source.config.keys() {
+                let is_kept = key != "quantization_config" && !key.ends_with("dtype");
+                let new = copy.config.keys().get(key);
+                assert!(!is_kept || new == Some(value), "{name}: {key}: {new:?}");
+            }
+            assert!(!copy.config.has("quantization_config"));
+            let others = |folder: &ModelFolder| {
+                let files = other_files(&folder.reader.table.table.folder);
+                let named = files
+                    .iter()
+                    .map(|path| (path.file_name().unwrap().to_owned(), path));
+                let read = named.map(|(name, path)| (name, std::fs::read(path).unwrap()));
+                read.collect::<Vec<_>>()
+            };
+            assert_eq!(others(&copy), others(&source), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_dtype_changes_weights_and_keeps_biases() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("export");
+        let copy = copy_of(&open("glm4_moe"), &output, Some(Dtype::Bf16));
+        let dtypes = TensorTable::read(&output).unwrap().tensors;
+        for (name, tensor) in dtypes {
+            let is_bias = name.ends_with("e_score_correction_bias");
+            let expected = if is_bias {
+                StoredDtype::F32
+            } else {
+                StoredDtype::BF16
+            };
+            assert_eq!(tensor.dtype, expected, "{name}");
+        }
+        assert_eq!(copy.config.keys()["dtype"], "bfloat16");
+    }
+
+    #[test]
+    fn a_folder_with_files_stays_as_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("notes.txt"), "mine").unwrap();
+        let refused = Staging::begin(folder.path()).err().unwrap().to_string();
+        assert!(
+            refused.contains("has files already: name a new folder"),
+            "{refused}"
+        );
+        let next = folder.path().join("next");
+        drop(Staging::begin(&next).unwrap());
+        let left = std::fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(left, 1, "an interrupted export leaves nothing");
+    }
+}
