@@ -472,6 +472,12 @@ impl JoinedRank<'_> {
         let step = trainer.step();
         match source {
             ResumeSource::Nothing => {}
+            ResumeSource::Folder => {
+                for note in &trainer.resume_report().notes {
+                    self.print(note);
+                }
+                return Ok(());
+            }
             ResumeSource::Snapshot => {
                 tracing::info!("resuming from the snapshot of step {step}")
             }

@@ -8,9 +8,10 @@ use super::{
     value::{BadValue, BadValues, read},
 };
 use crate::hint::{WithHint, hinted, one_line};
-use anyhow::{Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, bail};
 use serde_json::{Map, Value};
-use trainer::config::Config;
+use std::path::Path;
+use trainer::config::{Config, ModelConfig};
 
 /// Values of a file and of `--set`, with what is wrong about them.
 pub(super) struct Draft<'a> {
@@ -88,17 +89,36 @@ impl<'a> Draft<'a> {
     /// # Errors
     /// If a key is unknown or missing, or has a value of another type: where it is, and the nearest
     /// name that exists.
-    pub(super) fn finish(self) -> Result<FinishedDraft> {
+    pub(super) fn finish(mut self) -> Result<FinishedDraft> {
+        let folder = self.complete_model()?;
         let result = serde_path_to_error::deserialize(self.value.clone());
-        let config = result.map_err(|error| {
+        let config: Config = result.map_err(|error| {
             let path = KeyPath::of_error(error.path());
             self.explain(&path, &error.into_inner().to_string())
         })?;
         let problems = self.bad_values.iter().map(|bad| self.describe(bad));
-        Ok(FinishedDraft {
-            problems: problems.collect(),
-            config,
-        })
+        let mut problems: Vec<String> = problems.collect();
+        if let Some(folder) = folder {
+            problems.extend(trainer::contradictions(&folder, &config.model));
+        }
+        Ok(FinishedDraft { problems, config })
+    }
+
+    /// Completes the section `model` by the model of the folder `model.from`, and returns that.
+    ///
+    /// # Errors
+    /// If the folder cannot be read, or moerun cannot compute its model.
+    fn complete_model(&mut self) -> Result<Option<ModelConfig>> {
+        let Some(Value::Object(section)) = self.value.get_mut("model") else {
+            return Ok(None);
+        };
+        let Some(from) = section.get("from").and_then(Value::as_str) else {
+            return Ok(None);
+        };
+        let folder = trainer::folder_model(Path::new(from)).context("model.from")?;
+        let complete = trainer::complete_section(&folder, section);
+        self.value["model"] = complete;
+        Ok(Some(folder))
     }
 
     fn is_changed(&self, path: &KeyPath) -> bool {

@@ -16,8 +16,7 @@ pub(crate) fn express(model: &ModelConfig) -> Result<(Family, ConfigJson), Error
         let Ok(read) = family.rules().read(&config) else {
             continue;
         };
-        let mut lost = Vec::new();
-        compare("model", &expected, &canonical(&read), &mut lost);
+        let lost = differences(&expected, &canonical(&read));
         if lost.is_empty() {
             return Ok((family, config));
         }
@@ -48,6 +47,13 @@ pub(crate) fn config_of(family: Family, model: &ModelConfig) -> ConfigJson {
     config.set("model_type", rules.model_type());
     rules.write(model, &mut config);
     config
+}
+
+/// Returns the keys of a canonical model, with their values, that another one lacks.
+pub(crate) fn differences(expected: &Value, found: &Value) -> Vec<String> {
+    let mut lost = Vec::new();
+    compare("model", expected, found, &mut lost);
+    lost
 }
 
 /// Adds the keys in which two values differ.

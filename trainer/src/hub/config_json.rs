@@ -37,7 +37,16 @@ impl ConfigJson {
             )));
         }
         let text = std::fs::read(&path).map_err(Error::io("cannot read", &path))?;
-        let keys = serde_json::from_slice(&text)
+        ConfigJson::parse(folder, &text)
+    }
+
+    /// Parses the text of the file of the folder `folder`, which another rank may have read.
+    ///
+    /// # Errors
+    /// If it is no JSON object.
+    pub(crate) fn parse(folder: &Path, text: &[u8]) -> Result<ConfigJson, Error> {
+        let path = folder.join(CONFIG_FILE);
+        let keys = serde_json::from_slice(text)
             .map_err(|error| Error::Folder(format!("{}: {error}", path.display())))?;
         Ok(ConfigJson {
             path,

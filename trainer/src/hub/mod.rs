@@ -15,6 +15,7 @@ pub(crate) mod mapping;
 pub(crate) mod model_folder;
 pub(crate) mod reader;
 pub(crate) mod rule;
+pub(crate) mod section;
 mod shards;
 mod values;
 mod writer;

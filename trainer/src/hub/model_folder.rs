@@ -29,17 +29,21 @@ impl ModelFolder {
     /// If moerun cannot compute the model, or the folder is damaged or incomplete: with the file
     /// and the key.
     pub fn open(path: &Path) -> Result<ModelFolder, Error> {
-        let config = ConfigJson::read(path)?;
+        ModelFolder::with_table(ConfigJson::read(path)?, TensorTable::read(path)?)
+    }
+
+    /// Opens a folder whose headers another rank has read.
+    ///
+    /// # Errors
+    /// As [`ModelFolder::open`].
+    pub(crate) fn with_table(config: ConfigJson, table: TensorTable) -> Result<ModelFolder, Error> {
         let family = Family::of(&config)?;
         let model = family.rules().read(&config)?;
-        let table = LogicalTable::new(TensorTable::read(path)?, &config)?;
+        let table = LogicalTable::new(table, &config)?;
         let has = |name: &str| table.tensors.contains_key(name);
         let mapping = Mapping::new(family, &model, &has)?;
         let account = mapping.account(family, &model, &table)?;
         let reader = FolderReader { mapping, table };
-        for name in &account.repeated {
-            reader.check_repeated(name)?;
-        }
         Ok(ModelFolder {
             config,
             family,
@@ -54,25 +58,75 @@ impl ModelFolder {
         &self.model
     }
 
-    /// Copies the weights to this rank's parts of a model.
+    /// Compares the tensors that repeat others with them.
+    ///
+    /// # Errors
+    /// If they differ, or a file cannot be read.
+    pub(crate) fn check_repeated(&self) -> Result<(), Error> {
+        let mut repeated = self.account.repeated.iter();
+        repeated.try_for_each(|name| self.reader.check_repeated(name))
+    }
+
+    /// Returns what a user should know about a run that starts from the folder as `model`, one line
+    /// each.
+    pub(crate) fn notes(&self, model: &ModelConfig) -> Vec<String> {
+        let mut notes = vec![format!(
+            "starting from the weights of {} ({})",
+            self.reader.table.table.folder.display(),
+            self.family.name()
+        )];
+        let carried = self.account.carried.len();
+        if carried > 0 {
+            notes.push(format!(
+                "{carried} tensors of the folder are not trained, such as {}; an export copies them",
+                self.account.carried[0]
+            ));
+        }
+        if let Some(moe) = &model.moe
+            && moe.load_balance == 0.0
+            && moe.bias_update_rate == 0.0
+        {
+            notes.push(
+                "routers are trained without a load-balancing loss and without updates of biases: \
+                 set model.moe.load_balance or bias_update_rate to change that"
+                    .to_string(),
+            );
+        }
+        notes
+    }
+
+    /// Copies the weights to a whole model.
     ///
     /// # Errors
     /// If the model is another one, or a file cannot be read.
     pub fn load(&self, model: &Model) -> Result<(), Error> {
+        self.check_repeated()?;
         let parameters = model.parameters.iter();
         let slices = parameters.flat_map(|parameter| parameter.slices(&parameter.master));
-        let biases = model.biases().map(|(_, name, bias)| {
-            let slice = TensorSlice::whole(name, &bias.size());
-            (slice, bias)
-        });
-        let mut targets: Vec<(TensorSlice, Tensor)> = slices.chain(biases).collect();
-        // In the order of the files, which each thread reads forward.
-        targets.sort_by_cached_key(|(slice, _)| self.reader.position(&slice.name));
-        let read = |(slice, into): (TensorSlice, Tensor)| self.reader.read_into(&slice, &into);
-        targets.into_par_iter().try_for_each(read)?;
+        self.read(slices.chain(bias_slices(model)).collect())?;
         for parameter in model.parameters.iter() {
             parameter.sync_from_master();
         }
+        model.mark_stale();
         Ok(())
     }
+
+    /// Copies slices of tensors to their targets.
+    ///
+    /// # Errors
+    /// If the folder has no such tensor, or a file cannot be read.
+    pub(crate) fn read(&self, mut targets: Vec<(TensorSlice, Tensor)>) -> Result<(), Error> {
+        // In the order of the files, which each thread reads forward.
+        targets.sort_by_cached_key(|(slice, _)| self.reader.position(&slice.name));
+        let read = |(slice, into): (TensorSlice, Tensor)| self.reader.read_into(&slice, &into);
+        targets.into_par_iter().try_for_each(read)
+    }
+}
+
+/// Returns the biases that select experts, with their slices.
+pub(crate) fn bias_slices(model: &Model) -> impl Iterator<Item = (TensorSlice, Tensor)> {
+    model.biases().map(|(_, name, bias)| {
+        let slice = TensorSlice::whole(name, &bias.size());
+        (slice, bias)
+    })
 }

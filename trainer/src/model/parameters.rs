@@ -74,6 +74,18 @@ impl Parameter {
         slices.collect()
     }
 
+    /// Returns the global slices of `rows` of `own`, with their values in the master.
+    pub(crate) fn slices_of_rows(&self, rows: &Range<i64>) -> Vec<(TensorSlice, Tensor)> {
+        let names = self.names.lock();
+        let slices = slices_in_rows(&names.slices, rows).map(|(slice, rows)| {
+            let start = rows.start - self.own.start;
+            let part = self.master.narrow(0, start, rows.end - rows.start);
+            let part = part.view(slice.shape.as_slice());
+            (slice, part)
+        });
+        slices.collect()
+    }
+
     /// Returns the global slices of the rows that this rank updates.
     pub(crate) fn own_slices(&self) -> Vec<TensorSlice> {
         let names = self.names.lock();
@@ -247,6 +259,7 @@ impl Parameters {
         let values: Vec<f32> = match init {
             Init::Ones => vec![1.0; (count * cols) as usize],
             Init::Zeros => vec![0.0; (count * cols) as usize],
+            Init::Unset => vec![f32::NAN; (count * cols) as usize],
             Init::Normal(std) => slices_in_rows(row_slices, rows)
                 .flat_map(|(slice, _)| {
                     let TensorSlice {

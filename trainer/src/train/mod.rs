@@ -30,6 +30,7 @@ pub(crate) mod slot_writer;
 mod snapshot_resume;
 pub(crate) mod snapshots;
 mod stages;
+mod start_from_folder;
 mod step;
 mod step_sums;
 mod trace;

@@ -98,6 +98,8 @@ fn shortened(config: &Config, mesh: &Mesh) -> Config {
     let sequences = number * config.train.micro_batch * mesh.shape().data;
     short.train.global_batch = BatchSize::Constant(sequences);
     short.run.trace_step = None;
+    // Drawn values suffice.
+    short.model.from = None;
     if let Some(validation) = &mut short.validation {
         validation.sequences = 1;
     }

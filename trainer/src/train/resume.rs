@@ -27,6 +27,8 @@ pub enum ResumeSource {
     Snapshot,
     /// A checkpoint on disk.
     Checkpoint,
+    /// The folder of a Hugging Face model, which gave a new run its weights.
+    Folder,
 }
 
 /// Differences between a run that resumed and the one that saved its state.
@@ -43,7 +45,7 @@ pub struct ResumeReport {
 pub(super) struct Resumption {
     /// Keys whose refused changes the user accepts on a resume.
     accepted_changes: Vec<String>,
-    report: ResumeReport,
+    pub(super) report: ResumeReport,
     /// True if the run repeats the validation of the state that it resumed from.
     pub(super) repeats_validation: bool,
 }
@@ -77,7 +79,7 @@ impl Trainer {
             self.clean_checkpoints(warn)?;
         }
         let Some((restored, source)) = restored else {
-            return Ok(ResumeSource::Nothing);
+            return self.start_from_folder();
         };
         let Restored {
             state,
