@@ -5,6 +5,7 @@
 
 mod block;
 mod heads;
+mod largest_score;
 #[cfg(target_arch = "x86_64")]
 mod loops;
 mod mask;
@@ -13,6 +14,7 @@ mod sinks;
 
 pub use block::{ScoreMask, block_attention, block_attention_backward};
 pub use heads::{repeat_heads, sum_repeated_heads};
+pub use largest_score::raise_to_largest_scores;
 pub use mask::{added_mask, causal_part};
 pub use options::AttentionOptions;
 pub use sinks::{add_sinks, sinks_gradient};

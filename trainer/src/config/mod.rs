@@ -64,6 +64,7 @@ pub use crate::{
     optim::{
         adamw::AdamwConfig,
         muon::{AdjustLr, MuonConfig},
+        qk_clip::QkClipConfig,
         sgd::SgdConfig,
     },
 };

@@ -6,6 +6,7 @@ use crate::{
     optim::{
         adamw::{Adamw, AdamwConfig},
         muon::MuonConfig,
+        qk_clip::QkClipConfig,
         rule::Rule,
         sgd::SgdConfig,
     },
@@ -53,6 +54,12 @@ pub struct OptimizerConfig {
     /// accepted; state that the checkpoint lacks then starts from zero.
     #[on_resume(refused)]
     pub groups: Vec<GroupConfig>,
+    /// After each update by any optimizer, shrinks the weights of queries and keys in heads whose
+    /// largest attention logit of the step exceeded a threshold (QK-Clip of MuonClip, arXiv
+    /// 2507.20534, section 2.1). Measuring takes half of the FLOPs of attention's forward pass, and
+    /// again where backward recomputes attention. Off by default; `{}` has the paper's threshold.
+    #[on_resume(reported)]
+    pub qk_clip: Option<QkClipConfig>,
 }
 
 /// Parameters with an optimizer of their own: exactly one of `adamw`, `muon` and `sgd`.
@@ -121,6 +128,7 @@ impl Default for OptimizerConfig {
             offload: false,
             state_dtype: Dtype::Fp32,
             groups: Vec::new(),
+            qk_clip: None,
         }
     }
 }

@@ -35,6 +35,11 @@ pub(crate) fn layer_name(index: usize) -> String {
     format!("layers.{index}")
 }
 
+/// Returns the global name of the attention block of layer `index`.
+pub(crate) fn attention_name(index: usize) -> String {
+    format!("{}.attention", layer_name(index))
+}
+
 /// Returns the description of the embedding, or of the output layer, by its name.
 pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> ParamSpec {
     let tokens = Dim::new("model.vocab_size", config.vocab_size as u64);
@@ -64,7 +69,7 @@ pub(crate) fn block_norm_specs(
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
-    let attention = config.attention(index).specs(&format!("{layer}.attention"));
+    let attention = config.attention(index).specs(&attention_name(index));
     let feed_forward = feed_forward_specs(config, index);
     let mut specs = Vec::new();
     for (names, block) in [

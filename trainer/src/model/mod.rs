@@ -16,6 +16,7 @@ mod embedding;
 pub(crate) mod experts;
 pub(crate) mod feed_forward;
 mod init;
+mod largest_scores;
 mod layer;
 pub(crate) mod loss;
 pub(crate) mod moe_block;
@@ -29,6 +30,7 @@ pub(crate) mod role;
 pub(crate) mod rope;
 pub(crate) mod rope_scaling;
 mod rules;
+pub(crate) mod score_rows;
 mod share;
 pub(crate) mod slices;
 pub(crate) mod spec;
@@ -42,6 +44,7 @@ use crate::{
     config::ModelConfig,
     model::parameters::{Parameters, Unit},
 };
+use attention::Attention;
 use batch::BatchContext;
 use embedding::embed;
 use layer::{FeedForward, Layer, with_gathered_weights};
@@ -359,6 +362,49 @@ impl Model {
             });
             let numbered = stage.moe_layers.clone().zip(moe_layers);
             numbered.map(|(index, (moe, experts))| (index, moe, experts))
+        })
+    }
+
+    /// Starts to measure the largest attention score of each head.
+    pub(crate) fn begin_largest_scores(&self) {
+        for (_, attention) in self.local_attention() {
+            attention.largest_scores().begin();
+        }
+    }
+
+    /// Ends measuring and returns the largest attention score of each head, by layer and query head
+    /// of the whole model; negative infinity for heads of other ranks.
+    ///
+    /// # Errors
+    /// If earlier work on the device failed.
+    pub(crate) fn take_largest_scores(&self) -> Result<Vec<f32>, Error> {
+        let heads = self.config.heads;
+        let first = self.tensor.local_range(heads as i64).start as usize;
+        let taken = |(layer, attention): (usize, &dyn Attention)| {
+            Some((layer, attention.largest_scores().take()?))
+        };
+        let measured: Vec<_> = self.local_attention().filter_map(taken).collect();
+        let mut all = vec![f32::NEG_INFINITY; self.config.layers * heads];
+        if measured.is_empty() {
+            return Ok(all);
+        }
+        let tensors: Vec<&Tensor> = measured.iter().map(|(_, largest)| largest).collect();
+        let fetched = Vec::<f32>::try_from(Tensor::f_cat(&tensors, 0)?)?;
+        let own_heads = fetched.len() / measured.len();
+        for ((layer, _), largest) in measured.iter().zip(fetched.chunks_exact(own_heads)) {
+            let start = layer * heads + first;
+            all[start..start + own_heads].copy_from_slice(largest);
+        }
+        Ok(all)
+    }
+
+    /// Returns the attention of this rank's layers, with the index of the layer.
+    fn local_attention(&self) -> impl Iterator<Item = (usize, &dyn Attention)> {
+        let stages = self.part.stages.iter().zip(&self.stages);
+        stages.flat_map(|(part, stage)| {
+            let layers = stage.layers.iter();
+            let attention = layers.map(|(layer, _)| layer.attention.as_ref());
+            part.layers.clone().zip(attention)
         })
     }
 

@@ -11,6 +11,7 @@ mod matrix_exchange;
 mod matrix_plan;
 pub(crate) mod muon;
 mod offload;
+pub(crate) mod qk_clip;
 pub(crate) mod rate_jump;
 mod rounded_state;
 mod rounding;

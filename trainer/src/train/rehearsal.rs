@@ -65,7 +65,9 @@ pub(super) fn rehearse(
 impl Trainer {
     fn run_each_operation(&mut self) -> Result<(), Error> {
         let grad_norm = self.forward_backward()?;
-        self.update_parameters(grad_norm)?;
+        // Large enough to clip every head, which loads the kernels of that.
+        let heads = self.config.model.layers * self.config.model.heads;
+        self.update_parameters(grad_norm, &vec![f32::MAX; heads])?;
         let moe = self.config.model.moe.as_ref();
         self.update_biases(&StepFigures::zeros(FigureSizes {
             moe_layers: self.config.model.num_moe_layers(),

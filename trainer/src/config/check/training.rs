@@ -2,6 +2,7 @@
 
 use crate::{
     config::{Config, Dtype},
+    model::attention::grouped::QkNorm,
     optim::{groups::Groups, muon::AdjustLr},
     problems::Problems,
 };
@@ -67,6 +68,12 @@ impl Config {
     fn check_optimizer(&self, problems: &mut Problems) {
         let optimizer = &self.optimizer;
         Groups::check(optimizer, self.train.dtype.kind(), problems);
+        if optimizer.qk_clip.is_some() && self.model.qk_norm != QkNorm::None {
+            problems.add(
+                "optimizer.qk_clip has no effect with model.qk_norm, which normalizes queries and \
+                 keys whatever their weights are: leave one of them out",
+            );
+        }
         let mut all_eps = vec![("optimizer.eps".to_string(), optimizer.eps)];
         for (index, group) in optimizer.groups.iter().enumerate() {
             let key = format!("optimizer.groups[{index}]");

@@ -10,8 +10,10 @@ use crate::{
         batch::BatchContext,
         bias::bias_spec,
         core_attention::CoreAttention,
+        largest_scores::LargestScores,
         norm::{Norm, norm_spec},
         rope::Rope,
+        score_rows::{BlockScoreRows, ScorePart, ScoreRows},
         spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
@@ -284,6 +286,7 @@ impl GroupedAttention {
             window: self.window().map(|size| size as i64),
             sinks,
             window_masks: builder.window_masks.clone(),
+            largest_scores: LargestScores::default(),
             kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
             context: ctx.groups.context.clone(),
             kind: ctx.context_attention,
@@ -294,6 +297,25 @@ impl GroupedAttention {
 impl AttentionPlan for GroupedAttention {
     fn specs(&self, block: &str) -> Vec<ParamSpec> {
         GroupedSpecs::new(self, block).into_list()
+    }
+
+    fn score_rows(&self) -> BlockScoreRows {
+        let rows = |part, makes| ScoreRows {
+            part,
+            head_rows: self.head_dim(),
+            rows: 0..self.head_dim(),
+            makes,
+        };
+        let mut parts = vec![rows("query", ScorePart::Query), rows("key", ScorePart::Key)];
+        if self.config.bias != AttentionBias::None {
+            parts.push(rows("query_bias", ScorePart::Query));
+            parts.push(rows("key_bias", ScorePart::Key));
+        }
+        BlockScoreRows {
+            heads: self.model.heads,
+            key_heads: self.kv_heads(),
+            parts,
+        }
     }
 
     fn head_keys(&self) -> HeadKeys {
@@ -501,6 +523,10 @@ impl Attention for GroupedHeads {
             Some(bias) => add_bias(&out, bias),
             None => Ok(out),
         }
+    }
+
+    fn largest_scores(&self) -> &LargestScores {
+        &self.attention.core.largest_scores
     }
 }
 

@@ -17,8 +17,10 @@ use crate::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
         core_attention::CoreAttention,
+        largest_scores::LargestScores,
         norm::{Norm, norm_spec},
         rope::Rope,
+        score_rows::{BlockScoreRows, ScorePart, ScoreRows},
         spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
@@ -157,6 +159,35 @@ impl AttentionPlan for LatentAttention {
         LatentSpecs::new(self, block).into_list()
     }
 
+    fn score_rows(&self) -> BlockScoreRows {
+        let LatentConfig {
+            nope_dim,
+            rope_dim,
+            value_dim,
+            ..
+        } = self.config;
+        let of_query = |rows, makes| ScoreRows {
+            part: "query",
+            head_rows: rope_dim + nope_dim,
+            rows,
+            makes,
+        };
+        BlockScoreRows {
+            heads: self.model.heads,
+            key_heads: self.model.heads,
+            parts: vec![
+                of_query(0..rope_dim, ScorePart::QueryOfSharedKey),
+                of_query(rope_dim..rope_dim + nope_dim, ScorePart::Query),
+                ScoreRows {
+                    part: "kv_up",
+                    head_rows: nope_dim + value_dim,
+                    rows: 0..nope_dim,
+                    makes: ScorePart::Key,
+                },
+            ],
+        }
+    }
+
     fn head_keys(&self) -> HeadKeys {
         HeadKeys {
             kv_heads: None,
@@ -266,6 +297,7 @@ impl AttentionPlan for LatentAttention {
                     window: None,
                     sinks: None,
                     window_masks: builder.window_masks.clone(),
+                    largest_scores: LargestScores::default(),
                     kv_head_of_query: (0..heads).collect(),
                     context: ctx.groups.context.clone(),
                     kind: ctx.context_attention,
@@ -331,6 +363,10 @@ impl Attention for LatentHeads {
             .reshape([-1, self.heads * self.value_dim]);
         self.tensor
             .row_parallel(&merged, |merged| linear(merged, &self.output))
+    }
+
+    fn largest_scores(&self) -> &LargestScores {
+        &self.attention.core.largest_scores
     }
 }
 

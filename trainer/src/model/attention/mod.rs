@@ -7,7 +7,9 @@ mod saved;
 use super::{
     activations::{Activations, BlockShape},
     batch::BatchContext,
+    largest_scores::LargestScores,
     rope::Rope,
+    score_rows::BlockScoreRows,
     spec::ParamSpec,
     weights::WeightBuilder,
     work::Flops,
@@ -102,6 +104,9 @@ pub(crate) trait AttentionPlan {
     /// Describes the parameters of the block with this global name, in the order of use.
     fn specs(&self, block: &str) -> Vec<ParamSpec>;
 
+    /// Returns the rows that make queries and keys.
+    fn score_rows(&self) -> BlockScoreRows;
+
     /// Returns the configuration's keys of heads with the values that unset ones stand for.
     fn head_keys(&self) -> HeadKeys;
 
@@ -160,4 +165,7 @@ pub(crate) trait Attention: Send + Sync {
         batch: &BatchContext,
         rope: Option<&Rope>,
     ) -> Result<Tensor, Error>;
+
+    /// Returns the largest scores of this rank's heads.
+    fn largest_scores(&self) -> &LargestScores;
 }

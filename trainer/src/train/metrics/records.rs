@@ -35,6 +35,9 @@ pub struct StepMetrics {
     /// Experts that moved to another rank after this step, with `model.moe.placement`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub moved_experts: Option<u64>,
+    /// Attention logits of the step, with `optimizer.qk_clip`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qk_clip: Option<QkClipMetrics>,
     /// Cost of the last snapshot, in steps after which one was taken or skipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotMetrics>,
@@ -46,6 +49,15 @@ pub struct StepMetrics {
     /// Line of `ranks.jsonl`, on rank 0 in the steps that have one.
     #[serde(skip)]
     pub ranks: Option<RankLine>,
+}
+
+/// Attention logits of a step, over all layers and heads.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, JsonSchema)]
+pub struct QkClipMetrics {
+    /// Largest attention logit, after scaling, before the update.
+    pub largest_logit: f64,
+    /// Query heads whose largest logit exceeded the threshold.
+    pub clipped_heads: u64,
 }
 
 /// Figures over the MoE layers of a model.

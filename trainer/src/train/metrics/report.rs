@@ -4,7 +4,7 @@ use super::{
     distribution::Distribution,
     rank_figures::{ByFigure, PER_UNIT, RankFigures},
     records::{
-        LayerDistribution, LayerMetrics, LayerTotal, MoeMetrics, RankDistribution,
+        LayerDistribution, LayerMetrics, LayerTotal, MoeMetrics, QkClipMetrics, RankDistribution,
         RankDistributions, RankLine, RankLists, RoutingLine, SnapshotMetrics, StepMetrics,
     },
     step_figures::MoeLayerFigures,
@@ -28,6 +28,7 @@ pub(crate) struct StepResults {
     pub(crate) tokens: u64,
     pub(crate) seconds: f64,
     pub(crate) moved_experts: Option<u64>,
+    pub(crate) qk_clip: Option<QkClipMetrics>,
     pub(crate) snapshot: Option<SnapshotMetrics>,
     /// Number of ranks that work on a layer.
     pub(crate) stage_ranks: usize,
@@ -55,6 +56,7 @@ impl SummedFigures {
             step_ms: results.seconds * 1e3,
             moe: moe_metrics(&layers),
             moved_experts: results.moved_experts,
+            qk_clip: results.qk_clip,
             snapshot: results.snapshot,
             rank_distributions: rank_distributions(&self.ranks),
             ranks: lists.map(|ranks| RankLine {
@@ -210,6 +212,10 @@ mod tests {
             tokens: 15_000_000_000_000,
             seconds: 10.0 / 3.0,
             moved_experts: Some(14_848),
+            qk_clip: Some(QkClipMetrics {
+                largest_logit: 400.0 / 3.0,
+                clipped_heads: 7808,
+            }),
             snapshot: Some(SnapshotMetrics {
                 stall_ms: 1.0 / 3.0,
                 copy_ms: 2000.0 / 3.0,
