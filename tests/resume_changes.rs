@@ -226,6 +226,7 @@ fn run_changes(folder: &Path) -> Vec<Change> {
         change("optimizer.offload", json!(true)),
         change("optimizer.state_dtype", json!("bf16")),
         change("optimizer.groups", json!([{"muon": {}}])),
+        change("optimizer.qk_clip", json!({"threshold": 0.1})),
         change("schedule", json!({"constant": {"lr": 1e-3}})),
     ]
 }

@@ -259,6 +259,11 @@ fn numbers_that_do_not_divide() {
             "data.eod_token=512",
             vec!["data.eod_token 512 is outside of model.vocab_size 512"],
         ),
+        (
+            2,
+            "optimizer.qk_clip={threshold: 0}",
+            vec!["optimizer.qk_clip.threshold is 0"],
+        ),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
         (
             2,

@@ -112,3 +112,44 @@ impl Config {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        config::{QkClipConfig, QkNorm},
+        optim::schedule::tests::config,
+    };
+
+    #[test]
+    fn clipping_of_heads_needs_weights_that_decide_about_logits() {
+        let mut config = config("steps: 100, global_batch: 4 | constant: {lr: 1.0}");
+        config.optimizer.qk_clip = Some(QkClipConfig::default());
+        let without = config.problems(1);
+        for norm in [QkNorm::Full, QkNorm::Head, QkNorm::HeadAfterRope] {
+            config.model.qk_norm = norm;
+            let problems = config.problems(1);
+            let [problem] = problems
+                .iter()
+                .filter(|p| !without.contains(p))
+                .collect::<Vec<_>>()[..]
+            else {
+                panic!("{problems:?}");
+            };
+            let keys = [
+                "optimizer.qk_clip",
+                "model.qk_norm",
+                "leave one of them out",
+            ];
+            assert!(keys.iter().all(|key| problem.contains(key)), "{problem}");
+        }
+        config.model.qk_norm = QkNorm::None;
+        config.optimizer.qk_clip = Some(QkClipConfig { threshold: -1.0 });
+        let refusal = "optimizer.qk_clip.threshold is -1";
+        assert!(
+            config
+                .problems(1)
+                .iter()
+                .any(|problem| problem.starts_with(refusal))
+        );
+    }
+}
