@@ -99,7 +99,7 @@ impl Tile {
         let key = narrow(key, 2, &self.keys);
         let mut products = query.matmul(&key.transpose(2, 3));
         if let Some(hidden) = self.hidden(mask, &products) {
-            products = products.masked_fill(&hidden, f64::NEG_INFINITY);
+            let _ = products.masked_fill_(&hidden, f64::NEG_INFINITY);
         }
         let all_but_heads = [0i64, 2, 3];
         products
