@@ -22,7 +22,7 @@ enum State {
 }
 
 impl LargestScores {
-    /// Starts to measure.
+    /// Starts to measure, and forgets what was measured before.
     pub(crate) fn begin(&self) {
         *self.state.lock() = State::Begun;
     }

@@ -118,8 +118,8 @@ mod tests {
             let largest = &largest[..heads];
             let factors = clip.row_factors(&block(heads, key_heads), largest);
             prop_assert_eq!(factors.is_empty(), largest.iter().all(|&s| !clip.clips(s)));
-            let Some([query, key]) = factors.get("query").zip(factors.get("key")).map(<[_; 2]>::from)
-            else {
+            let parts = factors.get("query").zip(factors.get("key"));
+            let Some([query, key]) = parts.map(<[_; 2]>::from) else {
                 return Ok(());
             };
             prop_assert_eq!([query.len(), key.len()], [3 * heads, 3 * key_heads]);

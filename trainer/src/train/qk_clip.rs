@@ -168,7 +168,7 @@ mod tests {
             let mut sorted = before.clone();
             sorted.sort_by(f32::total_cmp);
             assert!(sorted[0] > 0.0, "{before:?}");
-            // One head stays.
+            // Between two heads' logits, so that one head stays as it is.
             let threshold = f64::from(sorted[0] + sorted[1]) / 2.0;
             let config = QkClipConfig { threshold };
             let expected = masters(&model);

@@ -45,7 +45,7 @@ struct Update {
     lr: f64,
     /// `None` if experts stay on their ranks: `model.moe.placement` is not set.
     moved_experts: Option<u64>,
-    /// `None` without `optimizer.qk_clip`.
+    /// Attention logits of the step, if `optimizer.qk_clip` is set.
     qk_clip: Option<QkClipMetrics>,
 }
 

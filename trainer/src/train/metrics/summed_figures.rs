@@ -115,7 +115,7 @@ fn ordered(number: f32) -> i64 {
     i64::from(flip_if_negative(number.to_bits() as i32))
 }
 
-/// Reverses [`ordered`].
+/// Returns the number that [`ordered`] maps to an integer.
 fn from_ordered(integer: i64) -> f32 {
     f32::from_bits(flip_if_negative(integer as i32) as u32)
 }
