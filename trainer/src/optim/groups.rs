@@ -124,14 +124,20 @@ impl Groups {
         (tensors * self.state_kind().elt_size_in_bytes()) as u64
     }
 
-    /// True if the update of parameters with this role needs whole matrices.
-    pub(crate) fn need_matrices_of(&self, role: Role) -> bool {
-        matches!(self.of(role).rule.update(), Update::Matrices(_))
+    /// Returns the dtype of the whole matrices that the update of parameters with this role needs,
+    /// if it does.
+    pub(crate) fn matrix_kind(&self, role: Role) -> Option<Kind> {
+        match self.of(role).rule.update() {
+            Update::Matrices(rule) => Some(rule.kind()),
+            Update::Rows(_) => None,
+        }
     }
 
     /// True if the update of some parameters needs whole matrices.
     pub(crate) fn need_matrices(&self) -> bool {
-        Role::ALL.iter().any(|&role| self.need_matrices_of(role))
+        Role::ALL
+            .iter()
+            .any(|&role| self.matrix_kind(role).is_some())
     }
 }
 

@@ -39,7 +39,7 @@ use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 pub use matrix_exchange::StageRanks;
-pub(crate) use matrix_exchange::transform_bytes;
+pub(crate) use matrix_exchange::{HeldMatrices, exchange_bytes};
 
 /// The optimizer's state on this rank.
 pub struct Optimizer {
