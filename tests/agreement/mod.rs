@@ -80,6 +80,12 @@ struct RankTrace {
     smallest_gap: f64,
 }
 
+/// Returns the routed tokens of one token in all layers.
+fn tokens_routed_per_token(config: &Config) -> u64 {
+    let moe = config.model.moe.as_ref();
+    moe.map_or(0, |moe| moe.top_k * config.model.num_moe_layers()) as u64
+}
+
 /// A tensor that is gathered slice by slice from the ranks.
 type Gathered = BTreeMap<String, Tensor>;
 
@@ -135,9 +141,15 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         }
         let mut lent_tokens = 0;
         let mut moved = 0;
+        let mut tokens = 0;
         let step = |_| {
             let (record, _) = trainer.train_step(false).unwrap();
-            lent_tokens += record.moe.map_or(0, |moe| moe.lent_tokens.total);
+            if let Some(moe) = record.moe {
+                let routed = (record.tokens - tokens) * tokens_routed_per_token(&config);
+                assert_eq!(moe.routed_tokens, routed);
+                lent_tokens += moe.lent_tokens.total;
+            }
+            tokens = record.tokens;
             moved += record.moved_experts.unwrap_or(0);
             [
                 record.loss,

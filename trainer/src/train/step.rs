@@ -96,6 +96,7 @@ impl Trainer {
             moved_experts: update.moved_experts,
             snapshot: self.durability.metrics().filter(|_| snapshot_due),
             stage_ranks: self.rank.world.size() / self.rank.mesh.shape().pipeline,
+            expert_slices: self.rank.mesh.shape().expert_tensor,
             times_passes: self.rank.device.computes_on_host(),
         });
         Ok((metrics, stops))
