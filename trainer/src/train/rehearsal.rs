@@ -66,6 +66,10 @@ impl Trainer {
     fn run_each_operation(&mut self) -> Result<(), Error> {
         let grad_norm = self.forward_backward()?;
         self.update_parameters(grad_norm)?;
+        // Which matrices a rank owns depends on all layers of its stage.
+        let device = self.rank.device.as_ref();
+        self.optimizer
+            .transform_each_shape(&self.model.parameters, device);
         let moe = self.config.model.moe.as_ref();
         self.update_biases(&StepFigures::zeros(FigureSizes {
             moe_layers: self.config.model.num_moe_layers(),
