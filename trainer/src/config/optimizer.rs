@@ -97,6 +97,17 @@ impl GroupConfig {
         let sgd = sgd.map(|keys| Arc::new(keys.clone()) as _);
         [adamw, muon, sgd].into_iter().flatten().collect()
     }
+
+    /// True if the group sets a weight decay of its own.
+    pub(crate) fn has_weight_decay(&self) -> bool {
+        let adamw = self.adamw.as_ref().and_then(|keys| keys.weight_decay);
+        let muon = self.muon.as_ref().and_then(|keys| keys.weight_decay);
+        let sgd = self.sgd.as_ref().map(|keys| keys.weight_decay);
+        [adamw, muon, sgd]
+            .into_iter()
+            .flatten()
+            .any(|decay| decay > 0.0)
+    }
 }
 
 impl OptimizerConfig {
