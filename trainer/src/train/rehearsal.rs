@@ -55,7 +55,7 @@ pub(super) fn rehearse(
     match outcome {
         Ok(()) => tracing::info!("rehearsed a step in {:.1?}", started.elapsed()),
         Err(error) => tracing::warn!(
-            "the rehearsal of a step failed, so that the first step loads kernels while other \
+            "the rehearsal of a step failed, so the first step loads kernels while other \
              ranks wait: {error}"
         ),
     }
