@@ -136,7 +136,8 @@ fn attention_layouts() -> Vec<(usize, Value)> {
 fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
     for layout in layouts() {
-        let (name, ranks) = (layout.name(), layout.ranks);
+        let name = layout.name();
+        let ranks = layout.ranks;
         if args.case.as_ref().is_some_and(|case| *case != name) {
             continue;
         }

@@ -10,7 +10,7 @@ pub enum Dtype {
     /// 32-bit floating point.
     #[default]
     Fp32,
-    /// bfloat16.
+    /// bfloat16 (8 bits of exponent, 7 of fraction).
     Bf16,
 }
 

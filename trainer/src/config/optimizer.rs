@@ -50,8 +50,8 @@ pub struct OptimizerConfig {
     /// Optimizers by the roles of parameters. AdamW updates all that no group does, with the
     /// constants above: `[{muon: {}}]` is Muon for the matrices of attention, feed-forward layers
     /// and experts, and AdamW for the rest. A resume with other groups is refused unless it is
-    /// accepted; state that the checkpoint lacks then starts at zero, and AdamW corrects the bias of
-    /// its moments from there.
+    /// accepted. State that the checkpoint lacks then starts at zero, and AdamW corrects the bias
+    /// of its moments from there.
     #[on_resume(refused)]
     pub groups: Vec<GroupConfig>,
 }

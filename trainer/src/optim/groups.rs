@@ -30,7 +30,8 @@ impl Groups {
         Groups::check(config, kind, &Role::ALL, &mut Problems::default())
     }
 
-    /// Does the same, and reports what is wrong with the configuration for a model that has `roles`.
+    /// Does the same, and reports what is wrong with the configuration for a model that has
+    /// `roles`.
     pub(crate) fn check(
         config: &OptimizerConfig,
         kind: Kind,
