@@ -259,6 +259,11 @@ fn numbers_that_do_not_divide() {
             "data.eod_token=512",
             vec!["data.eod_token 512 is outside of model.vocab_size 512"],
         ),
+        (
+            1,
+            "optimizer={groups: [{roles: [norm, bias], sgd: {}}]}",
+            vec!["optimizer.groups[0].roles: leave bias out: the model has no parameters"],
+        ),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
         (
             2,
