@@ -264,6 +264,11 @@ fn numbers_that_do_not_divide() {
             "optimizer.qk_clip={threshold: 0}",
             vec!["optimizer.qk_clip.threshold is 0"],
         ),
+        (
+            1,
+            "optimizer={groups: [{roles: [norm, bias], sgd: {}}]}",
+            vec!["optimizer.groups[0].roles: leave bias out: the model has no parameters"],
+        ),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
         (
             2,

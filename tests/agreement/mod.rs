@@ -85,6 +85,12 @@ struct RankTrace {
     smallest_gap: f64,
 }
 
+/// Returns the routed tokens of one token in all layers.
+fn tokens_routed_per_token(config: &Config) -> u64 {
+    let moe = config.model.moe.as_ref();
+    moe.map_or(0, |moe| moe.top_k * config.model.num_moe_layers()) as u64
+}
+
 /// A tensor that is gathered slice by slice from the ranks.
 type Gathered = BTreeMap<String, Tensor>;
 
@@ -142,9 +148,15 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         let mut moved = 0;
         let mut largest_logits = Vec::new();
         let mut clipped_heads = 0;
+        let mut tokens = 0;
         let step = |_| {
             let (record, _) = trainer.train_step(false).unwrap();
-            lent_tokens += record.moe.map_or(0, |moe| moe.lent_tokens.total);
+            if let Some(moe) = record.moe {
+                let routed = (record.tokens - tokens) * tokens_routed_per_token(&config);
+                assert_eq!(moe.routed_tokens, routed);
+                lent_tokens += moe.lent_tokens.total;
+            }
+            tokens = record.tokens;
             moved += record.moved_experts.unwrap_or(0);
             largest_logits.extend(record.qk_clip.map(|clip| clip.largest_logit));
             clipped_heads += record.qk_clip.map_or(0, |clip| clip.clipped_heads);

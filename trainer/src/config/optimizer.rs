@@ -51,7 +51,8 @@ pub struct OptimizerConfig {
     /// Optimizers by the roles of parameters. AdamW updates all that no group does, with the
     /// constants above: `[{muon: {}}]` is Muon for the matrices of attention, feed-forward layers
     /// and experts, and AdamW for the rest. A resume with other groups is refused unless it is
-    /// accepted; state that the checkpoint lacks then starts from zero.
+    /// accepted. State that the checkpoint lacks then starts at zero, and AdamW corrects the bias
+    /// of its moments from there.
     #[on_resume(refused)]
     pub groups: Vec<GroupConfig>,
     /// After each update by any optimizer, shrinks the weights of queries and keys in heads whose
@@ -103,6 +104,17 @@ impl GroupConfig {
         let sgd = self.sgd.as_ref();
         let sgd = sgd.map(|keys| Arc::new(keys.clone()) as _);
         [adamw, muon, sgd].into_iter().flatten().collect()
+    }
+
+    /// True if the group sets a weight decay of its own.
+    pub(crate) fn has_weight_decay(&self) -> bool {
+        let adamw = self.adamw.as_ref().and_then(|keys| keys.weight_decay);
+        let muon = self.muon.as_ref().and_then(|keys| keys.weight_decay);
+        let sgd = self.sgd.as_ref().map(|keys| keys.weight_decay);
+        [adamw, muon, sgd]
+            .into_iter()
+            .flatten()
+            .any(|decay| decay > 0.0)
     }
 }
 

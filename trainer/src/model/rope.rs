@@ -106,7 +106,7 @@ impl RopeConfig {
         if !(0..layers).any(|layer| self.layers.contains(layer)) {
             if self.scaling.is_some() || self.fraction != 1.0 {
                 problems.add(
-                    "model.rope.layers has no layer, so that model.rope.scaling and \
+                    "model.rope.layers has no layer, so model.rope.scaling and \
                      model.rope.fraction have no effect: leave them out",
                 );
             }

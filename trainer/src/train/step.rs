@@ -101,6 +101,7 @@ impl Trainer {
             qk_clip: update.qk_clip,
             snapshot: self.durability.metrics().filter(|_| snapshot_due),
             stage_ranks: self.rank.world.size() / self.rank.mesh.shape().pipeline,
+            expert_slices: self.rank.mesh.shape().expert_tensor,
             times_passes: self.rank.device.computes_on_host(),
         });
         Ok((metrics, stops))

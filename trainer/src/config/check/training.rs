@@ -2,7 +2,7 @@
 
 use crate::{
     config::{Config, Dtype},
-    model::attention::grouped::QkNorm,
+    model::{attention::grouped::QkNorm, decoder::model_specs, role::Role},
     optim::{groups::Groups, muon::AdjustLr},
     problems::Problems,
 };
@@ -67,7 +67,11 @@ impl Config {
 
     fn check_optimizer(&self, problems: &mut Problems) {
         let optimizer = &self.optimizer;
-        Groups::check(optimizer, self.train.dtype.kind(), problems);
+        // A model with problems may have no parameters that could be listed.
+        let known = problems.is_empty();
+        let has_role = |role: &Role| !known || model_specs(&self.model).any(|s| s.role == *role);
+        let roles: Vec<Role> = Role::ALL.into_iter().filter(has_role).collect();
+        Groups::check(optimizer, self.train.dtype.kind(), &roles, problems);
         if optimizer.qk_clip.is_some() && self.model.qk_norm != QkNorm::None {
             problems.add(
                 "optimizer.qk_clip has no effect with model.qk_norm, which normalizes queries and \
