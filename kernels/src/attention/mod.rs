@@ -11,7 +11,7 @@ mod mask;
 mod options;
 mod sinks;
 
-pub use block::{ScoreMask, block_attention, block_attention_backward};
+pub use block::{QUERY_TILE, ScoreMask, block_attention, block_attention_backward};
 pub use heads::{repeat_heads, sum_repeated_heads};
 pub use mask::{added_mask, causal_part};
 pub use options::AttentionOptions;
