@@ -1,5 +1,4 @@
-//! The decoder: embedding, pre-norm transformer layers with dense or MoE feed-forward, output
-//! layer.
+//! The decoder: embedding, transformer layers with dense or MoE feed-forward, output layer.
 // Shapes: B batch, S sequence, T = B * S tokens, D hidden, F ffn, V vocabulary, E experts, L of
 // them on this rank.
 
@@ -28,6 +27,7 @@ pub(crate) mod replicas;
 pub(crate) mod role;
 pub(crate) mod rope;
 pub(crate) mod rope_scaling;
+mod rotary_part;
 mod rules;
 mod share;
 pub(crate) mod slices;

@@ -12,6 +12,7 @@ use crate::{
         core_attention::CoreAttention,
         norm::{Norm, norm_spec},
         rope::Rope,
+        rotary_part::RotaryPart,
         spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
@@ -63,9 +64,9 @@ pub enum AttentionBias {
     /// No bias.
     #[default]
     None,
-    /// Of queries, keys and values (Qwen2).
+    /// Biases for queries, keys and values (Qwen2).
     Qkv,
-    /// Of queries, keys, values and the output (gpt-oss).
+    /// Biases for queries, keys, values and the output (gpt-oss).
     All,
 }
 
@@ -303,8 +304,16 @@ impl AttentionPlan for GroupedAttention {
         }
     }
 
-    fn rotary_width(&self) -> usize {
-        self.head_dim()
+    fn rotary_part(&self) -> RotaryPart {
+        let width_key = match self.model.head_dim {
+            Some(_) => "model.head_dim",
+            None => "model.hidden / heads",
+        };
+        RotaryPart {
+            width: self.head_dim(),
+            width_key,
+            scales_softmax: false,
+        }
     }
 
     fn window(&self) -> Option<usize> {
@@ -372,14 +381,13 @@ impl AttentionPlan for GroupedAttention {
             Quantity::new("model.kv_heads", self.kv_heads()),
             "each key head must serve the same number of query heads",
         );
-        let window = self.config.window.as_ref();
-        let layer = window.and_then(|window| window.layers.unknown_layer(self.model.layers));
-        if let Some(layer) = layer {
-            problems.add(format!(
-                "model.attention.grouped.window.layers has layer {layer}, but model.layers is {} \
-                 and the first layer is 0",
-                self.model.layers
-            ));
+        if let Some(window) = &self.config.window {
+            window.layers.problems(
+                "model.attention.grouped.window.layers",
+                self.model.layers,
+                "leave model.attention.grouped.window out",
+                problems,
+            );
         }
     }
 

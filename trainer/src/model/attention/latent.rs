@@ -19,6 +19,7 @@ use crate::{
         core_attention::CoreAttention,
         norm::{Norm, norm_spec},
         rope::Rope,
+        rotary_part::RotaryPart,
         spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
@@ -164,8 +165,12 @@ impl AttentionPlan for LatentAttention {
         }
     }
 
-    fn rotary_width(&self) -> usize {
-        self.config.rope_dim
+    fn rotary_part(&self) -> RotaryPart {
+        RotaryPart {
+            width: self.config.rope_dim,
+            width_key: "model.attention.latent.rope_dim",
+            scales_softmax: true,
+        }
     }
 
     fn window(&self) -> Option<usize> {

@@ -8,6 +8,7 @@ use super::{
     activations::{Activations, BlockShape},
     batch::BatchContext,
     rope::Rope,
+    rotary_part::RotaryPart,
     spec::ParamSpec,
     weights::WeightBuilder,
     work::Flops,
@@ -105,8 +106,9 @@ pub(crate) trait AttentionPlan {
     /// Returns the configuration's keys of heads with the values that unset ones stand for.
     fn head_keys(&self) -> HeadKeys;
 
-    /// Returns the elements of a head of which rotary position embedding turns all or a part.
-    fn rotary_width(&self) -> usize;
+    /// Returns the part of queries and keys of which rotary position embedding rotates all or some
+    /// elements.
+    fn rotary_part(&self) -> RotaryPart;
 
     /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
     fn window(&self) -> Option<usize>;
