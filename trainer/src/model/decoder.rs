@@ -1,8 +1,9 @@
 //! Descriptions of all parameters of a decoder, and what follows from them.
 
 use super::{
-    activations::{Activations, BlockShape},
+    activations::{Activations, BlockShape, SequenceShape},
     attention::{AttentionKeys, AttentionPlan, ScoreScale},
+    core_plan::SharedMask,
     feed_forward::DensePlan,
     norm::{BlockNorms, NormNames, norm_spec},
     part::{HeadWeight, ModelPart},
@@ -197,17 +198,20 @@ impl ModelConfig {
     pub(crate) fn layer_kind(&self, index: usize) -> LayerKind {
         LayerKind {
             has_experts: self.moe_config(index).is_some(),
-            window: self.attention(index).window(),
+            window: self.attention(index).core_plan().window,
             rotates: self.rope.layers.contains(index),
         }
     }
 
-    /// Returns the windows of all layers over sequences of `length` tokens, each once. `None`
-    /// stands for layers in which a token sees all earlier ones.
-    pub(crate) fn attention_reaches(&self, length: usize) -> BTreeSet<Option<usize>> {
-        let windows = (0..self.layers).map(|layer| self.attention(layer).window());
-        let shorter = |window: Option<usize>| window.filter(|&window| window < length);
-        windows.map(shorter).collect()
+    /// Returns the masks that the attention of `layers` over these sequences needs, each once.
+    pub(crate) fn shared_masks(
+        &self,
+        layers: impl Iterator<Item = usize>,
+        sequences: &SequenceShape,
+        on_host: bool,
+    ) -> BTreeSet<SharedMask> {
+        let mask = |layer| self.attention(layer).core_plan().mask(sequences, on_host);
+        layers.filter_map(mask).collect()
     }
 
     fn score_scale(&self) -> ScoreScale {

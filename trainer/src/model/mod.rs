@@ -9,6 +9,7 @@ mod bias;
 mod build;
 mod build_context;
 mod core_attention;
+pub(crate) mod core_plan;
 pub(crate) mod decoder;
 mod documents;
 mod embedding;

@@ -79,7 +79,9 @@ impl Config {
                  {widest} values each are {elements} values; at most {MAX_ACTIVATION} are possible"
             ));
         }
-        let mask = self.document_mask_elements();
+        let sequences = self.sequence_shape();
+        let masks = model.shared_masks(0..model.layers, &sequences, true);
+        let mask: u128 = masks.iter().map(|mask| mask.elements(&sequences)).sum();
         if mask > MAX_ACTIVATION {
             problems.add(format!(
                 "data.eod_token: keeping documents apart in {micro_batch} x {length} tokens takes \

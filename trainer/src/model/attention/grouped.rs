@@ -10,6 +10,7 @@ use crate::{
         batch::BatchContext,
         bias::bias_spec,
         core_attention::CoreAttention,
+        core_plan::CorePlan,
         norm::{Norm, norm_spec},
         rope::Rope,
         rotary_part::RotaryPart,
@@ -271,6 +272,13 @@ impl GroupedAttention {
         }
     }
 
+    /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
+    fn window(&self) -> Option<usize> {
+        let window = self.config.window.as_ref();
+        let window = window.filter(|window| window.layers.contains(self.model.layer));
+        window.map(|window| window.size)
+    }
+
     fn core_attention(
         &self,
         builder: &WeightBuilder,
@@ -316,10 +324,14 @@ impl AttentionPlan for GroupedAttention {
         }
     }
 
-    fn window(&self) -> Option<usize> {
-        let window = self.config.window.as_ref();
-        let window = window.filter(|window| window.layers.contains(self.model.layer));
-        window.map(|window| window.size)
+    fn core_plan(&self) -> CorePlan {
+        CorePlan {
+            heads: self.model.heads,
+            key_width: self.head_dim(),
+            value_width: self.head_dim(),
+            window: self.window(),
+            sinks: self.config.sinks,
+        }
     }
 
     fn widest(&self) -> usize {
@@ -343,8 +355,8 @@ impl AttentionPlan for GroupedAttention {
         let keys = at.tokens * kv_heads * width * at.element;
         let log_sum_exps = at.tokens * heads * FP32_BYTES;
         let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
-        // libtorch's own attention saves keys and values once per query head.
-        let repeats_keys = !(at.mesh.context > 1 || at.on_host);
+        // libtorch's own attention saves keys and values once per query head. It has no sinks.
+        let repeats_keys = !(at.mesh.context > 1 || at.on_host || self.config.sinks);
         let mut saved = if keeps_output && repeats_keys {
             4 * queries + log_sum_exps
         } else if keeps_output {
@@ -352,6 +364,10 @@ impl AttentionPlan for GroupedAttention {
         } else {
             2 * queries + 2 * keys
         };
+        if keeps_output && at.sequences.in_ring {
+            // The output by heads, besides the one by tokens.
+            saved += queries;
+        }
         if self.model.qk_norm != QkNorm::None {
             saved += queries + keys;
         }
@@ -363,7 +379,7 @@ impl AttentionPlan for GroupedAttention {
         let norm = at.own_tokens * self.model.hidden as u64 * FP32_BYTES;
         Activations {
             saved,
-            transient: 4 * queries + 4 * norm,
+            transient: 4 * queries + 4 * norm + self.core_plan().tile_bytes(at),
         }
     }
 

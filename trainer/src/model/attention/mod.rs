@@ -7,6 +7,7 @@ mod saved;
 use super::{
     activations::{Activations, BlockShape},
     batch::BatchContext,
+    core_plan::CorePlan,
     rope::Rope,
     rotary_part::RotaryPart,
     spec::ParamSpec,
@@ -110,8 +111,8 @@ pub(crate) trait AttentionPlan {
     /// elements.
     fn rotary_part(&self) -> RotaryPart;
 
-    /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
-    fn window(&self) -> Option<usize>;
+    /// Returns the sizes of attention between queries, keys and values.
+    fn core_plan(&self) -> CorePlan;
 
     /// Returns the most elements that a token has in one of the block's tensors, over all ranks.
     fn widest(&self) -> usize;
