@@ -391,7 +391,8 @@ impl LatentHeads {
             parts.push(joined.value.narrow(1, self.kv_rank, self.rope_dim));
             Ok(parts)
         })?;
-        let shared_key = parts.remove(1);
+        // On one rank this is a view with gaps, which rotation would copy in several steps.
+        let shared_key = parts.remove(1).contiguous();
         Ok((shared_key, parts.remove(0)))
     }
 
