@@ -23,8 +23,7 @@ use crate::{
 };
 use tch::{Device, Tensor};
 
-/// Heads whose widths are multiples of this are those that our own loops take, on processors that
-/// have them.
+/// Divisor of the widths of heads that our own loops take, on processors that have them.
 pub const HEAD_MULTIPLE: usize = 16;
 
 /// Returns causal attention `[B, H, S, dv]` and the log-sum-exp of its scores `[B, H, S]` fp32.
