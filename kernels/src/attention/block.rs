@@ -1,8 +1,8 @@
 //! Attention between any queries and keys, on libtorch's operations.
 //!
-//! On the CPU they are its fused kernel. It has no windows, and no fused kernel of the other devices
-//! takes a mask, gives log-sum-exps and differentiates with those of more keys. In these cases the
-//! scores of a tile of queries and the keys in its reach are a matrix.
+//! On the CPU they are its fused kernel, which has no windows. No fused kernel of the other devices
+//! takes a mask, gives log-sum-exps and differentiates with those of more keys. Without a fused
+//! kernel, the scores of a tile of queries and the keys in its reach are a matrix.
 // Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, dk and dv widths.
 
 use super::heads::{repeat_heads, sum_repeated_heads};

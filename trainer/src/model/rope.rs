@@ -99,8 +99,8 @@ impl RopeConfig {
         }
     }
 
-    /// Adds what is impossible or useless in a model of `layers` layers, whose queries and keys have
-    /// the rotary part `part`.
+    /// Adds what is impossible or useless in a model of `layers` layers, whose queries and keys
+    /// have the rotary part `part`.
     pub(crate) fn problems(
         &self,
         theta: f64,

@@ -166,8 +166,8 @@ impl RouterConfig {
         if selection.top_k == 1 && self.normalize == Some(true) {
             problems.add(
                 "model.moe.router.normalize is true and model.moe.top_k is 1: the weight of a \
-                 token's only expert would always be 1, so the loss has no gradient for the router; \
-                 leave normalize out",
+                 token's only expert would always be 1, so the loss has no gradient for the \
+                 router; leave normalize out",
             );
         }
         if self.force_balance {
