@@ -370,6 +370,10 @@ fn config(folder: &Path, model: &Value, parallel: &Value) -> Config {
 fn tolerance(model: &Value) -> f64 {
     if model["optimizer"]["state_dtype"] == "bf16" {
         1e-3
+    } else if !model["model"]["attention"]["grouped"]["bias"].is_null() {
+        // The bias of keys shifts the scores of a query almost alike, so its gradient nearly
+        // cancels.
+        5e-5
     } else {
         1e-5
     }
