@@ -330,13 +330,13 @@ fn numbers_that_do_not_divide() {
             vec![
                 "model.moe.layers names",
                 "moe_every 2",
-                "leave the latter out",
+                "leave those two out",
             ],
         ),
         (
             2,
             "model.rope={fraction: 0.3}",
-            vec!["model.rope.fraction 0.3 of the head width 8 is 2.4"],
+            vec!["model.rope.fraction 0.3 of model.hidden / heads 8 is 2.4"],
         ),
         (
             2,

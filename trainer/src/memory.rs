@@ -8,7 +8,8 @@ use crate::{
     config::{Config, Dtype, MAX_ESTIMATED_LAYERS},
     model::{
         ModelPart, PipelineSplit, StagePart,
-        activations::{Activations, BlockShape, FP32_BYTES},
+        activations::{Activations, BlockShape, FP32_BYTES, SequenceShape},
+        core_plan::SharedMask,
         decoder::{layer_activations, model_specs, part_units},
         loss::{OutputShape, loss_bytes},
         part::HeadWeight,
@@ -109,6 +110,15 @@ struct Place {
     own_rows: Vec<i64>,
 }
 
+/// Bytes of masks of scores.
+#[derive(Debug, Clone, Copy, Default)]
+struct MaskBytes {
+    /// Masks of the documents of one microbatch.
+    per_microbatch: u64,
+    /// Masks that live as long as the model.
+    lasting: u64,
+}
+
 /// Sizes that all layers of a rank share.
 struct RankSizes<'a> {
     config: &'a Config,
@@ -124,33 +134,15 @@ struct RankSizes<'a> {
 }
 
 impl Config {
-    /// Returns the elements of the masks that keep the documents of a microbatch apart, in the
-    /// model's dtype: one for each reach of attention, which layers share. Ring attention has none.
-    pub(crate) fn document_mask_elements(&self) -> u128 {
-        if self.data.eod_token.is_none() || self.has_ring_attention() {
-            return 0;
-        }
-        let length = self.data.sequence_length;
-        let reaches = self.model.attention_reaches(length).len() as u128;
-        let length = length as u128;
-        reaches * self.train.micro_batch as u128 * length * length
-    }
-
-    /// Returns the elements of the masks of sliding windows, which a device keeps as long as the
-    /// model: one for each window, if there are no masks of documents.
-    fn window_mask_elements(&self) -> u64 {
-        let is_masked = self.data.eod_token.is_none() && !self.has_ring_attention();
-        if self.run.device == "cpu" || !is_masked {
-            return 0;
-        }
-        let length = self.data.sequence_length;
-        let windows = self.model.attention_reaches(length).into_iter().flatten();
-        windows.count() as u64 * (length * length) as u64
-    }
-
-    fn has_ring_attention(&self) -> bool {
+    /// Returns the sequences of a microbatch.
+    pub(crate) fn sequence_shape(&self) -> SequenceShape {
         let parallel = &self.parallel;
-        parallel.context > 1 && parallel.context_attention == ContextKind::Ring
+        SequenceShape {
+            count: self.train.micro_batch,
+            length: self.data.sequence_length,
+            has_documents: self.data.eod_token.is_some(),
+            in_ring: parallel.context > 1 && parallel.context_attention == ContextKind::Ring,
+        }
     }
 }
 
@@ -195,7 +187,25 @@ impl RankSizes<'_> {
             element: self.element,
             recompute: &self.config.parallel.recompute,
             on_host: self.config.run.device == "cpu",
+            sequences: self.config.sequence_shape(),
         }
+    }
+
+    /// Returns the bytes of the masks that the layers of `part` share.
+    fn masks(&self, part: &ModelPart) -> MaskBytes {
+        let BlockShape {
+            sequences, on_host, ..
+        } = self.block_shape();
+        let layers = part.stages.iter().flat_map(|stage| stage.layers.clone());
+        let mut bytes = MaskBytes::default();
+        for mask in self.config.model.shared_masks(layers, &sequences, on_host) {
+            let of_mask = mask.elements(&sequences) as u64 * self.element;
+            match mask {
+                SharedMask::Documents(_) => bytes.per_microbatch += of_mask,
+                SharedMask::Window(_) => bytes.lasting += of_mask,
+            }
+        }
+        bytes
     }
 
     /// Returns the bytes of a tensor between blocks.
@@ -276,9 +286,8 @@ impl RankSizes<'_> {
     /// Returns the bytes that forward saves of one microbatch. Each stage keeps its output until
     /// backward.
     fn saved(&self, part: &ModelPart, units: &[UnitMemory]) -> u64 {
-        let mask = self.config.document_mask_elements() as u64 * self.element;
         let of_units: u64 = units.iter().map(|unit| unit.saved).sum();
-        mask + of_units + part.stages.len() as u64 * self.stream()
+        self.masks(part).per_microbatch + of_units + part.stages.len() as u64 * self.stream()
     }
 }
 
@@ -598,7 +607,6 @@ impl RankSizes<'_> {
         let buckets = shards.buckets(last_use);
         let in_backward = peak(&units, &buckets, MAX_REDUCTIONS);
         let transient = in_backward + self.softmax(&held.part) + self.message();
-        let window_masks = self.config.window_mask_elements() * self.element;
         // The optimizer runs when the activations of the step are gone.
         let in_optimizer = shards.matrix_bytes().saturating_sub(saved);
         RankMemory {
@@ -610,7 +618,7 @@ impl RankSizes<'_> {
             host: if is_offloaded { state_and_masters } else { 0 },
             microbatches_in_flight: in_flight,
             activations: saved,
-            transient: window_masks + transient.max(in_optimizer),
+            transient: self.masks(&held.part).lasting + transient.max(in_optimizer),
         }
     }
 }
@@ -886,6 +894,24 @@ mod tests {
         assert_eq!(masks("cpu", false, half()), 0);
         // A window as long as the sequence is none.
         assert_eq!(masks("cuda", false, json!({"size": 32})), 0);
+    }
+
+    #[test]
+    fn a_rank_has_the_masks_of_its_own_layers() {
+        let lasting = |attention: Value| {
+            let parallel = json!({"pipeline": 2});
+            let mut config = config(parallel, json!({"attention": {"grouped": attention}}));
+            config.run.device = "cuda".into();
+            let ranks = config.memory(2).unwrap();
+            let transient = |rank: usize| ranks[rank].memory.transient;
+            [0, 1].map(transient)
+        };
+        let fp32_mask = 32 * 32 * 4;
+        let none = lasting(json!({}));
+        let in_first_half = json!({"window": {"size": 5, "layers": [0, 1]}});
+        assert_eq!(lasting(in_first_half), [none[0] + fp32_mask, none[1]]);
+        let both = json!({"window": {"size": 5, "layers": [0, 4]}});
+        assert_eq!(lasting(both), none.map(|bytes| bytes + fp32_mask));
     }
 
     #[test]

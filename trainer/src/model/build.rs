@@ -31,7 +31,7 @@ impl Model {
             context.rank(),
             context.size(),
         );
-        let width = config.rope.width(config.attention(0).rotary_width());
+        let width = config.rope.width(config.attention(0).rotary_part().width);
         let frequencies = config
             .rope
             .frequencies(config.rope_theta, width, ctx.sequence_length);

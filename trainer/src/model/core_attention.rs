@@ -20,7 +20,7 @@ use torch_ext::Error;
 /// On the CPU, the kernels of crate `kernels` skip the keys outside of a window. Elsewhere it is
 /// libtorch's fused kernel (cuDNN's on Hopper and Blackwell), which masks them, or with sinks
 /// unfused GEMMs in tiles of queries, because the fused kernels have no sinks. Windows and sinks
-/// are not yet run on hardware other than CPUs.
+/// have only been run on CPUs.
 #[derive(Clone)]
 pub(crate) struct CoreAttention {
     pub(crate) scale: f64,

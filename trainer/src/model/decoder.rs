@@ -1,8 +1,9 @@
 //! Descriptions of all parameters of a decoder, and what follows from them.
 
 use super::{
-    activations::{Activations, BlockShape},
+    activations::{Activations, BlockShape, SequenceShape},
     attention::{AttentionKeys, AttentionPlan, ScoreScale},
+    core_plan::SharedMask,
     feed_forward::DensePlan,
     norm::{BlockNorms, NormNames, norm_spec},
     part::{HeadWeight, ModelPart},
@@ -202,17 +203,20 @@ impl ModelConfig {
     pub(crate) fn layer_kind(&self, index: usize) -> LayerKind {
         LayerKind {
             has_experts: self.moe_config(index).is_some(),
-            window: self.attention(index).window(),
+            window: self.attention(index).core_plan().window,
             rotates: self.rope.layers.contains(index),
         }
     }
 
-    /// Returns the windows of all layers over sequences of `length` tokens, each once. `None`
-    /// stands for layers in which a token sees all earlier ones.
-    pub(crate) fn attention_reaches(&self, length: usize) -> BTreeSet<Option<usize>> {
-        let windows = (0..self.layers).map(|layer| self.attention(layer).window());
-        let shorter = |window: Option<usize>| window.filter(|&window| window < length);
-        windows.map(shorter).collect()
+    /// Returns the masks that the attention of `layers` over these sequences needs, each once.
+    pub(crate) fn shared_masks(
+        &self,
+        layers: impl Iterator<Item = usize>,
+        sequences: &SequenceShape,
+        on_host: bool,
+    ) -> BTreeSet<SharedMask> {
+        let mask = |layer| self.attention(layer).core_plan().mask(sequences, on_host);
+        layers.filter_map(mask).collect()
     }
 
     fn score_scale(&self) -> ScoreScale {
@@ -263,21 +267,29 @@ impl ModelConfig {
         total.step()
     }
 
-    /// Returns the forward cost of each layer, in units of a mean layer's GEMMs.
-    pub(crate) fn layer_costs(&self) -> Vec<f64> {
-        let flops = self.gemm_flops_of_layers();
+    /// Returns the forward cost of each layer over sequences of `length` tokens, in units of a mean
+    /// layer.
+    pub(crate) fn layer_costs(&self, length: usize) -> Vec<f64> {
+        let flops = self.relative_flops(length);
         let mean = mean_of_layers(&flops);
         flops.iter().map(|flops| flops / mean).collect()
     }
 
-    /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.
-    pub fn head_cost_in_layers(&self) -> f64 {
-        self.head_flops().weights / mean_of_layers(&self.gemm_flops_of_layers())
+    /// Returns the cost of the output layer's forward, in units of a mean layer.
+    pub fn head_cost_in_layers(&self, length: usize) -> f64 {
+        self.head_flops().weights / mean_of_layers(&self.relative_flops(length))
     }
 
-    fn gemm_flops_of_layers(&self) -> Vec<f64> {
-        let flops = |index| self.layer_flops(index, 0).weights;
-        (0..self.layers).map(flops).collect()
+    /// Returns the FLOPs of a token in each layer that tell layers apart: GEMMs with weights, and
+    /// the products of activations beyond those of the layer with the fewest. Only sliding windows
+    /// make these differ.
+    fn relative_flops(&self, length: usize) -> Vec<f64> {
+        let flops = (0..self.layers).map(|index| self.layer_flops(index, length));
+        let flops: Vec<Flops> = flops.collect();
+        let products = flops.iter().map(|flops| flops.activations);
+        let fewest = products.fold(f64::INFINITY, f64::min);
+        let beyond = |flops: &Flops| flops.weights + (flops.activations - fewest);
+        flops.iter().map(beyond).collect()
     }
 }
 
@@ -372,5 +384,29 @@ mod tests {
             }
             assert_eq!(shapes, built);
         }
+    }
+
+    #[test]
+    fn windows_make_layers_cheaper_and_nothing_else_does() {
+        let plain = config(|model| model["head_dim"] = json!(6));
+        assert_eq!(plain.layer_costs(4096), plain.layer_costs(0));
+        assert_eq!(
+            plain.head_cost_in_layers(4096),
+            plain.head_cost_in_layers(0)
+        );
+        let windows = config(|model| {
+            let window = json!({"size": 64, "layers": [0, 1]});
+            model["attention"] = json!({"grouped": {"window": window}});
+            model["dense_layers"] = json!(0);
+        });
+        let equal = windows.layer_costs(64);
+        assert!(equal.iter().all(|&cost| cost == 1.0), "{equal:?}");
+        let costs = windows.layer_costs(4096);
+        assert!(
+            costs[0] == costs[1] && costs[2] > 10.0 * costs[1],
+            "{costs:?}"
+        );
+        assert!((costs.iter().sum::<f64>() - 3.0).abs() < 1e-9);
+        assert!(windows.head_cost_in_layers(4096) < windows.head_cost_in_layers(64));
     }
 }

@@ -1,5 +1,4 @@
-//! The decoder: embedding, pre-norm transformer layers with dense or MoE feed-forward, output
-//! layer.
+//! The decoder: embedding, transformer layers with dense or MoE feed-forward, output layer.
 // Shapes: B batch, S sequence, T = B * S tokens, D hidden, F ffn, V vocabulary, E experts, L of
 // them on this rank.
 
@@ -10,6 +9,7 @@ mod bias;
 mod build;
 mod build_context;
 mod core_attention;
+pub(crate) mod core_plan;
 pub(crate) mod decoder;
 mod documents;
 mod embedding;
@@ -29,6 +29,7 @@ pub(crate) mod replicas;
 pub(crate) mod role;
 pub(crate) mod rope;
 pub(crate) mod rope_scaling;
+mod rotary_part;
 mod rules;
 pub(crate) mod score_rows;
 mod share;
@@ -53,6 +54,7 @@ use moe::{
     MoeLayer, MoeStats,
     balance::{BalanceScope, BatchTotals, RouterStats, load_balance_loss, z_loss},
 };
+use moe_block::RouterBias;
 use norm::Norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use std::{ops::Range, sync::Arc};
@@ -328,8 +330,12 @@ impl Model {
     }
 
     /// Gives each MoE layer without a loss-free balancing bias one of zeros, if `is_saved` returns
-    /// true for its global name.
+    /// true for its global name. Routers with a trained bias get none: it is their only bias.
     pub(crate) fn add_biases(&self, is_saved: impl Fn(&str) -> bool) {
+        let moe = self.config.moe.as_ref();
+        if moe.is_some_and(|moe| moe.router.bias == Some(RouterBias::Trained)) {
+            return;
+        }
         for (_, moe, experts) in self.local_moe_layers() {
             let mut bias = moe.weights.bias.lock();
             if bias.is_none() && is_saved(&bias_name(experts)) {
@@ -490,4 +496,31 @@ impl Model {
 
 fn bias_name(experts: &LocalExperts) -> String {
     format!("{}.bias", experts.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::Dtype, process_groups::ProcessGroups};
+    use parallel::Cpu;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn saved_selection_biases_return_except_where_a_bias_is_trained() {
+        let count = |bias: Value| {
+            let config: ModelConfig = serde_json::from_value(json!({
+                "layers": 2, "hidden": 8, "heads": 2, "vocab_size": 11,
+                "moe": {"experts": 3, "top_k": 1, "ffn": 5, "router": {"bias": bias}},
+            }))
+            .unwrap();
+            let groups = ProcessGroups::single_rank();
+            let ctx = BuildContext::single_rank(4, Dtype::Fp32, &Cpu, &groups);
+            let model = Model::new(&config, ModelPart::whole(config.layers), &ctx);
+            model.add_biases(|name| name == "layers.1.moe.bias");
+            model.biases().count()
+        };
+        assert_eq!(count(Value::Null), 1);
+        assert_eq!(count(json!("frozen")), 2);
+        assert_eq!(count(json!("trained")), 0);
+    }
 }

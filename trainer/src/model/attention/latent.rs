@@ -17,9 +17,11 @@ use crate::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
         core_attention::CoreAttention,
+        core_plan::CorePlan,
         largest_scores::LargestScores,
         norm::{Norm, norm_spec},
         rope::Rope,
+        rotary_part::RotaryPart,
         score_rows::{BlockScoreRows, ScorePart, ScoreRows},
         spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
@@ -195,12 +197,22 @@ impl AttentionPlan for LatentAttention {
         }
     }
 
-    fn rotary_width(&self) -> usize {
-        self.config.rope_dim
+    fn rotary_part(&self) -> RotaryPart {
+        RotaryPart {
+            width: self.config.rope_dim,
+            width_key: "model.attention.latent.rope_dim",
+            scales_softmax: true,
+        }
     }
 
-    fn window(&self) -> Option<usize> {
-        None
+    fn core_plan(&self) -> CorePlan {
+        CorePlan {
+            heads: self.model.heads,
+            key_width: self.key_dim(),
+            value_width: self.config.value_dim,
+            window: None,
+            sinks: false,
+        }
     }
 
     fn widest(&self) -> usize {
@@ -234,19 +246,31 @@ impl AttentionPlan for LatentAttention {
         let keys = of_heads(self.key_dim());
         // Values are a part of the product that also has the keys' parts without rotation.
         let keys_and_values = of_heads(config.nope_dim + config.value_dim);
-        let outputs = of_heads(config.value_dim);
+        let values = of_heads(config.value_dim);
         let log_sum_exps = at.tokens * heads * FP32_BYTES;
         // Each latent before and after its norm.
         let mut saved = 2 * latents(config.query_rank.unwrap_or(0));
         saved += 2 * latents(config.kv_rank + config.rope_dim);
-        saved += 2 * keys + keys_and_values + outputs;
-        if at.recompute.keeps(RecomputedPart::Attention) {
+        let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
+        saved += 2 * keys;
+        saved += if keeps_output && at.sequences.in_ring {
+            // A ring copies the values out of the product, and has its output by heads besides the
+            // one by tokens.
+            3 * values
+        } else {
+            keys_and_values + values
+        };
+        if keeps_output {
             saved += log_sum_exps;
         }
         let norm = at.own_tokens * self.model.hidden as u64 * FP32_BYTES;
         Activations {
             saved,
-            transient: 3 * keys + 2 * keys_and_values + outputs + 4 * norm,
+            transient: 3 * keys
+                + 2 * keys_and_values
+                + values
+                + 4 * norm
+                + self.core_plan().tile_bytes(at),
         }
     }
 
@@ -403,7 +427,8 @@ impl LatentHeads {
             parts.push(joined.value.narrow(1, self.kv_rank, self.rope_dim));
             Ok(parts)
         })?;
-        let shared_key = parts.remove(1);
+        // On one rank this is a view with gaps, which rotation would copy in several steps.
+        let shared_key = parts.remove(1).contiguous();
         Ok((shared_key, parts.remove(0)))
     }
 

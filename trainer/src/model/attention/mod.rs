@@ -7,8 +7,10 @@ mod saved;
 use super::{
     activations::{Activations, BlockShape},
     batch::BatchContext,
+    core_plan::CorePlan,
     largest_scores::LargestScores,
     rope::Rope,
+    rotary_part::RotaryPart,
     score_rows::BlockScoreRows,
     spec::ParamSpec,
     weights::WeightBuilder,
@@ -110,11 +112,12 @@ pub(crate) trait AttentionPlan {
     /// Returns the configuration's keys of heads with the values that unset ones stand for.
     fn head_keys(&self) -> HeadKeys;
 
-    /// Returns the elements of a head of which rotary position embedding turns all or a part.
-    fn rotary_width(&self) -> usize;
+    /// Returns the part of queries and keys of which rotary position embedding rotates all or some
+    /// elements.
+    fn rotary_part(&self) -> RotaryPart;
 
-    /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
-    fn window(&self) -> Option<usize>;
+    /// Returns the sizes of attention between queries, keys and values.
+    fn core_plan(&self) -> CorePlan;
 
     /// Returns the most elements that a token has in one of the block's tensors, over all ranks.
     fn widest(&self) -> usize;
