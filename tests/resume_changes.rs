@@ -148,7 +148,9 @@ fn moe_changes() -> Vec<Change> {
         change("model.moe.router.group_score", json!("top2_sum"))
             .with("model.moe.router.top_groups", json!(1)),
         change("model.moe.router.even_groups", json!(true)),
-        change("model.moe.router.force_balance", json!(true)),
+        change("model.moe.router.force_balance", json!(true))
+            .with("model.moe.router.groups", json!(1))
+            .with("model.moe.router.top_groups", json!(1)),
         change("model.moe.load_balance", json!(0.02)),
         change("model.moe.load_balance_over", json!("batch")),
         change("model.moe.load_balance_pool_layers", json!(true)),
@@ -226,6 +228,7 @@ fn run_changes(folder: &Path) -> Vec<Change> {
         change("optimizer.offload", json!(true)),
         change("optimizer.state_dtype", json!("bf16")),
         change("optimizer.groups", json!([{"muon": {}}])),
+        change("optimizer.qk_clip", json!({"threshold": 0.1})),
         change("schedule", json!({"constant": {"lr": 1e-3}})),
     ]
 }

@@ -259,6 +259,16 @@ fn numbers_that_do_not_divide() {
             "data.eod_token=512",
             vec!["data.eod_token 512 is outside of model.vocab_size 512"],
         ),
+        (
+            2,
+            "optimizer.qk_clip={threshold: 0}",
+            vec!["optimizer.qk_clip.threshold is 0"],
+        ),
+        (
+            1,
+            "optimizer={groups: [{roles: [norm, bias], sgd: {}}]}",
+            vec!["optimizer.groups[0].roles: leave bias out: the model has no parameters"],
+        ),
         (2, "train.micro_batch=0", vec!["train.micro_batch is 0"]),
         (
             2,
@@ -320,13 +330,13 @@ fn numbers_that_do_not_divide() {
             vec![
                 "model.moe.layers names",
                 "moe_every 2",
-                "leave the latter out",
+                "leave those two out",
             ],
         ),
         (
             2,
             "model.rope={fraction: 0.3}",
-            vec!["model.rope.fraction 0.3 of the head width 8 is 2.4"],
+            vec!["model.rope.fraction 0.3 of model.hidden / heads 8 is 2.4"],
         ),
         (
             2,

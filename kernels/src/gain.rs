@@ -11,6 +11,13 @@ pub struct Gain<'a> {
     pub offset: f32,
 }
 
+/// Returns true if normed rows are rounded to their dtype before the product with the gain, too.
+///
+/// Llama in Hugging Face transformers rounds there; Gemma and Qwen3-Next, with an offset, do not.
+pub(crate) fn rounds_before(offset: f32) -> bool {
+    offset == 0.0
+}
+
 impl<'a> From<&'a Tensor> for Gain<'a> {
     fn from(weight: &'a Tensor) -> Gain<'a> {
         Gain {

@@ -65,9 +65,9 @@ pub use adamw::adamw;
 pub use adamw_update::AdamWUpdate;
 pub use add_rows::add_rows;
 pub use attention::{
-    AttentionOptions, ScoreMask, add_sinks, added_mask, attention, attention_backward,
-    block_attention, block_attention_backward, causal_part, repeat_heads, sinks_gradient,
-    sum_repeated_heads,
+    AttentionOptions, HEAD_MULTIPLE, QUERY_TILE, ScoreMask, add_sinks, added_mask, attention,
+    attention_backward, block_attention, block_attention_backward, causal_part,
+    raise_to_largest_scores, repeat_heads, sinks_gradient, sum_repeated_heads,
 };
 pub use clamped_glu::ClampedGlu;
 pub use combine::{combine, combine_backward};

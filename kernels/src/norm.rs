@@ -1,8 +1,10 @@
 //! RMSNorm (arXiv 1910.07467): `x / sqrt(mean(x^2) + eps) * gain` over the last dimension.
+//!
+//! Without an offset in the gain, rows are rounded to their dtype before the product with it, too.
 
 use crate::{
     cuda,
-    gain::Gain,
+    gain::{Gain, rounds_before},
     number::Number,
     profile::{Cost, span},
     rows::{HostData, for_kind, for_rows, host_kind, parts},
@@ -17,7 +19,7 @@ const LANES: usize = 16;
 /// Returns the normalized `x` `[.., D]`, in its dtype, and the factor of each row, `[.., 1]` fp32.
 pub fn rms_norm<'a>(x: &Tensor, gain: impl Into<Gain<'a>>, eps: f64) -> (Tensor, Tensor) {
     let gain = gain.into();
-    let Gain { weight, offset } = gain;
+    let weight = gain.weight;
     let cost = || Cost::passes(2.0, x);
     span("norm", "forward", cost, || {
         if let Some(gpu) = cuda::gpu(&[x, weight]) {
@@ -28,9 +30,9 @@ pub fn rms_norm<'a>(x: &Tensor, gain: impl Into<Gain<'a>>, eps: f64) -> (Tensor,
             let squares = wide.square();
             let mean = squares.mean_dim(LAST_DIM, true, Kind::Float);
             let scale = (mean + eps).rsqrt();
-            let normed = (&wide * &scale).to_kind(x.kind());
-            let out = if offset == 0.0 {
-                normed * weight
+            let normed = &wide * &scale;
+            let out = if rounds_before(gain.offset) {
+                normed.to_kind(x.kind()) * weight
             } else {
                 (normed * gain.wide()).to_kind(x.kind())
             };
@@ -193,9 +195,16 @@ fn forward<T>(
     for ((input, normed_rows), scales) in rows.zip(scales) {
         let squares = sum(width, |i| input[i].wide() * input[i].wide());
         *scales = 1.0 / (squares / width as f32 + epsilon).sqrt();
-        for ((normed_rows, input), weight) in normed_rows.iter_mut().zip(input).zip(weight) {
-            let normed = T::narrow(input.wide() * *scales);
-            *normed_rows = T::narrow(normed.wide() * (weight.wide() + offset));
+        let elements = normed_rows.iter_mut().zip(input).zip(weight);
+        if rounds_before(offset) {
+            for ((out, input), weight) in elements {
+                let normed = T::narrow(input.wide() * *scales);
+                *out = T::narrow(normed.wide() * weight.wide());
+            }
+        } else {
+            for ((out, input), weight) in elements {
+                *out = T::narrow(input.wide() * *scales * (weight.wide() + offset));
+            }
         }
     }
 }
@@ -236,6 +245,23 @@ fn backward<T>(
 mod tests {
     use super::*;
     use crate::tensors::tests::{TestTensor, randn, tolerances};
+
+    #[test]
+    fn rows_with_an_offset_in_the_gain_are_rounded_once() {
+        let x = randn(&[40, 64], Kind::BFloat16);
+        let weight = randn(&[64], Kind::BFloat16) * 0.1;
+        let gain = Gain {
+            weight: &weight,
+            offset: 1.0,
+        };
+        let (out, scale) = rms_norm(&x, gain, 1e-6);
+        let wide = x.to_kind(Kind::Float) * scale * gain.wide();
+        let once = wide.to_kind(Kind::BFloat16);
+        assert_eq!(out, once);
+        let normed = x.to_kind(Kind::Float) * &rms_norm(&x, &weight, 1e-6).1;
+        let twice = normed.to_kind(Kind::BFloat16) * gain.wide();
+        assert_ne!(twice.to_kind(Kind::BFloat16), once);
+    }
 
     #[test]
     fn it_matches_the_formula() {

@@ -15,7 +15,7 @@ use crate::{
 };
 use kernels::{
     AttentionOptions, ScoreMask, attention, attention_backward, block_attention,
-    block_attention_backward,
+    block_attention_backward, raise_to_largest_scores,
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -350,8 +350,9 @@ impl RingAttention {
         Ok(carried)
     }
 
-    /// Returns the attention of this rank's queries over all keys.
-    fn forward(&self) -> Result<AttentionResult, CommError> {
+    /// Returns the attention of this rank's queries over all keys. Raises `largest_scores` to its
+    /// largest scores.
+    fn forward(&self, largest_scores: Option<&Tensor>) -> Result<AttentionResult, CommError> {
         let options = (Kind::Float, self.q.device());
         let mut size = self.q.size();
         let lse = Tensor::full(&size[..3], f64::NEG_INFINITY, options);
@@ -360,7 +361,12 @@ impl RingAttention {
         let joined = AttentionResult { out, lse };
         self.rotate(None, |visit| {
             for block in self.layout.blocks(self.group.rank(), visit.key_rank) {
-                let attention = self.operands(&visit, &block).forward();
+                let operands = self.operands(&visit, &block);
+                if let Some(largest) = largest_scores {
+                    let BlockOperands { q, k, scale, .. } = &operands;
+                    raise_to_largest_scores(largest, q, k, operands.score_mask(), *scale);
+                }
+                let attention = operands.forward();
                 join(narrow_result(&joined, &block.queries), &attention);
             }
         })?;
@@ -423,6 +429,8 @@ pub struct RingOptions<'a> {
     pub documents: Option<&'a Tensor>,
     /// Logits `[H]` of attention sinks.
     pub sinks: Option<&'a Weight>,
+    /// `[H]` fp32, which the forward pass raises to the largest scaled score of each head.
+    pub largest_scores: Option<&'a Tensor>,
 }
 
 /// Computes causal attention of this rank's queries over the keys and values of all ranks.
@@ -445,7 +453,7 @@ pub fn ring_attention(
 ) -> Result<Tensor, Error> {
     let inputs = [query, key, value];
     let ring = tch::no_grad(|| RingAttention::new(inputs, options, group));
-    let result = tch::no_grad(|| ring.forward())?;
+    let result = tch::no_grad(|| ring.forward(options.largest_scores))?;
     attention_node(inputs, result, options.sinks, move |grad, result| {
         Ok(ring.backward(&grad.contiguous(), result)?)
     })
@@ -752,6 +760,7 @@ mod tests {
                         window: self.window,
                         documents: self.documents.as_ref(),
                         sinks: self.sinks.as_ref().map(|_| &weight),
+                        largest_scores: None,
                     };
                     ring_attention(&q, &k, &v, &options, group).unwrap()
                 }

@@ -58,6 +58,9 @@ pub(crate) struct Trace {
     /// Routed tokens that a helper computed.
     pub(crate) lent_tokens: u64,
     pub(crate) moved: u64,
+    /// Largest attention logit of each step, with `optimizer.qk_clip`.
+    pub(crate) largest_logits: Vec<f64>,
+    pub(crate) clipped_heads: u64,
     /// Smallest gap of a token on rank 0 to other experts, see [`moe::smallest_gap_during`].
     pub(crate) smallest_gap: f64,
 }
@@ -77,7 +80,15 @@ struct RankTrace {
     weights: Vec<(TensorSlice, Tensor)>,
     lent_tokens: u64,
     moved: u64,
+    largest_logits: Vec<f64>,
+    clipped_heads: u64,
     smallest_gap: f64,
+}
+
+/// Returns the routed tokens of one token in all layers.
+fn tokens_routed_per_token(config: &Config) -> u64 {
+    let moe = config.model.moe.as_ref();
+    moe.map_or(0, |moe| moe.top_k * config.model.num_moe_layers()) as u64
 }
 
 /// A tensor that is gathered slice by slice from the ranks.
@@ -135,10 +146,20 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         }
         let mut lent_tokens = 0;
         let mut moved = 0;
+        let mut largest_logits = Vec::new();
+        let mut clipped_heads = 0;
+        let mut tokens = 0;
         let step = |_| {
             let (record, _) = trainer.train_step(false).unwrap();
-            lent_tokens += record.moe.map_or(0, |moe| moe.lent_tokens.total);
+            if let Some(moe) = record.moe {
+                let routed = (record.tokens - tokens) * tokens_routed_per_token(&config);
+                assert_eq!(moe.routed_tokens, routed);
+                lent_tokens += moe.lent_tokens.total;
+            }
+            tokens = record.tokens;
             moved += record.moved_experts.unwrap_or(0);
+            largest_logits.extend(record.qk_clip.map(|clip| clip.largest_logit));
+            clipped_heads += record.qk_clip.map_or(0, |clip| clip.clipped_heads);
             [
                 record.loss,
                 record.load_balance_loss,
@@ -165,6 +186,8 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
             weights,
             lent_tokens,
             moved,
+            largest_logits,
+            clipped_heads,
             smallest_gap,
         }
     });
@@ -195,6 +218,8 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         weights: by_name(weights),
         lent_tokens: first.lent_tokens,
         moved: first.moved,
+        largest_logits: first.largest_logits.clone(),
+        clipped_heads: first.clipped_heads,
         smallest_gap: first.smallest_gap,
     }
 }

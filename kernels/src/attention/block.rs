@@ -1,20 +1,17 @@
 //! Attention between any queries and keys, on libtorch's operations.
 //!
-//! On the CPU they are its fused kernel. No fused kernel of the other devices takes a mask, gives
-//! log-sum-exps and differentiates with those of more keys, so there the scores of a tile of
-//! queries and the keys in its reach are a matrix.
+//! On the CPU they are its fused kernel, which has no windows. No fused kernel of the other devices
+//! takes a mask, gives log-sum-exps and differentiates with those of more keys. Without a fused
+//! kernel, the scores of a tile of queries and the keys in its reach are a matrix.
 // Shapes: B batch, H query heads, G key/value heads, Q queries, K keys, dk and dv widths.
 
-use super::{
-    heads::{repeat_heads, sum_repeated_heads},
-    mask::{added_mask, causal_part},
-};
+use super::heads::{repeat_heads, sum_repeated_heads};
 use crate::tensors::LAST_DIM;
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
-/// Number of queries per tile of unfused attention.
-const QUERY_TILE: i64 = 512;
+/// Number of queries per tile of unfused attention, whose scores exist at once.
+pub const QUERY_TILE: i64 = 512;
 
 /// The keys that queries see.
 #[derive(Debug, Clone, Copy)]
@@ -34,8 +31,8 @@ pub enum ScoreMask<'a> {
 /// key head serves `H / G` consecutive query heads.
 pub fn block_attention(inputs: [&Tensor; 3], mask: ScoreMask, scale: f64) -> (Tensor, Tensor) {
     let block = Block::new(inputs, mask, scale);
-    if block.is_on_cpu() {
-        block.forward_on_cpu()
+    if block.is_fused() {
+        block.fused_forward()
     } else {
         block.unfused_forward()
     }
@@ -54,8 +51,8 @@ pub fn block_attention_backward(
     scale: f64,
 ) -> [Tensor; 3] {
     let block = Block::new(inputs, mask, scale);
-    let [query, key, value] = if block.is_on_cpu() {
-        block.backward_on_cpu(grad, out, lse)
+    let [query, key, value] = if block.is_fused() {
+        block.fused_backward(grad, out, lse)
     } else {
         block.unfused_backward(grad, out, lse)
     };
@@ -95,32 +92,27 @@ impl<'a> Block<'a> {
         self.query.device() == Device::Cpu
     }
 
-    /// Returns the window if it hides keys from some queries.
-    fn hiding_window(&self) -> Option<i64> {
-        match self.mask {
-            ScoreMask::Causal(window) => window.filter(|&window| window < self.key.size()[2]),
-            ScoreMask::None | ScoreMask::Added(_) => None,
-        }
+    /// True if libtorch's fused kernel computes the block.
+    fn is_fused(&self) -> bool {
+        self.is_on_cpu() && !self.has_window()
     }
 
-    /// True if libtorch's kernel needs no mask for causal attention.
+    /// True if a window hides keys from some queries.
+    fn has_window(&self) -> bool {
+        let length = self.key.size()[2];
+        matches!(self.mask, ScoreMask::Causal(Some(window)) if window < length)
+    }
+
     fn is_causal(&self) -> bool {
-        matches!(self.mask, ScoreMask::Causal(_)) && self.hiding_window().is_none()
+        matches!(self.mask, ScoreMask::Causal(_))
     }
 
     /// Returns the mask that libtorch's kernel adds to the scores.
-    fn added_mask(&self) -> Option<Tensor> {
-        if let ScoreMask::Added(mask) = self.mask {
-            return Some(mask.shallow_clone());
+    fn added_mask(&self) -> Option<&Tensor> {
+        match self.mask {
+            ScoreMask::Added(mask) => Some(mask),
+            ScoreMask::None | ScoreMask::Causal(_) => None,
         }
-        let window = self.hiding_window()?;
-        let length = self.key.size()[2];
-        let options = (Kind::Bool, self.query.device());
-        let all = Tensor::ones([1, 1, length, length], options);
-        Some(added_mask(
-            &causal_part(&all, Some(window)),
-            self.query.kind(),
-        ))
     }
 
     /// Returns the width that libtorch's kernel on the CPU computes with, which it wants to be one.
@@ -128,7 +120,7 @@ impl<'a> Block<'a> {
         width(&self.key).max(width(&self.value))
     }
 
-    fn forward_on_cpu(&self) -> (Tensor, Tensor) {
+    fn fused_forward(&self) -> (Tensor, Tensor) {
         let common = self.common_width();
         let (out, lse) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
             &widen(self.query, common),
@@ -136,13 +128,13 @@ impl<'a> Block<'a> {
             &widen(&self.value, common),
             0.0,
             self.is_causal(),
-            self.added_mask().as_ref(),
+            self.added_mask(),
             self.scale,
         );
         (narrow_width(out, width(&self.value)), lse)
     }
 
-    fn backward_on_cpu(&self, grad: &Tensor, out: &Tensor, lse: &Tensor) -> [Tensor; 3] {
+    fn fused_backward(&self, grad: &Tensor, out: &Tensor, lse: &Tensor) -> [Tensor; 3] {
         let common = self.common_width();
         let (query, key, value) =
             Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
@@ -154,7 +146,7 @@ impl<'a> Block<'a> {
                 lse,
                 0.0,
                 self.is_causal(),
-                self.added_mask().as_ref(),
+                self.added_mask(),
                 self.scale,
             );
         let key_width = width(&self.key);
@@ -172,16 +164,15 @@ impl<'a> Block<'a> {
             let keys = self.keys_of(&tile);
             let scores = self.scores(&tile, &keys);
             let lse = scores.logsumexp(LAST_DIM, false);
-            let value = narrow(&self.value, &keys);
-            let weights = (scores - lse.unsqueeze(-1)).exp().to_kind(value.kind());
-            outs.push(weights.matmul(&value));
+            let value = self.operand(&narrow(&self.value, &keys));
+            let weights = weights(scores, &lse).to_kind(value.kind());
+            outs.push(weights.matmul(&value).to_kind(self.query.kind()));
             lses.push(lse);
         }
         (Tensor::cat(&outs, 2), Tensor::cat(&lses, 2))
     }
 
     fn unfused_backward(&self, grad: &Tensor, out: &Tensor, lse: &Tensor) -> [Tensor; 3] {
-        let kind = self.query.kind();
         let mut grad_query = Vec::new();
         let grad_key = self.key.to_kind(Kind::Float).zeros_like();
         let grad_value = self.value.to_kind(Kind::Float).zeros_like();
@@ -189,14 +180,17 @@ impl<'a> Block<'a> {
         let delta = product.sum_dim_intlist(LAST_DIM, true, Kind::Float);
         for tile in self.query_tiles() {
             let keys = self.keys_of(&tile);
-            let [query, lse, grad, delta] =
-                [self.query, lse, grad, &delta].map(|x| narrow(x, &tile));
-            let [key, value] = [&self.key, &self.value].map(|x| narrow(x, &keys));
-            let weights = (self.scores(&tile, &keys) - lse.unsqueeze(-1)).exp();
+            let [lse, delta] = [lse, &delta].map(|x| narrow(x, &tile));
+            let [query, grad] = [self.query, grad].map(|x| self.operand(&narrow(x, &tile)));
+            let [key, value] = [&self.key, &self.value].map(|x| self.operand(&narrow(x, &keys)));
+            let weights = weights(self.scores(&tile, &keys), &lse);
             let of_values = weights.transpose(2, 3).matmul(&grad.to_kind(Kind::Float));
             add(&narrow(&grad_value, &keys), &of_values);
-            let grad_weights = grad.matmul(&value.transpose(2, 3)).to_kind(Kind::Float);
-            let grad_scores = (weights * (grad_weights - delta) * self.scale).to_kind(kind);
+            let mut slopes = grad.matmul(&value.transpose(2, 3)).to_kind(Kind::Float);
+            slopes -= delta;
+            slopes *= weights;
+            slopes *= self.scale;
+            let grad_scores = slopes.to_kind(query.kind());
             grad_query.push(grad_scores.matmul(&key));
             let of_keys = grad_scores.transpose(2, 3).matmul(&query);
             add(&narrow(&grad_key, &keys), &of_keys);
@@ -206,9 +200,10 @@ impl<'a> Block<'a> {
 
     /// Returns the scaled and masked scores `[B, H, tile, keys]` of some queries and keys in fp32.
     fn scores(&self, tile: &Range<i64>, keys: &Range<i64>) -> Tensor {
-        let query = narrow(self.query, tile);
-        let key = narrow(&self.key, keys);
-        let scores = query.matmul(&key.transpose(2, 3)).to_kind(Kind::Float) * self.scale;
+        let query = self.operand(&narrow(self.query, tile));
+        let key = self.operand(&narrow(&self.key, keys));
+        let mut scores = query.matmul(&key.transpose(2, 3)).to_kind(Kind::Float);
+        scores *= self.scale;
         match self.mask {
             ScoreMask::None => scores,
             ScoreMask::Causal(window) => {
@@ -219,9 +214,18 @@ impl<'a> Block<'a> {
                     Some(window) => visible.triu(diagonal + 1 - window),
                     None => visible,
                 };
-                scores.masked_fill(&visible.logical_not(), -1e9)
+                scores.masked_fill_(&visible.logical_not(), -1e9)
             }
             ScoreMask::Added(mask) => scores + narrow(mask, tile).to_kind(Kind::Float),
+        }
+    }
+
+    /// Returns an operand of unfused products, which the CPU computes in fp32.
+    fn operand(&self, x: &Tensor) -> Tensor {
+        if self.is_on_cpu() {
+            x.to_kind(Kind::Float)
+        } else {
+            x.shallow_clone()
         }
     }
 
@@ -246,6 +250,12 @@ impl<'a> Block<'a> {
 /// Returns the positions `part` of `x` `[B, heads, positions, ...]`.
 fn narrow(x: &Tensor, part: &Range<i64>) -> Tensor {
     x.narrow(2, part.start, part.end - part.start)
+}
+
+/// Returns the weights of keys, in place of their fp32 scores and given the log-sum-exps of these.
+fn weights(mut scores: Tensor, lse: &Tensor) -> Tensor {
+    scores -= lse.unsqueeze(-1);
+    scores.exp_()
 }
 
 fn add(to: &Tensor, addend: &Tensor) {
@@ -276,6 +286,7 @@ fn narrow_width(x: Tensor, own: i64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attention::mask::{added_mask, causal_part};
     use tch::kind::FLOAT_CPU;
 
     #[test]
@@ -283,28 +294,52 @@ mod tests {
         let random = |heads: i64, width: i64| Tensor::randn([2, heads, 600, width], FLOAT_CPU);
         let all = Tensor::ones([1, 1, 600, 600], (Kind::Bool, Device::Cpu));
         let added = added_mask(&causal_part(&all, Some(70)), Kind::Float);
+        // The fused kernel has no windows, so it gets a mask.
         let masks = [
-            ScoreMask::None,
-            ScoreMask::Causal(None),
-            ScoreMask::Causal(Some(70)),
-            ScoreMask::Causal(Some(600)),
-            ScoreMask::Added(&added),
+            (ScoreMask::None, ScoreMask::None),
+            (ScoreMask::Causal(None), ScoreMask::Causal(None)),
+            (ScoreMask::Added(&added), ScoreMask::Causal(Some(70))),
+            (ScoreMask::Causal(Some(600)), ScoreMask::Causal(Some(600))),
+            (ScoreMask::Added(&added), ScoreMask::Added(&added)),
         ];
-        for mask in masks {
+        for (fused_mask, mask) in masks {
             for [key_width, value_width] in [[8, 8], [12, 8], [8, 20]] {
                 let [query, key] = [(); 2].map(|()| random(3, key_width));
                 let [value, grad] = [(); 2].map(|()| random(3, value_width));
-                let block = Block::new([&query, &key, &value], mask, 0.4);
-                let (out, lse) = block.forward_on_cpu();
-                let (plain_out, plain_lse) = block.unfused_forward();
+                let inputs = [&query, &key, &value];
+                let fused = Block::new(inputs, fused_mask, 0.4);
+                assert!(fused.is_fused());
+                let (out, lse) = fused.fused_forward();
+                let unfused = Block::new(inputs, mask, 0.4);
+                let (plain_out, plain_lse) = unfused.unfused_forward();
                 assert!(out.allclose(&plain_out, 1e-3, 1e-4, false));
                 assert!(lse.allclose(&plain_lse, 1e-4, 1e-5, false));
-                let fused = block.backward_on_cpu(&grad, &out, &lse);
-                let unfused = block.unfused_backward(&grad, &out, &lse);
+                let fused = fused.fused_backward(&grad, &out, &lse);
+                let unfused = unfused.unfused_backward(&grad, &out, &lse);
                 for (fused, unfused) in fused.iter().zip(&unfused) {
                     assert!(fused.allclose(unfused, 1e-3, 1e-4, false), "{mask:?}");
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_tile_needs_the_keys_in_its_reach_alone() {
+        let x = Tensor::zeros([1, 1, 1500, 24], FLOAT_CPU);
+        let block = |mask| Block::new([&x, &x, &x], mask, 1.0);
+        let keys = |mask| {
+            let block = block(mask);
+            let tiles = block.query_tiles().map(|tile| block.keys_of(&tile));
+            tiles.collect::<Vec<_>>()
+        };
+        assert_eq!(
+            keys(ScoreMask::Causal(Some(100))),
+            [0..512, 413..1024, 925..1500]
+        );
+        assert_eq!(keys(ScoreMask::Causal(None)), [0..512, 0..1024, 0..1500]);
+        // A window that hides keys is not left to the fused kernel, which would need a mask of all
+        // queries and keys.
+        assert!(!block(ScoreMask::Causal(Some(1499))).is_fused());
+        assert!(block(ScoreMask::Causal(Some(1500))).is_fused());
     }
 }

@@ -5,7 +5,7 @@
 //! two blocks fit the cache. A thread works on whole key heads, so the number of threads changes no
 //! bit.
 
-use super::options::AttentionOptions;
+use super::{HEAD_MULTIPLE, options::AttentionOptions};
 use crate::{
     exponential::exp,
     gemm::{
@@ -18,6 +18,8 @@ use crate::{
 };
 use std::{cell::RefCell, ops::Range, slice};
 use tch::{Device, Kind, Tensor};
+
+const _: () = assert!(HEAD_MULTIPLE.is_multiple_of(LANES), "rows of whole vectors");
 
 /// Queries of a block, a multiple of a tile and of a pair.
 const QUERIES: usize = 48;
@@ -36,7 +38,7 @@ pub(super) fn supports_attention(
     let kind = query.kind();
     let fits = |x: &Tensor| {
         let contiguous = x.stride()[3] == 1;
-        let whole_lanes = x.size()[3] % LANES as i64 == 0;
+        let whole_lanes = x.size()[3] % HEAD_MULTIPLE as i64 == 0;
         x.device() == Device::Cpu && x.kind() == kind && contiguous && whole_lanes
     };
     let [batch, heads, length] = sizes(key);

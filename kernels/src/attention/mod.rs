@@ -5,14 +5,16 @@
 
 mod block;
 mod heads;
+mod largest_score;
 #[cfg(target_arch = "x86_64")]
 mod loops;
 mod mask;
 mod options;
 mod sinks;
 
-pub use block::{ScoreMask, block_attention, block_attention_backward};
+pub use block::{QUERY_TILE, ScoreMask, block_attention, block_attention_backward};
 pub use heads::{repeat_heads, sum_repeated_heads};
+pub use largest_score::raise_to_largest_scores;
 pub use mask::{added_mask, causal_part};
 pub use options::AttentionOptions;
 pub use sinks::{add_sinks, sinks_gradient};
@@ -22,6 +24,9 @@ use crate::{
     tensors::sizes,
 };
 use tch::{Device, Tensor};
+
+/// Divisor of the widths of heads that our own loops take, on processors that have them.
+pub const HEAD_MULTIPLE: usize = 16;
 
 /// Returns causal attention `[B, H, S, dv]` and the log-sum-exp of its scores `[B, H, S]` fp32.
 ///

@@ -145,7 +145,7 @@ mod tests {
             "rms_norm",
             block,
             shared,
-            &arguments![&x, &x, 0.0f32, &out, &scale, 1, 64, 1e-5f32],
+            &arguments![&x, &x, 0.0f32, 1, &out, &scale, 1, 64, 1e-5f32],
         );
     }
 

@@ -5,7 +5,7 @@ use super::launch::{
     arguments,
 };
 use crate::{
-    gain::Gain,
+    gain::{Gain, rounds_before},
     tensors::{FIRST_DIM, empty_f32},
 };
 use tch::{Kind, Tensor};
@@ -46,7 +46,19 @@ pub(crate) fn rms_norm(gpu: &dyn Gpu, input: &Tensor, gain: Gain, eps: f64) -> (
     let scale = Tensor::empty(shape.as_slice(), (Kind::Float, input.device()));
     let variant = Variant::of(&[input, weight, &out], width);
     let block = block(variant, width);
-    let arguments = arguments![input, weight, offset, &out, &scale, rows, width, eps as f32];
+    let rounds_before = usize::from(rounds_before(offset));
+    let eps = eps as f32;
+    let arguments = arguments![
+        input,
+        weight,
+        offset,
+        rounds_before,
+        &out,
+        &scale,
+        rows,
+        width,
+        eps
+    ];
     let launch = KernelLaunch {
         name: "rms_norm",
         variant,
@@ -156,6 +168,10 @@ mod tests {
             let (grad_x, grad_weight) = rms_norm_backward(gpu, &grad, &x, &scale, gain);
             let tolerance = if input.bf16 { 2e-2 } else { 2e-5 };
             close(&out, &plain, tolerance)?;
+            if offset != 0.0 {
+                let once = x.to_kind(Kind::Float) * &scale * gain.wide();
+                prop_assert_eq!(&out, &once.to_kind(x.kind()));
+            }
             close(&grad_x, &wide_x.grad(), 4.0 * tolerance)?;
             close(&grad_weight, &wide_weight.grad(), 4.0 * tolerance)?;
             prop_assert_eq!(grad_weight.kind(), Kind::Float);

@@ -19,92 +19,125 @@ pub(crate) fn run(args: &MemoryArgs) -> Result<ExitCode> {
 struct Layout {
     ranks: usize,
     parallel: Value,
-    attention: &'static str,
+    variant: Variant,
 }
+
+/// A change of the configuration of the bench.
+#[derive(Clone, Copy)]
+struct Variant {
+    name: &'static str,
+    apply: fn(&mut Value),
+}
+
+const STANDARD: Variant = Variant {
+    name: "",
+    apply: |_| {},
+};
+
+const WINDOWS: Variant = Variant {
+    name: "windows",
+    apply: |config| {
+        config["model"]["attention"] = json!({"grouped": {
+            "window": {"size": 128, "layers": {"every": 2}}, "sinks": true,
+        }});
+    },
+};
+
+const LATENT: Variant = Variant {
+    name: "latent",
+    apply: |config| {
+        config["model"]["kv_heads"] = Value::Null;
+        config["model"]["attention"] = json!({"latent": {
+            "query_rank": 192, "kv_rank": 128, "nope_dim": 32, "rope_dim": 16, "value_dim": 32,
+        }});
+    },
+};
+
+/// Muon, with so few tokens that a step needs the most memory in the optimizer.
+const MUON: Variant = Variant {
+    name: "muon",
+    apply: |config| {
+        config["optimizer"] = json!({"groups": [{"muon": {}}]});
+        config["data"]["sequence_length"] = json!(32);
+        config["train"]["micro_batch"] = json!(1);
+    },
+};
 
 impl Layout {
     fn name(&self) -> String {
         let parallel = self.parallel.to_string().replace('"', "");
         let name = format!("{}: {parallel}", self.ranks);
-        match self.attention {
-            "grouped" => name,
-            kind => format!("{name}, {kind}"),
+        match self.variant.name {
+            "" => name,
+            variant => format!("{name}, {variant}"),
         }
     }
 }
 
-/// Returns the section `model.attention` of a name.
-fn attention(name: &str) -> Value {
-    match name {
-        "windows" => json!({"grouped": {
-            "window": {"size": 128, "layers": {"every": 2}}, "sinks": true,
-        }}),
-        "latent" => json!({"latent": {
-            "query_rank": 192, "kv_rank": 128, "nope_dim": 32, "rope_dim": 16, "value_dim": 32,
-        }}),
-        _ => json!({"grouped": {}}),
-    }
-}
-
 fn layouts() -> Vec<Layout> {
-    let mut layouts = layouts_of_grouped_attention();
-    for attention in ["windows", "latent"] {
-        let layout = |ranks, parallel| Layout {
+    let of_variant = |variant: Variant, layouts: Vec<(usize, Value)>| {
+        let layout = move |(ranks, parallel)| Layout {
             ranks,
             parallel,
-            attention,
+            variant,
         };
-        layouts.extend([
-            layout(1, json!({})),
-            layout(4, json!({"zero": 3})),
-            layout(4, json!({"tensor": 4, "expert": 4})),
-            layout(4, json!({"context": 4, "expert": 4})),
-            layout(
-                4,
-                json!({"context": 4, "expert": 4, "context_attention": "ulysses"}),
-            ),
-            layout(2, json!({"pipeline": 2})),
-            layout(1, json!({"recompute": {"parts": ["attention"]}})),
-            layout(1, json!({"recompute": {"layers": "all"}})),
-        ]);
-    }
-    layouts
+        layouts.into_iter().map(layout)
+    };
+    let muon = [json!({}), json!({"zero": 3})].map(|parallel| (4, parallel));
+    of_variant(STANDARD, standard_layouts())
+        .chain(of_variant(WINDOWS, attention_layouts()))
+        .chain(of_variant(LATENT, attention_layouts()))
+        .chain(of_variant(MUON, muon.to_vec()))
+        .collect()
 }
 
-fn layouts_of_grouped_attention() -> Vec<Layout> {
-    let attention = "grouped";
-    let layout = |ranks, parallel| Layout {
-        ranks,
-        parallel,
-        attention,
-    };
-    let half_memory = json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"});
+fn standard_layouts() -> Vec<(usize, Value)> {
     vec![
-        layout(1, json!({})),
-        layout(4, json!({})),
-        layout(4, json!({"zero": 1})),
-        layout(4, json!({"zero": 2})),
-        layout(4, json!({"zero": 3})),
-        layout(4, json!({"zero": 3, "zero_group_size": 2})),
-        layout(4, json!({"expert": 4})),
-        layout(4, json!({"expert": 2, "zero": 1})),
-        layout(4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2})),
-        layout(4, json!({"tensor": 4, "expert": 4})),
-        layout(4, json!({"context": 4, "expert": 4})),
-        layout(2, json!({"pipeline": 2})),
-        layout(4, json!({"pipeline": 4, "vocabulary": "vocab-2"})),
-        layout(4, half_memory),
-        layout(1, json!({"recompute": {"parts": ["norm"]}})),
-        layout(1, json!({"recompute": {"parts": ["attention"]}})),
-        layout(1, json!({"recompute": {"parts": ["dispatch", "experts"]}})),
-        layout(1, json!({"recompute": {"layers": "all"}})),
+        (1, json!({})),
+        (4, json!({})),
+        (4, json!({"zero": 1})),
+        (4, json!({"zero": 2})),
+        (4, json!({"zero": 3})),
+        (4, json!({"zero": 3, "zero_group_size": 2})),
+        (4, json!({"expert": 4})),
+        (4, json!({"expert": 2, "zero": 1})),
+        (4, json!({"tensor": 2, "expert": 2, "expert_tensor": 2})),
+        (4, json!({"tensor": 4, "expert": 4})),
+        (4, json!({"context": 4, "expert": 4})),
+        (2, json!({"pipeline": 2})),
+        (4, json!({"pipeline": 4, "vocabulary": "vocab-2"})),
+        (
+            4,
+            json!({"pipeline": 2, "tensor": 2, "expert": 2, "schedule": "v-half"}),
+        ),
+        (1, json!({"recompute": {"parts": ["norm"]}})),
+        (1, json!({"recompute": {"parts": ["attention"]}})),
+        (1, json!({"recompute": {"parts": ["dispatch", "experts"]}})),
+        (1, json!({"recompute": {"layers": "all"}})),
+    ]
+}
+
+fn attention_layouts() -> Vec<(usize, Value)> {
+    vec![
+        (1, json!({})),
+        (4, json!({"zero": 3})),
+        (4, json!({"tensor": 4, "expert": 4})),
+        (4, json!({"context": 4, "expert": 4})),
+        (
+            4,
+            json!({"context": 4, "expert": 4, "context_attention": "ulysses"}),
+        ),
+        (2, json!({"pipeline": 2})),
+        (1, json!({"recompute": {"parts": ["attention"]}})),
+        (1, json!({"recompute": {"layers": "all"}})),
     ]
 }
 
 fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
     write_tokens(folder, VOCAB)?;
     for layout in layouts() {
-        let (name, ranks) = (layout.name(), layout.ranks);
+        let name = layout.name();
+        let ranks = layout.ranks;
         if args.case.as_ref().is_some_and(|case| *case != name) {
             continue;
         }
@@ -136,12 +169,10 @@ fn measure(args: &MemoryArgs, folder: &Path) -> Result<ExitCode> {
 }
 
 fn experiment(folder: &Path, layout: &Layout) -> Value {
-    json!({
+    let mut config = json!({
         "run": {"dir": folder.join("run"), "device": "cpu", "log_every": 1000},
         "parallel": layout.parallel,
-        "model": {"vocab_size": VOCAB, "hidden": 384, "layers": 4, "heads": 12,
-                  "kv_heads": (layout.attention != "latent").then_some(4),
-                  "attention": attention(layout.attention),
+        "model": {"vocab_size": VOCAB, "hidden": 384, "layers": 4, "heads": 12, "kv_heads": 4,
                   "moe": {"experts": 8, "top_k": 2, "ffn": 768,
                           // As the plan assumes.
                           "router": {"force_balance": true}}},
@@ -150,5 +181,7 @@ fn experiment(folder: &Path, layout: &Layout) -> Value {
         "schedule": {"constant": {"lr": 1e-3}},
         "checkpoint": {"every": 0},
         "snapshot": {"every": 0},
-    })
+    });
+    (layout.variant.apply)(&mut config);
+    config
 }

@@ -61,8 +61,10 @@ fn measure(args: &PipelineArgs, folder: &Path) -> Result<ExitCode> {
     let config = experiment(args, folder);
     let parsed: trainer::config::Config = serde_json::from_value(config.clone())
         .context("the configuration of the bench is invalid")?;
-    let output_layer_ratio =
-        parsed.model.head_cost_in_layers() / (parsed.model.layers as f64 / 2.0);
+    let output_layer_ratio = parsed
+        .model
+        .head_cost_in_layers(parsed.data.sequence_length)
+        / (parsed.model.layers as f64 / 2.0);
     let mut measured: Vec<PipelineTimes> =
         LAYOUTS.iter().map(|_| PipelineTimes::default()).collect();
     for round in 1..=args.rounds {

@@ -23,7 +23,7 @@ pub(super) fn page() -> String {
     let sections = schema.fields(schema.root());
     page.overview(&sections);
     for section in sections {
-        page.section(section.name, section.schema, 2);
+        page.section(section.name, &code(section.name), section.schema, 2);
     }
     page.page.into_text()
 }
@@ -47,9 +47,9 @@ impl<'a> ConfigPage<'a> {
         self.page.table(&["section", "required", "content"], &rows);
     }
 
-    /// Adds the keys of a section, and its subsections.
-    fn section(&mut self, path: &str, node: &'a Value, level: usize) {
-        self.page.heading(level, &code(path));
+    /// Adds the keys of the section at `path`, and its subsections, under this heading.
+    fn section(&mut self, path: &str, heading: &str, node: &'a Value, level: usize) {
+        self.page.heading(level, heading);
         let resolved = self.schema.resolve(node);
         self.page.paragraphs(description(resolved));
         let fields = self.schema.fields(node);
@@ -106,11 +106,12 @@ impl<'a> ConfigPage<'a> {
     fn subsections(&mut self, path: &str, node: &'a Value, level: usize) {
         let resolved = self.schema.resolve(node);
         if !self.schema.fields(resolved).is_empty() {
-            self.section(path, resolved, level + 1);
+            self.section(path, &code(path), resolved, level + 1);
         }
         let entries = &resolved["items"];
         if !self.schema.fields(entries).is_empty() {
-            self.section(&format!("{path}[]"), entries, level + 1);
+            let path = format!("{path}[]");
+            self.section(&path, &code(&path), entries, level + 1);
         }
         // A form `{name: value}` of an enum.
         for option in resolved["oneOf"].as_array().into_iter().flatten() {
@@ -119,8 +120,17 @@ impl<'a> ConfigPage<'a> {
                 self.subsections(&path, field.schema, level);
             }
         }
-        for option in resolved["anyOf"].as_array().into_iter().flatten() {
-            self.subsections(path, option, level);
+        let options = resolved["anyOf"].as_array().into_iter().flatten();
+        let has_fields = |option: &&Value| !self.schema.fields(option).is_empty();
+        let shares_path = options.clone().filter(has_fields).count() > 1;
+        for option in options {
+            if shares_path && has_fields(&option) {
+                let form = self.schema.type_name(option);
+                let heading = format!("{}: {form}", code(path));
+                self.section(path, &heading, option, level + 1);
+            } else {
+                self.subsections(path, option, level);
+            }
         }
     }
 }
@@ -135,5 +145,24 @@ fn default(field: &Field) -> String {
         Value::Object(_) => String::new(),
         Value::String(text) => code(text),
         value => code(&value.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn no_two_headings_are_equal() {
+        let page = page();
+        let headings = page.lines().filter(|line| line.starts_with('#'));
+        let mut seen = HashSet::new();
+        for heading in headings {
+            let name = heading.trim_start_matches('#');
+            assert!(seen.insert(name), "{heading}");
+        }
+        assert!(seen.contains(" `model.rope.layers`: `{every: ..., from: ...}`"));
+        assert!(seen.contains(" `model.rope.layers`: `{all_but: ...}`"));
     }
 }

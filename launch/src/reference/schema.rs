@@ -120,7 +120,8 @@ impl SchemaRoot {
 
     fn array_name(&self, schema: &Value) -> String {
         let items = plural(&self.type_name(&schema["items"]));
-        match schema["maxItems"].as_u64() {
+        let [fewest, most] = ["minItems", "maxItems"].map(|limit| schema[limit].as_u64());
+        match most.filter(|_| fewest == most) {
             Some(count) => format!("list of {count} {items}"),
             None => format!("list of {items}"),
         }
@@ -187,4 +188,32 @@ pub(super) fn items(variants: &[Variant]) -> Vec<String> {
 
 fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_list_names_its_length_if_only_one_is_possible() {
+        let root = SchemaRoot { root: Value::Null };
+        let name = |limits: Value| {
+            let mut schema = json!({"type": "array", "items": {"type": "number"}});
+            for (key, value) in limits.as_object().unwrap() {
+                schema[key] = value.clone();
+            }
+            root.type_name(&schema)
+        };
+        assert_eq!(name(json!({})), "list of numbers");
+        assert_eq!(name(json!({"maxItems": 8})), "list of numbers");
+        assert_eq!(
+            name(json!({"minItems": 1, "maxItems": 8})),
+            "list of numbers"
+        );
+        assert_eq!(
+            name(json!({"minItems": 2, "maxItems": 2})),
+            "list of 2 numbers"
+        );
+    }
 }

@@ -3,14 +3,14 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Precision of the model's arithmetic.
+/// Floating-point format.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// 32-bit floating point.
     #[default]
     Fp32,
-    /// bfloat16, with fp32 master weights and gradients.
+    /// bfloat16 (8 bits of exponent, 7 of fraction).
     Bf16,
 }
 

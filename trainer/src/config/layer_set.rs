@@ -2,6 +2,7 @@
 
 use super::limits::MAX_LAYERS;
 use super::words::NoneOrAll;
+use crate::problems::Problems;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -67,9 +68,22 @@ impl LayerSet {
         }
     }
 
+    /// Refuses the set, the value of `key`, if it names a layer that a model of `layers` layers
+    /// lacks, or has none of the model's layers. In that case `advice` says how to change it.
+    pub(crate) fn problems(&self, key: &str, layers: usize, advice: &str, problems: &mut Problems) {
+        if let Some(layer) = self.unknown_layer(layers) {
+            problems.add(format!(
+                "{key} names layer {layer}; the model has 0 to {}",
+                layers.saturating_sub(1)
+            ));
+        } else if !(0..layers).any(|layer| self.contains(layer)) {
+            problems.add(format!("{key} has none of the model's layers: {advice}"));
+        }
+    }
+
     /// Returns a layer that the set names although a model of `layers` layers has none of that
     /// number.
-    pub(crate) fn unknown_layer(&self, layers: usize) -> Option<usize> {
+    fn unknown_layer(&self, layers: usize) -> Option<usize> {
         let LayerSet::Layers(named) = self else {
             return None;
         };
@@ -98,10 +112,30 @@ mod tests {
     }
 
     #[test]
-    fn named_layers_that_the_model_lacks_are_found() {
-        let set = LayerSet::Layers(vec![0, 4, 9]);
-        assert_eq!(set.unknown_layer(4), Some(4));
-        assert_eq!(set.unknown_layer(10), None);
-        assert_eq!(LayerSet::ALL.unknown_layer(1), None);
+    fn sets_that_do_not_fit_the_model_are_refused() {
+        let problems = |yaml: &str, layers: usize| {
+            let set: LayerSet = serde_saphyr::from_str(yaml).unwrap();
+            let mut problems = Problems::default();
+            set.problems("key", layers, "leave it out", &mut problems);
+            problems.into_list().join("; ")
+        };
+        assert_eq!(
+            problems("[0, 4, 9]", 4),
+            "key names layer 4; the model has 0 to 3"
+        );
+        for set in ["[0, 4, 9]", "all", "{every: 4, from: 9}"] {
+            assert_eq!(problems(set, 10), "");
+        }
+        for set in [
+            "none",
+            "[]",
+            "{every: 4, from: 40}",
+            "{all_but: {every: 1}}",
+        ] {
+            assert_eq!(
+                problems(set, 16),
+                "key has none of the model's layers: leave it out"
+            );
+        }
     }
 }

@@ -64,6 +64,7 @@ pub use crate::{
     optim::{
         adamw::AdamwConfig,
         muon::{AdjustLr, MuonConfig},
+        qk_clip::QkClipConfig,
         sgd::SgdConfig,
     },
 };
@@ -315,7 +316,7 @@ pub struct TrainConfig {
     #[on_resume(reported)]
     #[schemars(range(min = 1, max = MAX_SEQUENCES))]
     pub micro_batch: usize,
-    /// Precision of the model's arithmetic. Master weights are fp32 in both cases.
+    /// Precision of the model's arithmetic. Master weights and gradients are fp32 in both cases.
     #[on_resume(reported)]
     #[serde(default)]
     pub dtype: Dtype,

@@ -79,7 +79,8 @@ pub struct ModelConfig {
     #[on_resume(section)]
     #[serde(default)]
     pub rope: RopeConfig,
-    /// Term added to the mean square in RMSNorm.
+    /// Term added to the mean square in RMSNorm. The norms inside latent attention use 1e-6
+    /// instead.
     #[on_resume(refused)]
     #[schemars(range(max = 1.0), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_norm_eps")]
@@ -190,8 +191,8 @@ impl ModelConfig {
 /// Maximal update parametrization as in PowerMoE and Granite (arXiv 2408.13359, table 1).
 ///
 /// The initial standard deviation of hidden matrices is divided by the square root of `width`, and
-/// their learning rate by `width`. Attention logits are scaled by `1 / head_dim`. Output logits are
-/// divided by `width`.
+/// their learning rate by `width`. Attention logits are scaled by one over the width of a key:
+/// `head_dim`, or `nope_dim + rope_dim` of latent attention. Output logits are divided by `width`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct MupConfig {

@@ -17,8 +17,10 @@ pub struct MultipliersConfig {
     #[on_resume(refused)]
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub residual: f64,
-    /// Factor on the products of queries and keys, before the softmax. By default
-    /// `1 / sqrt(head_dim)`, or `1 / head_dim` with `model.mup`.
+    /// Factor on the products of queries and keys, before the softmax. By default `1 / sqrt(width)`
+    /// for keys of that width, or `1 / width` with `model.mup`; the width is `head_dim`, or
+    /// `nope_dim + rope_dim` of latent attention. YaRN's `mscale_all_dim` multiplies it, given or
+    /// not.
     #[on_resume(refused)]
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub attention: Option<f64>,

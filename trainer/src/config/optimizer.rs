@@ -6,6 +6,7 @@ use crate::{
     optim::{
         adamw::{Adamw, AdamwConfig},
         muon::MuonConfig,
+        qk_clip::QkClipConfig,
         rule::Rule,
         sgd::SgdConfig,
     },
@@ -50,9 +51,16 @@ pub struct OptimizerConfig {
     /// Optimizers by the roles of parameters. AdamW updates all that no group does, with the
     /// constants above: `[{muon: {}}]` is Muon for the matrices of attention, feed-forward layers
     /// and experts, and AdamW for the rest. A resume with other groups is refused unless it is
-    /// accepted; state that the checkpoint lacks then starts from zero.
+    /// accepted. State that the checkpoint lacks then starts at zero, and AdamW corrects the bias
+    /// of its moments from there.
     #[on_resume(refused)]
     pub groups: Vec<GroupConfig>,
+    /// After each update by any optimizer, shrinks the weights of queries and keys in heads whose
+    /// largest attention logit of the step exceeded a threshold (QK-Clip of MuonClip, arXiv
+    /// 2507.20534, section 2.1). Measuring takes half of the FLOPs of attention's forward pass, and
+    /// again where backward recomputes attention. Off by default; `{}` has the paper's threshold.
+    #[on_resume(reported)]
+    pub qk_clip: Option<QkClipConfig>,
 }
 
 /// Parameters with an optimizer of their own: exactly one of `adamw`, `muon` and `sgd`.
@@ -97,6 +105,17 @@ impl GroupConfig {
         let sgd = sgd.map(|keys| Arc::new(keys.clone()) as _);
         [adamw, muon, sgd].into_iter().flatten().collect()
     }
+
+    /// True if the group sets a weight decay of its own.
+    pub(crate) fn has_weight_decay(&self) -> bool {
+        let adamw = self.adamw.as_ref().and_then(|keys| keys.weight_decay);
+        let muon = self.muon.as_ref().and_then(|keys| keys.weight_decay);
+        let sgd = self.sgd.as_ref().map(|keys| keys.weight_decay);
+        [adamw, muon, sgd]
+            .into_iter()
+            .flatten()
+            .any(|decay| decay > 0.0)
+    }
 }
 
 impl OptimizerConfig {
@@ -121,6 +140,7 @@ impl Default for OptimizerConfig {
             offload: false,
             state_dtype: Dtype::Fp32,
             groups: Vec::new(),
+            qk_clip: None,
         }
     }
 }

@@ -104,7 +104,9 @@ impl Config {
         let Some(layers) = stage_layers else {
             // The embedding on the first stage is a lookup, which costs next to nothing.
             let head = match vocabulary {
-                VocabularyLayout::Redis => self.model.head_cost_in_layers(),
+                VocabularyLayout::Redis => {
+                    self.model.head_cost_in_layers(self.data.sequence_length)
+                }
                 _ => 0.0,
             };
             return Ok(split_layers(model_layers, stages, 0.0, head));
@@ -120,15 +122,16 @@ impl Config {
         Ok(layers.clone())
     }
 
-    /// Returns the durations of passes, in units of one layer's forward, from their GEMMs.
+    /// Returns the durations of passes, in units of one layer's forward, from their FLOPs.
     pub fn costs(&self, order: &Order, layers: &[usize]) -> Costs {
         let ranks = order.ranks.len();
-        let head = self.model.head_cost_in_layers();
+        let length = self.data.sequence_length;
+        let head = self.model.head_cost_in_layers(length);
         let vocabulary = match self.parallel.vocabulary.algorithm() {
             Some(algorithm) => VocabularyCosts::from_logits(algorithm, head / ranks as f64),
             None => VocabularyCosts::default(),
         };
-        let mut costs = self.model.layer_costs().into_iter();
+        let mut costs = self.model.layer_costs(length).into_iter();
         let of_stage: Vec<f64> = layers
             .iter()
             .map(|&layers| costs.by_ref().take(layers).sum())

@@ -64,7 +64,7 @@ impl FamilyRules for MiniMaxM2 {
             moe_keys::write_experts(moe, config);
             config.set("intermediate_size", moe.ffn);
         }
-        let width = model.attention(0).rotary_width();
+        let width = model.attention(0).rotary_part().width;
         config.set("rotary_dim", model.rope.width(width));
         config.set("use_qk_norm", true);
         config.set("qk_norm_type", "per_layer");

@@ -146,7 +146,7 @@ impl RowOrder {
 impl Rows<'_> {
     fn heads(&self) -> HeadRows {
         let attention = self.model.attention(self.layer);
-        let rotary = self.model.rope.width(attention.rotary_width()) as u64;
+        let rotary = self.model.rope.width(attention.rotary_part().width) as u64;
         let heads = attention.head_rows(self.part, rotary);
         heads.expect("the order of heads is that of a tensor with heads")
     }

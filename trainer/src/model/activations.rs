@@ -15,6 +15,19 @@ pub(crate) struct Activations {
     pub(crate) transient: u64,
 }
 
+/// The sequences of a microbatch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SequenceShape {
+    /// Number of sequences.
+    pub(crate) count: usize,
+    /// Tokens of a sequence, on all ranks together.
+    pub(crate) length: usize,
+    /// True if tokens see only their own document.
+    pub(crate) has_documents: bool,
+    /// True if ring attention splits sequences over ranks.
+    pub(crate) in_ring: bool,
+}
+
 /// Everything that a block's activations on a rank depend on, besides the model.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BlockShape<'a> {
@@ -28,4 +41,5 @@ pub(crate) struct BlockShape<'a> {
     pub(crate) recompute: &'a RecomputeConfig,
     /// True if the model is on the CPU.
     pub(crate) on_host: bool,
+    pub(crate) sequences: SequenceShape,
 }

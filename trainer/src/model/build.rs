@@ -3,7 +3,7 @@
 use super::{
     Model, Stage, VocabularyWeight,
     build_context::BuildContext,
-    decoder::{block_norm_specs, layer_name, stream_norm_spec, vocabulary_spec},
+    decoder::{attention_name, block_norm_specs, layer_name, stream_norm_spec, vocabulary_spec},
     layer::{FeedForward, Layer},
     moe_block,
     norm::{BlockNorms, Norm, NormNames},
@@ -31,7 +31,7 @@ impl Model {
             context.rank(),
             context.size(),
         );
-        let width = config.rope.width(config.attention(0).rotary_width());
+        let width = config.rope.width(config.attention(0).rotary_part().width);
         let frequencies = config
             .rope
             .frequencies(config.rope_theta, width, ctx.sequence_length);
@@ -143,7 +143,7 @@ impl Builder<'_> {
         let (attention, attention_norms) = self.with_norms(&name, NormNames::ATTENTION, |this| {
             config
                 .attention(index)
-                .build(&mut this.weights, &format!("{name}.attention"))
+                .build(&mut this.weights, &attention_name(index))
         });
         let (feed_forward, feed_forward_norms) =
             self.with_norms(&name, NormNames::FEED_FORWARD, |this| {

@@ -2,10 +2,10 @@
 // Shapes: B batch, S sequence, s positions of it on this rank, H query heads, G key/value heads, dk
 // width of queries and keys, dv of values.
 
-use super::{documents::Documents, window_masks::WindowMasks};
+use super::{documents::Documents, largest_scores::LargestScores, window_masks::WindowMasks};
 use kernels::{
     AttentionOptions, ScoreMask, added_mask, attention, attention_backward, block_attention,
-    block_attention_backward, repeat_heads,
+    block_attention_backward, raise_to_largest_scores, repeat_heads,
 };
 use parallel::{
     AttentionResult, Communicator, Weight, attention_node,
@@ -20,7 +20,7 @@ use torch_ext::Error;
 /// On the CPU, the kernels of crate `kernels` skip the keys outside of a window. Elsewhere it is
 /// libtorch's fused kernel (cuDNN's on Hopper and Blackwell), which masks them, or with sinks
 /// unfused GEMMs in tiles of queries, because the fused kernels have no sinks. Windows and sinks
-/// are not yet run on hardware other than CPUs.
+/// have only been run on CPUs.
 #[derive(Clone)]
 pub(crate) struct CoreAttention {
     pub(crate) scale: f64,
@@ -30,6 +30,8 @@ pub(crate) struct CoreAttention {
     /// A logit per query head of this rank `[H]`: one more key of the softmax, without a value.
     pub(crate) sinks: Option<Weight>,
     pub(crate) window_masks: WindowMasks,
+    /// Raised by the scores of every forward pass while they are measured.
+    pub(crate) largest_scores: LargestScores,
     /// The key head of each query head.
     pub(crate) kv_head_of_query: Vec<i64>,
     pub(crate) context: Arc<dyn Communicator>,
@@ -49,6 +51,7 @@ impl CoreAttention {
         value: &Tensor,
         documents: Option<&Documents>,
     ) -> Result<Tensor, Error> {
+        let largest = self.largest_scores.of_heads(query);
         let kv_heads = key.size()[1];
         let is_even = self.is_even(kv_heads);
         let even_heads = |x: &Tensor| {
@@ -60,7 +63,7 @@ impl CoreAttention {
         };
         if self.context.size() == 1 {
             let inputs = [query, &even_heads(key), &even_heads(value)];
-            return self.attend_whole(inputs, documents, self.sinks.as_ref());
+            return self.attend_whole(inputs, documents, self.sinks.as_ref(), largest);
         }
         if self.kind == ContextKind::Ring {
             let document_ids = documents.map(Documents::document_ids);
@@ -69,6 +72,7 @@ impl CoreAttention {
                 window: self.window,
                 documents: document_ids.as_ref(),
                 sinks: self.sinks.as_ref(),
+                largest_scores: largest.as_ref(),
             };
             let key = even_heads(key);
             let value = even_heads(value);
@@ -90,7 +94,9 @@ impl CoreAttention {
         let first_head = self.context.rank() as i64 * own_heads;
         let sinks = self.sinks.as_ref();
         let sinks = sinks.map(|sinks| sinks.narrow_rows(first_head, own_heads));
-        let out = self.attend_whole([&query, &key, &value], documents, sinks.as_ref())?;
+        let largest = largest.map(|largest| largest.narrow(0, first_head, own_heads));
+        let inputs = [&query, &key, &value];
+        let out = self.attend_whole(inputs, documents, sinks.as_ref(), largest)?;
         heads_to_sequence(&out, &self.context)
     }
 
@@ -116,16 +122,23 @@ impl CoreAttention {
     }
 
     /// Attends over sequences that are whole on this rank. `sinks` are those of the query heads.
+    /// Raises `largest` `[H]` to the largest scores.
     fn attend_whole(
         &self,
         inputs: [&Tensor; 3],
         documents: Option<&Documents>,
         sinks: Option<&Weight>,
+        largest: Option<Tensor>,
     ) -> Result<Tensor, Error> {
-        let query = inputs[0];
+        let [query, key, _] = inputs;
         let on_cpu = query.device() == Device::Cpu;
         let window = self.window.filter(|&window| window < query.size()[2]);
         let mask = documents.map(|documents| documents.mask(query.kind(), window));
+        if let Some(largest) = largest {
+            let mask = mask.as_ref().map(|mask| as_added(mask, query.kind()));
+            let mask = score_mask(mask.as_ref(), window);
+            tch::no_grad(|| raise_to_largest_scores(&largest, query, key, mask, self.scale));
+        }
         if on_cpu && mask.is_none() {
             return causal(inputs, self.scale, window, sinks);
         }
@@ -175,10 +188,7 @@ fn masked(
     sinks: Option<&Weight>,
 ) -> Result<Tensor, Error> {
     let kind = inputs[0].kind();
-    let mask = mask.map(|mask| match mask.kind() {
-        Kind::Bool => added_mask(&mask, kind),
-        _ => mask,
-    });
+    let mask = mask.map(|mask| as_added(&mask, kind));
     let (out, lse) = tch::no_grad(|| {
         let mask = score_mask(mask.as_ref(), window);
         block_attention(inputs, mask, scale)
@@ -191,6 +201,14 @@ fn masked(
         let grads = block_attention_backward(grad, saved.each_ref(), out, lse, mask, scale);
         Ok(grads.map(|grad| grad.to_kind(kind)))
     })
+}
+
+/// Returns the mask that is added to scores, of one that is or of visible keys.
+fn as_added(mask: &Tensor, kind: Kind) -> Tensor {
+    match mask.kind() {
+        Kind::Bool => added_mask(mask, kind),
+        _ => mask.shallow_clone(),
+    }
 }
 
 fn score_mask(mask: Option<&Tensor>, window: Option<i64>) -> ScoreMask<'_> {
@@ -249,6 +267,8 @@ mod tests {
         positions: Tensor,
         at_positions: [Tensor; 4],
         sinks: Option<Tensor>,
+        /// The largest score of each head that was seen.
+        largest: Tensor,
     }
 
     impl Case {
@@ -291,6 +311,7 @@ mod tests {
             let keys = k.index_select(1, &kv_heads).transpose(2, 3);
             let mut scores =
                 (q.matmul(&keys) * 0.3).masked_fill(&visible.logical_not(), f64::NEG_INFINITY);
+            let largest = scores.detach().amax([0i64, 2, 3].as_slice(), false);
             if let Some(sinks) = &sinks {
                 let column = sinks
                     .view([1, heads, 1, 1])
@@ -304,6 +325,7 @@ mod tests {
                 positions: position,
                 at_positions: [out.detach(), q.grad(), k.grad(), v.grad()],
                 sinks: sinks.map(|sinks| sinks.grad()),
+                largest,
             }
         }
 
@@ -320,11 +342,14 @@ mod tests {
             let buckets =
                 GradientBuckets::new(&[(sinks.clone(), 0)], &alone, 1 << 20, true, &Cpu).unwrap();
             buckets.begin(1);
+            let largest_scores = LargestScores::default();
+            largest_scores.begin();
             let core_attention = CoreAttention {
                 scale: 0.3,
                 window: self.window,
                 sinks: self.sinks.as_ref().map(|_| sinks.clone()),
                 window_masks: WindowMasks::default(),
+                largest_scores: largest_scores.clone(),
                 kv_head_of_query: self.kv_head_of_query.clone(),
                 context,
                 kind,
@@ -349,6 +374,7 @@ mod tests {
                     .sinks
                     .as_ref()
                     .map(|_| buckets.gradient(0).copy().view([-1])),
+                largest: largest_scores.take().unwrap(),
             }
         }
 
@@ -376,6 +402,13 @@ mod tests {
                     assert!(close(ours, &whole), "{setting}");
                 }
             }
+            let none = expected.largest.full_like(f64::NEG_INFINITY);
+            let largest = parts.iter().map(|part| &part.largest);
+            let largest = largest.fold(none, |most, part| most.maximum(part));
+            assert!(
+                close(&largest, &expected.largest),
+                "largest scores, {setting}"
+            );
             if let Some(whole) = expected.sinks {
                 let parts = parts.iter().filter_map(|part| part.sinks.as_ref());
                 let sum = parts.fold(whole.zeros_like(), |sum, part| sum + part);

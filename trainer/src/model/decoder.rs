@@ -1,8 +1,9 @@
 //! Descriptions of all parameters of a decoder, and what follows from them.
 
 use super::{
-    activations::{Activations, BlockShape},
+    activations::{Activations, BlockShape, SequenceShape},
     attention::{AttentionKeys, AttentionPlan, ScoreScale},
+    core_plan::SharedMask,
     feed_forward::DensePlan,
     norm::{BlockNorms, NormNames, norm_spec},
     part::{HeadWeight, ModelPart},
@@ -35,6 +36,11 @@ pub(crate) fn layer_name(index: usize) -> String {
     format!("layers.{index}")
 }
 
+/// Returns the global name of the attention block of layer `index`.
+pub(crate) fn attention_name(index: usize) -> String {
+    format!("{}.attention", layer_name(index))
+}
+
 /// Returns the description of the embedding, or of the output layer, by its name.
 pub(crate) fn vocabulary_spec(config: &ModelConfig, part: &'static str) -> ParamSpec {
     let tokens = Dim::new("model.vocab_size", config.vocab_size as u64);
@@ -64,7 +70,7 @@ pub(crate) fn block_norm_specs(
 /// Returns the descriptions of the parameters of layer `index`, in the order of use.
 pub(crate) fn layer_specs(config: &ModelConfig, index: usize) -> Vec<ParamSpec> {
     let layer = layer_name(index);
-    let attention = config.attention(index).specs(&format!("{layer}.attention"));
+    let attention = config.attention(index).specs(&attention_name(index));
     let feed_forward = feed_forward_specs(config, index);
     let mut specs = Vec::new();
     for (names, block) in [
@@ -220,22 +226,25 @@ impl ModelConfig {
     pub(crate) fn layer_kind(&self, index: usize) -> LayerKind {
         LayerKind {
             has_experts: self.moe_config(index).is_some(),
-            window: self.attention(index).window(),
+            window: self.attention(index).core_plan().window,
             rotates: self.rope.layers.contains(index),
         }
     }
 
-    /// Returns the windows of all layers over sequences of `length` tokens, each once. `None`
-    /// stands for layers in which a token sees all earlier ones.
-    pub(crate) fn attention_reaches(&self, length: usize) -> BTreeSet<Option<usize>> {
-        let windows = (0..self.layers).map(|layer| self.attention(layer).window());
-        let shorter = |window: Option<usize>| window.filter(|&window| window < length);
-        windows.map(shorter).collect()
+    /// Returns the masks that the attention of `layers` over these sequences needs, each once.
+    pub(crate) fn shared_masks(
+        &self,
+        layers: impl Iterator<Item = usize>,
+        sequences: &SequenceShape,
+        on_host: bool,
+    ) -> BTreeSet<SharedMask> {
+        let mask = |layer| self.attention(layer).core_plan().mask(sequences, on_host);
+        layers.filter_map(mask).collect()
     }
 
     /// Returns the factor on the products of queries and keys, without that of rotary embedding.
     pub(crate) fn attention_scale(&self) -> f64 {
-        let width = self.attention(0).key_width();
+        let width = self.attention(0).core_plan().key_width;
         self.score_scale().of_width(width)
     }
 
@@ -288,21 +297,29 @@ impl ModelConfig {
         total.step()
     }
 
-    /// Returns the forward cost of each layer, in units of a mean layer's GEMMs.
-    pub(crate) fn layer_costs(&self) -> Vec<f64> {
-        let flops = self.gemm_flops_of_layers();
+    /// Returns the forward cost of each layer over sequences of `length` tokens, in units of a mean
+    /// layer.
+    pub(crate) fn layer_costs(&self, length: usize) -> Vec<f64> {
+        let flops = self.relative_flops(length);
         let mean = mean_of_layers(&flops);
         flops.iter().map(|flops| flops / mean).collect()
     }
 
-    /// Returns the cost of the output layer's forward, in units of a mean layer's GEMMs.
-    pub fn head_cost_in_layers(&self) -> f64 {
-        self.head_flops().weights / mean_of_layers(&self.gemm_flops_of_layers())
+    /// Returns the cost of the output layer's forward, in units of a mean layer.
+    pub fn head_cost_in_layers(&self, length: usize) -> f64 {
+        self.head_flops().weights / mean_of_layers(&self.relative_flops(length))
     }
 
-    fn gemm_flops_of_layers(&self) -> Vec<f64> {
-        let flops = |index| self.layer_flops(index, 0).weights;
-        (0..self.layers).map(flops).collect()
+    /// Returns the FLOPs of a token in each layer that tell layers apart: GEMMs with weights, and
+    /// the products of activations beyond those of the layer with the fewest. Only sliding windows
+    /// make these differ.
+    fn relative_flops(&self, length: usize) -> Vec<f64> {
+        let flops = (0..self.layers).map(|index| self.layer_flops(index, length));
+        let flops: Vec<Flops> = flops.collect();
+        let products = flops.iter().map(|flops| flops.activations);
+        let fewest = products.fold(f64::INFINITY, f64::min);
+        let beyond = |flops: &Flops| flops.weights + (flops.activations - fewest);
+        flops.iter().map(beyond).collect()
     }
 }
 
@@ -397,5 +414,29 @@ mod tests {
             }
             assert_eq!(shapes, built);
         }
+    }
+
+    #[test]
+    fn windows_make_layers_cheaper_and_nothing_else_does() {
+        let plain = config(|model| model["head_dim"] = json!(6));
+        assert_eq!(plain.layer_costs(4096), plain.layer_costs(0));
+        assert_eq!(
+            plain.head_cost_in_layers(4096),
+            plain.head_cost_in_layers(0)
+        );
+        let windows = config(|model| {
+            let window = json!({"size": 64, "layers": [0, 1]});
+            model["attention"] = json!({"grouped": {"window": window}});
+            model["dense_layers"] = json!(0);
+        });
+        let equal = windows.layer_costs(64);
+        assert!(equal.iter().all(|&cost| cost == 1.0), "{equal:?}");
+        let costs = windows.layer_costs(4096);
+        assert!(
+            costs[0] == costs[1] && costs[2] > 10.0 * costs[1],
+            "{costs:?}"
+        );
+        assert!((costs.iter().sum::<f64>() - 3.0).abs() < 1e-9);
+        assert!(windows.head_cost_in_layers(4096) < windows.head_cost_in_layers(64));
     }
 }

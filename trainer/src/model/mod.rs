@@ -1,5 +1,4 @@
-//! The decoder: embedding, pre-norm transformer layers with dense or MoE feed-forward, output
-//! layer.
+//! The decoder: embedding, transformer layers with dense or MoE feed-forward, output layer.
 // Shapes: B batch, S sequence, T = B * S tokens, D hidden, F ffn, V vocabulary, E experts, L of
 // them on this rank.
 
@@ -10,12 +9,14 @@ mod bias;
 mod build;
 mod build_context;
 mod core_attention;
+pub(crate) mod core_plan;
 pub(crate) mod decoder;
 mod documents;
 mod embedding;
 pub(crate) mod experts;
 pub(crate) mod feed_forward;
 mod init;
+mod largest_scores;
 mod layer;
 pub(crate) mod loss;
 pub(crate) mod moe_block;
@@ -28,7 +29,9 @@ pub(crate) mod replicas;
 pub(crate) mod role;
 pub(crate) mod rope;
 pub(crate) mod rope_scaling;
+mod rotary_part;
 mod rules;
+pub(crate) mod score_rows;
 mod share;
 pub(crate) mod slices;
 pub(crate) mod spec;
@@ -42,6 +45,7 @@ use crate::{
     config::ModelConfig,
     model::parameters::{Parameters, Unit},
 };
+use attention::Attention;
 use batch::BatchContext;
 use embedding::embed;
 use layer::{FeedForward, Layer, with_gathered_weights};
@@ -50,6 +54,7 @@ use moe::{
     MoeLayer, MoeStats,
     balance::{BalanceScope, BatchTotals, RouterStats, load_balance_loss, z_loss},
 };
+use moe_block::RouterBias;
 use norm::Norm;
 use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use std::{ops::Range, sync::Arc};
@@ -325,8 +330,12 @@ impl Model {
     }
 
     /// Gives each MoE layer without a loss-free balancing bias one of zeros, if `is_saved` returns
-    /// true for its global name.
+    /// true for its global name. Routers with a trained bias get none: it is their only bias.
     pub(crate) fn add_biases(&self, is_saved: impl Fn(&str) -> bool) {
+        let moe = self.config.moe.as_ref();
+        if moe.is_some_and(|moe| moe.router.bias == Some(RouterBias::Trained)) {
+            return;
+        }
         for (_, moe, experts) in self.local_moe_layers() {
             let mut bias = moe.weights.bias.lock();
             if bias.is_none() && is_saved(&bias_name(experts)) {
@@ -359,6 +368,49 @@ impl Model {
             });
             let numbered = stage.moe_layers.clone().zip(moe_layers);
             numbered.map(|(index, (moe, experts))| (index, moe, experts))
+        })
+    }
+
+    /// Starts to measure the largest attention score of each head.
+    pub(crate) fn begin_largest_scores(&self) {
+        for (_, attention) in self.local_attention() {
+            attention.largest_scores().begin();
+        }
+    }
+
+    /// Ends measuring and returns the largest attention score of each head, by layer and query head
+    /// of the whole model; negative infinity for heads of other ranks.
+    ///
+    /// # Errors
+    /// If earlier work on the device failed.
+    pub(crate) fn take_largest_scores(&self) -> Result<Vec<f32>, Error> {
+        let heads = self.config.heads;
+        let first = self.tensor.local_range(heads as i64).start as usize;
+        let taken = |(layer, attention): (usize, &dyn Attention)| {
+            Some((layer, attention.largest_scores().take()?))
+        };
+        let measured: Vec<_> = self.local_attention().filter_map(taken).collect();
+        let mut all = vec![f32::NEG_INFINITY; self.config.layers * heads];
+        if measured.is_empty() {
+            return Ok(all);
+        }
+        let tensors: Vec<&Tensor> = measured.iter().map(|(_, largest)| largest).collect();
+        let fetched = Vec::<f32>::try_from(Tensor::f_cat(&tensors, 0)?)?;
+        let own_heads = fetched.len() / measured.len();
+        for ((layer, _), largest) in measured.iter().zip(fetched.chunks_exact(own_heads)) {
+            let start = layer * heads + first;
+            all[start..start + own_heads].copy_from_slice(largest);
+        }
+        Ok(all)
+    }
+
+    /// Returns the attention of this rank's layers, with the index of the layer.
+    fn local_attention(&self) -> impl Iterator<Item = (usize, &dyn Attention)> {
+        let stages = self.part.stages.iter().zip(&self.stages);
+        stages.flat_map(|(part, stage)| {
+            let layers = stage.layers.iter();
+            let attention = layers.map(|(layer, _)| layer.attention.as_ref());
+            part.layers.clone().zip(attention)
         })
     }
 
@@ -444,4 +496,31 @@ impl Model {
 
 fn bias_name(experts: &LocalExperts) -> String {
     decoder::selection_bias_name(&experts.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{config::Dtype, process_groups::ProcessGroups};
+    use parallel::Cpu;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn saved_selection_biases_return_except_where_a_bias_is_trained() {
+        let count = |bias: Value| {
+            let config: ModelConfig = serde_json::from_value(json!({
+                "layers": 2, "hidden": 8, "heads": 2, "vocab_size": 11,
+                "moe": {"experts": 3, "top_k": 1, "ffn": 5, "router": {"bias": bias}},
+            }))
+            .unwrap();
+            let groups = ProcessGroups::single_rank();
+            let ctx = BuildContext::single_rank(4, Dtype::Fp32, &Cpu, &groups);
+            let model = Model::new(&config, ModelPart::whole(config.layers), &ctx);
+            model.add_biases(|name| name == "layers.1.moe.bias");
+            model.biases().count()
+        };
+        assert_eq!(count(Value::Null), 1);
+        assert_eq!(count(json!("frozen")), 2);
+        assert_eq!(count(json!("trained")), 0);
+    }
 }

@@ -23,7 +23,8 @@ pub struct NormConfig {
     #[on_resume(refused)]
     pub placement: NormPlacement,
     /// Stores each weight minus one: norms multiply by `1 + weight`, which starts as one (Gemma,
-    /// Qwen3-Next). That includes the norms of queries and keys.
+    /// Qwen3-Next). That includes the norms of queries and keys, and of the vectors of latent
+    /// attention.
     #[on_resume(refused)]
     pub zero_centered: bool,
 }
@@ -32,12 +33,13 @@ pub struct NormConfig {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum NormPlacement {
-    /// Of the block's input: `x + block(norm(x))`.
+    /// Normalizes the block's input: `x + block(norm(x))`.
     #[default]
     Pre,
-    /// Of the block's output: `x + norm(block(x))` (OLMo 2, arXiv 2501.00656).
+    /// Normalizes the block's output: `x + norm(block(x))` (OLMo 2, arXiv 2501.00656).
     Post,
-    /// Of both: `x + norm(block(norm(x)))` (Gemma 2, arXiv 2408.00118).
+    /// Normalizes the block's input and its output: `x + norm(block(norm(x)))` (Gemma 2, arXiv
+    /// 2408.00118).
     Sandwich,
 }
 
@@ -179,10 +181,10 @@ impl Norm {
         let (out, scale) = tch::no_grad(|| {
             let wide = x.detach().to_kind(Kind::Float);
             let scale = (mean(&wide.square(), group)? + self.eps).rsqrt();
-            let normed = (&wide * &scale).to_kind(kind);
-            let value = self.weight.value();
+            let normed = &wide * &scale;
+            // As in the kernel: without an offset, rows are rounded before the product, too.
             let out = if self.offset == 0.0 {
-                normed * value
+                normed.to_kind(kind) * self.weight.value()
             } else {
                 (normed * self.wide_gain()).to_kind(kind)
             };
@@ -307,6 +309,39 @@ mod tests {
                 .unwrap()
         });
         assert!(Tensor::cat(&parts, 1).allclose(&expected, 1e-6, 1e-6, false));
+    }
+
+    #[test]
+    fn split_rows_with_an_offset_are_rounded_once() {
+        let kind = Kind::BFloat16;
+        let whole = move || {
+            Tensor::arange(4096, FLOAT_CPU)
+                .view([8, 512])
+                .sin()
+                .to_kind(kind)
+        };
+        let weight = move || (Tensor::arange(512, FLOAT_CPU).cos() * 0.1).to_kind(kind);
+        let wide = whole().to_kind(Kind::Float);
+        let mean = wide
+            .square()
+            .mean_dim([-1i64].as_slice(), true, Kind::Float);
+        let gain = weight().to_kind(Kind::Float) + 1.0;
+        let once = wide * (mean + 1e-5).rsqrt() * gain;
+        let parts = run_on_threads(2, Duration::from_secs(60), move |world| {
+            let group = world.group("norm", &[0, 1]).unwrap();
+            let start = 256 * group.rank() as i64;
+            let own = |x: Tensor| x.narrow(-1, start, 256).contiguous();
+            let norm = Norm {
+                weight: Weight::new(own(weight())),
+                offset: 1.0,
+                eps: 1e-5,
+            };
+            norm.apply_split(&own(whole()), &group).unwrap()
+        });
+        // The sums of parts differ from a whole one in the last bits of fp32, which decide few
+        // roundings; two roundings change many elements.
+        let differ = Tensor::cat(&parts, 1).ne_tensor(&once.to_kind(kind));
+        assert!(i64::try_from(differ.sum(Kind::Int64)).unwrap() < 10);
     }
 
     #[test]

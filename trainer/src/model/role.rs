@@ -12,13 +12,13 @@ pub enum Role {
     Vocabulary,
     /// Vectors that scale normalized activations.
     Norm,
-    /// Matrices that map tokens to scores of experts.
+    /// Matrices that map tokens to scores of experts, or to the gate of the shared experts.
     Router,
     /// Matrices of attention, dense feed-forward layers and shared experts.
     Matrix,
     /// Matrices of routed experts.
     Expert,
-    /// Vectors that are added to activations.
+    /// Vectors that are added to activations or scores: biases, a router's trained bias, and sinks.
     Bias,
 }
 
@@ -32,6 +32,11 @@ impl Role {
         Role::Expert,
         Role::Bias,
     ];
+
+    /// True if weight decay applies.
+    pub(crate) fn decays(self) -> bool {
+        !matches!(self, Role::Norm | Role::Bias)
+    }
 
     /// Returns the word in a configuration.
     pub(crate) fn word(self) -> &'static str {

@@ -4,7 +4,10 @@
 //! Element `i` of a head is rotated with element `i + n / 2`, where the first `n` elements of the
 //! head rotate.
 
-use super::rope_scaling::{RopeScaling, Unscaled};
+use super::{
+    rope_scaling::{RopeScaling, Unscaled},
+    rotary_part::RotaryPart,
+};
 use crate::{config::layer_set::LayerSet, problems::Problems};
 use config_derive::ResumeKeys;
 use kernels::apply_rotary;
@@ -28,7 +31,7 @@ pub struct RopeConfig {
     /// `dynamic`, `ntk_alpha`, `llama3`, `yarn` and `longrope`. Without it there is none.
     #[on_resume(refused)]
     pub scaling: Option<RopeScaling>,
-    /// Layers whose queries and keys rotate. Attention in the others knows no positions (NoPE,
+    /// Layers whose queries and keys rotate. The other layers get no position information (NoPE,
     /// arXiv 2305.19466).
     #[on_resume(refused)]
     pub layers: LayerSet,
@@ -43,6 +46,14 @@ impl Default for RopeConfig {
         }
     }
 }
+
+/// Numbers of elements that messages give have this many digits after the point, and so have
+/// fractions that they suggest.
+const DIGITS: i32 = 6;
+
+/// Distance from a whole number of elements that a fraction of a head may have: fractions such as
+/// a third are written with few digits.
+const WHOLE: f64 = 0.01;
 
 /// Rotation of a head from one position to the next.
 pub(crate) struct Frequencies {
@@ -79,8 +90,8 @@ impl RopeConfig {
         }
     }
 
-    /// Returns the factor by which latent attention multiplies the scale of its softmax: 1 except
-    /// with YaRN's `mscale_all_dim` (DeepSeek-V3).
+    /// Returns the factor by which latent attention multiplies the scale of its softmax, in every
+    /// layer: 1 except with YaRN's `mscale_all_dim` (DeepSeek-V3).
     pub fn softmax_scale_factor(&self) -> f64 {
         match &self.scaling {
             Some(RopeScaling::Yarn(scaling)) => scaling.softmax_scale_factor(),
@@ -88,49 +99,72 @@ impl RopeConfig {
         }
     }
 
-    /// Adds what is impossible or useless in a model of `layers` layers whose heads have `head_dim`
-    /// elements.
+    /// Adds what is impossible or useless in a model of `layers` layers, whose queries and keys
+    /// have the rotary part `part`.
     pub(crate) fn problems(
         &self,
         theta: f64,
-        head_dim: usize,
+        part: RotaryPart,
         layers: usize,
         problems: &mut Problems,
     ) {
-        if let Some(layer) = self.layers.unknown_layer(layers) {
-            problems.add(format!(
-                "model.rope.layers names layer {layer}; the model has 0 to {}",
-                layers.saturating_sub(1)
-            ));
-        }
-        if !(0..layers).any(|layer| self.layers.contains(layer)) {
+        if self.layers == LayerSet::NONE {
             if self.scaling.is_some() || self.fraction != 1.0 {
                 problems.add(
-                    "model.rope.layers has no layer, so that model.rope.scaling and \
+                    "model.rope.layers selects no layer, so model.rope.scaling and \
                      model.rope.fraction have no effect: leave them out",
                 );
             }
             return;
         }
-        let width = self.width(head_dim);
-        let fraction = self.fraction;
-        let is_whole = (fraction * head_dim as f64 - width as f64).abs() < 1e-6;
-        if fraction == 1.0 && !width.is_multiple_of(2) {
-            problems.add(format!(
-                "the head width {head_dim} is odd; rotary embedding turns pairs"
-            ));
-        } else if !is_whole || width == 0 || !width.is_multiple_of(2) {
-            let nearest = (width / 2 * 2).max(2);
-            problems.add(format!(
-                "model.rope.fraction {fraction} of the head width {head_dim} is {} elements, which \
-                 is not an even number; {} would be {nearest}",
-                fraction * head_dim as f64,
-                nearest as f64 / head_dim as f64
-            ));
+        let advice = "write none for a model without rotary position embedding";
+        self.layers
+            .problems("model.rope.layers", layers, advice, problems);
+        if part.width == 0 {
+            // The checks of attention refuse such heads.
+            return;
+        }
+        let width = self.width(part.width);
+        if !self.selects_pairs(part.width) {
+            problems.add(self.odd_width(part));
         } else if let Some(scaling) = &self.scaling {
-            scaling.problems(Unscaled { theta, width }, problems);
+            scaling.problems(Unscaled { theta, width }, part, problems);
         }
     }
+
+    /// Returns true if whole pairs of `width` elements rotate, and at least one.
+    fn selects_pairs(&self, width: usize) -> bool {
+        let rotating = self.width(width);
+        let is_whole = (self.fraction * width as f64 - rotating as f64).abs() < WHOLE;
+        is_whole && rotating > 0 && rotating.is_multiple_of(2)
+    }
+
+    /// Describes a number of rotating elements that is not even.
+    fn odd_width(&self, part: RotaryPart) -> String {
+        let RotaryPart {
+            width, width_key, ..
+        } = part;
+        let fraction = self.fraction;
+        if fraction == 1.0 {
+            return format!(
+                "{width_key} {width} is odd; rotary embedding rotates elements in pairs, so the \
+                 width must be even"
+            );
+        }
+        let nearest = (self.width(width) / 2 * 2).max(2);
+        format!(
+            "model.rope.fraction {fraction} of {width_key} {width} is {} elements, which is not an \
+             even number; {} would be {nearest}",
+            rounded(fraction * width as f64),
+            rounded(nearest as f64 / width as f64)
+        )
+    }
+}
+
+/// Returns `x` without the noise of its last digits, for messages.
+fn rounded(x: f64) -> f64 {
+    let unit = 10f64.powi(DIGITS);
+    (x * unit).round() / unit
 }
 
 /// Cosines and sines of this rank's positions.
@@ -311,7 +345,12 @@ mod tests {
         for case in cases {
             let GoldenCase { name, rope, .. } = &case;
             let mut problems = Problems::default();
-            rope.problems(case.theta, case.head_dim, 1, &mut problems);
+            let part = RotaryPart {
+                width: case.head_dim,
+                width_key: "model.head_dim",
+                scales_softmax: case.softmax_scale_factor.is_some(),
+            };
+            rope.problems(case.theta, part, 1, &mut problems);
             assert_eq!(problems.into_list(), Vec::<String>::new(), "{name}");
             let width = rope.width(case.head_dim);
             let ours = rope.frequencies(case.theta, width, case.length);
@@ -333,10 +372,19 @@ mod tests {
         }
     }
 
-    fn problems(value: Value) -> String {
+    fn problems_of(value: Value, width: usize, scales_softmax: bool) -> String {
+        let part = RotaryPart {
+            width,
+            width_key: "model.head_dim",
+            scales_softmax,
+        };
         let mut problems = Problems::default();
-        config(value).problems(10_000.0, 12, 4, &mut problems);
+        config(value).problems(10_000.0, part, 4, &mut problems);
         problems.into_list().join("; ")
+    }
+
+    fn problems(value: Value) -> String {
+        problems_of(value, 12, false)
     }
 
     #[test]
@@ -374,13 +422,18 @@ mod tests {
         };
         let llama3 = json!({"factor": 8.0, "low": 4.0, "high": 4.0, "original_length": 64});
         for (value, problem) in [
-            (json!({"fraction": 0.3}), "would be 4"),
+            (
+                json!({"fraction": 0.3}),
+                "is 3.6 elements, which is not an even number; 0.333333 would be 4",
+            ),
             (json!({"fraction": 0.25}), "not an even number"),
             (json!({"fraction": 0.01}), "would be 2"),
             (
                 json!({"layers": [4]}),
                 "names layer 4; the model has 0 to 3",
             ),
+            (json!({"layers": []}), "write none"),
+            (json!({"layers": {"every": 2, "from": 4}}), "write none"),
             (json!({"layers": "none", "fraction": 0.5}), "no effect"),
             (
                 json!({"fraction": 1.0 / 6.0, "scaling": {"ntk_alpha": {"alpha": 2.0}}}),
@@ -406,16 +459,53 @@ mod tests {
             let found = problems(value.clone());
             assert!(found.contains(problem), "{value}: {found}");
         }
-        let odd = |config: RopeConfig| {
-            let mut problems = Problems::default();
-            config.problems(10_000.0, 3, 1, &mut problems);
-            problems.into_list()
-        };
         assert_eq!(
-            odd(RopeConfig::default()),
-            ["the head width 3 is odd; rotary embedding turns pairs"]
+            problems_of(json!({}), 3, false),
+            "model.head_dim 3 is odd; rotary embedding rotates elements in pairs, so the width \
+             must be even"
         );
-        assert_eq!(odd(config(json!({"layers": "none"}))), Vec::<String>::new());
+        for (value, width) in [(json!({"layers": "none"}), 3), (json!({}), 0)] {
+            assert_eq!(problems_of(value, width, false), "");
+        }
+    }
+
+    #[test]
+    fn suggested_fractions_are_accepted() {
+        for width in 2..200 {
+            let found = problems_of(json!({"fraction": 0.3001}), width, false);
+            let Some(suggestion) = found.split("; ").nth(1) else {
+                continue;
+            };
+            let fraction = suggestion.split(' ').next().unwrap();
+            let fraction: f64 = fraction.parse().unwrap();
+            assert_eq!(problems_of(json!({"fraction": fraction}), width, false), "");
+        }
+    }
+
+    #[test]
+    fn factors_of_yarn_without_effect_are_refused() {
+        let yarn = |more: &[(&str, f64)]| {
+            let mut yarn = json!({"factor": 4.0, "original_length": 64});
+            for (key, value) in more {
+                yarn[key] = json!(value);
+            }
+            json!({"scaling": {"yarn": yarn}})
+        };
+        let all = ("mscale_all_dim", 1.0);
+        for (factors, without_effect) in [
+            (vec![all], true),
+            (vec![all, ("attention_factor", 1.5)], true),
+            // Cosines and sines get the quotient.
+            (vec![all, ("mscale", 0.7)], false),
+        ] {
+            let grouped = problems_of(yarn(&factors), 12, false);
+            assert_eq!(
+                grouped.contains("only scales the softmax of latent attention"),
+                without_effect,
+                "{grouped}"
+            );
+            assert_eq!(problems_of(yarn(&factors), 12, true), "");
+        }
     }
 
     #[test]

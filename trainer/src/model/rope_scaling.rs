@@ -5,6 +5,7 @@
 //! (`modeling_rope_utils.py`). Below, `n` is the number of elements of a head that rotate, and
 //! `theta^(-2 i / n)` the frequency of pair `i` without scaling.
 
+use super::rotary_part::RotaryPart;
 use crate::{
     config::limits::{MAX_TOKENS, MAX_WIDTH},
     problems::Problems,
@@ -45,10 +46,12 @@ pub struct LinearScaling {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DynamicScaling {
-    /// Growth of the scaling with the length of sequences.
+    /// Growth of the scaling with the length of sequences: `model.rope_theta` is multiplied by
+    /// `(factor * length / original_length - (factor - 1))^(n / (n - 2))`, for `n` rotating
+    /// elements, in sequences longer than `original_length`.
     #[schemars(range(min = 1.0, max = 1e6))]
     pub factor: f64,
-    /// Tokens of a sequence up to which nothing is scaled.
+    /// Sequence length up to which nothing is scaled.
     #[schemars(range(min = 1, max = MAX_TOKENS))]
     pub original_length: usize,
 }
@@ -69,13 +72,15 @@ pub struct Llama3Scaling {
     /// Divisor of low frequencies.
     #[schemars(range(min = 1.0, max = 1e6))]
     pub factor: f64,
-    /// Turns within `original_length` up to which a frequency is low (`low_freq_factor`).
+    /// Number of rotations within `original_length` at or below which a frequency counts as low
+    /// (`low_freq_factor`).
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub low: f64,
-    /// Turns within `original_length` from which a frequency is high (`high_freq_factor`).
+    /// Number of rotations within `original_length` at or above which a frequency counts as high
+    /// (`high_freq_factor`).
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     pub high: f64,
-    /// Tokens of a sequence of pretraining.
+    /// Sequence length used in pretraining.
     #[schemars(range(min = 1, max = MAX_TOKENS))]
     pub original_length: usize,
 }
@@ -87,14 +92,15 @@ pub struct YarnScaling {
     /// Divisor of low frequencies.
     #[schemars(range(min = 1.0, max = 1e6))]
     pub factor: f64,
-    /// Tokens of a sequence of pretraining.
+    /// Sequence length used in pretraining.
     #[schemars(range(min = 1, max = MAX_TOKENS))]
     pub original_length: usize,
-    /// Turns within `original_length` from which a frequency is not scaled.
+    /// Number of rotations within `original_length` at or above which a frequency is not scaled.
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_beta_fast")]
     pub beta_fast: f64,
-    /// Turns within `original_length` up to which a frequency is divided by `factor`.
+    /// Number of rotations within `original_length` at or below which a frequency is divided by
+    /// `factor`.
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     #[serde(default = "default_beta_slow")]
     pub beta_slow: f64,
@@ -111,7 +117,8 @@ pub struct YarnScaling {
     #[serde(default)]
     pub mscale: Option<f64>,
     /// Strength of the factor on the scale of the softmax, which latent attention multiplies by
-    /// `m(mscale_all_dim)^2` (DeepSeek-V3).
+    /// `m(mscale_all_dim)^2` (DeepSeek-V3): in every layer, also outside `model.rope.layers`, and
+    /// also if `model.multipliers.attention` gives the scale.
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     #[serde(default)]
     pub mscale_all_dim: Option<f64>,
@@ -127,10 +134,10 @@ pub struct LongropeScaling {
     /// Divisors of the frequencies in longer sequences.
     #[schemars(length(max = MAX_WIDTH), inner(range(min = 1e-6, max = 1e6)))]
     pub long: Vec<f64>,
-    /// Tokens of a sequence of pretraining.
+    /// Sequence length used in pretraining.
     #[schemars(range(min = 2, max = MAX_TOKENS))]
     pub original_length: usize,
-    /// Longest sequence over `original_length`. It makes the factor on cosines and sines
+    /// Ratio of the longest sequence to `original_length`. It makes the factor on cosines and sines
     /// `sqrt(1 + ln(factor) / ln(original_length))`.
     #[schemars(range(min = 1.0, max = 1e6))]
     #[serde(default)]
@@ -178,8 +185,8 @@ impl Unscaled {
         }
     }
 
-    /// Returns the index, with a fraction, of the frequency that turns `turns` times within
-    /// `length` tokens.
+    /// Returns the index, with a fraction, of the frequency with this many `turns` within `length`
+    /// tokens.
     fn index(self, turns: f64, length: usize) -> f64 {
         let Unscaled { theta, width } = self;
         width as f64 * (length as f64 / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln())
@@ -236,16 +243,17 @@ impl RopeScaling {
         }
     }
 
-    /// Adds what makes the scaling impossible or useless.
-    pub(crate) fn problems(&self, unscaled: Unscaled, problems: &mut Problems) {
-        let Unscaled { theta, width } = unscaled;
+    /// Adds what makes the scaling impossible or useless for queries and keys with this rotary
+    /// part.
+    pub(crate) fn problems(&self, unscaled: Unscaled, part: RotaryPart, problems: &mut Problems) {
+        let width = unscaled.width;
         match self {
             RopeScaling::Linear(_) => {}
             RopeScaling::Dynamic(_) | RopeScaling::NtkAlpha(_) => {
                 if width <= 2 {
                     problems.add(format!(
-                        "model.rope.scaling: dynamic and ntk_alpha need heads of which more than 2 \
-                         elements rotate (here {width}); use another scaling"
+                        "model.rope.scaling: dynamic and ntk_alpha need more than 2 rotating \
+                         elements per head (here {width}); use another scaling"
                     ));
                 }
             }
@@ -258,17 +266,8 @@ impl RopeScaling {
                 }
             }
             RopeScaling::Yarn(scaling) => {
-                scaling.factor_problems(problems);
-                let (low, high) = scaling.transition(unscaled);
-                if scaling.beta_slow > scaling.beta_fast || theta <= 1.0 || low > high {
-                    problems.add(format!(
-                        "model.rope.scaling.yarn: no frequency of model.rope_theta {theta} turns \
-                         between beta_slow {} and beta_fast {} times within original_length {}; \
-                         give the length of the sequences of pretraining, and beta_fast above \
-                         beta_slow",
-                        scaling.beta_slow, scaling.beta_fast, scaling.original_length
-                    ));
-                }
+                scaling.factor_problems(part, problems);
+                scaling.transition_problems(unscaled, problems);
             }
             RopeScaling::Longrope(scaling) => scaling.list_problems(width, problems),
         }
@@ -325,7 +324,33 @@ impl YarnScaling {
         (0..unscaled.width / 2).map(move |i| ((i as f64 - low) / length).clamp(0.0, 1.0))
     }
 
-    fn factor_problems(&self, problems: &mut Problems) {
+    fn transition_problems(&self, unscaled: Unscaled, problems: &mut Problems) {
+        let theta = unscaled.theta;
+        if theta <= 1.0 {
+            problems.add(format!(
+                "model.rope.scaling.yarn scales low frequencies, but all are equal with \
+                 model.rope_theta {theta}: give one above 1, or use another scaling"
+            ));
+            return;
+        }
+        let (low, high) = self.transition(unscaled);
+        if self.beta_slow > self.beta_fast || low > high {
+            problems.add(format!(
+                "model.rope.scaling.yarn: no frequency of model.rope_theta {theta} rotates between \
+                 beta_slow {} and beta_fast {} times within original_length {}; give the sequence \
+                 length used in pretraining, and beta_fast above beta_slow",
+                self.beta_slow, self.beta_fast, self.original_length
+            ));
+        }
+    }
+
+    fn factor_problems(&self, part: RotaryPart, problems: &mut Problems) {
+        if self.mscale_all_dim.is_some() && self.mscale.is_none() && !part.scales_softmax {
+            problems.add(
+                "model.rope.scaling.yarn.mscale_all_dim has no effect: without mscale it only \
+                 scales the softmax of latent attention; leave it out",
+            );
+        }
         if self.mscale.is_some() && self.attention_factor.is_some() {
             problems.add(
                 "model.rope.scaling.yarn has attention_factor and mscale, which both set the \

@@ -122,7 +122,7 @@ impl ParamSpec {
 
     /// Returns true for the operands of GEMMs.
     pub(crate) fn is_matrix(&self) -> bool {
-        !matches!(self.role, Role::Norm | Role::Bias)
+        self.role.decays()
     }
 
     /// Returns the global name of the matrix of `expert`, which counts for stacks of experts only.
@@ -132,6 +132,14 @@ impl ParamSpec {
             Stack::Experts(_) => format!("{block}.experts.{expert}.{part}"),
             _ if block.is_empty() => part.to_string(),
             _ => format!("{block}.{part}"),
+        }
+    }
+
+    /// Returns the global name of the parameter, without the number of an expert.
+    pub(crate) fn parameter_name(&self) -> String {
+        match self.stack {
+            Stack::Experts(_) => format!("{}.experts.{}", self.block, self.part),
+            Stack::Single | Stack::GroupOfOne => self.name(0),
         }
     }
 

@@ -7,6 +7,7 @@ use super::{
 use crate::{
     Error,
     model::{
+        activations::FP32_BYTES,
         parameters::Parameters,
         spec::{ParamSpec, SplitDim},
     },
@@ -22,22 +23,56 @@ use std::{
 };
 use tch::{Device, Kind, Tensor};
 
-/// Most elements of the matrices that a rank transforms in a round, if there are several. Two
-/// rounds are in memory at once.
+/// Most elements of the matrices that a rank transforms in a round, and most elements that it sends
+/// or receives at once when results are scattered. One matrix, or one part of it, may have more.
 const ROUND_ELEMENTS: i64 = 16 << 20;
 
-/// Copies of a round's matrices at once: those that arrive and leave, packed and unpacked.
-const COPIES_OF_ROUND: u64 = 6;
-/// Copies of one matrix during its transformation.
-const COPIES_OF_MATRIX: u64 = 4;
+/// Tensors in fp32 as large as a matrix that exist during its transformation.
+const COPIES_OF_MATRIX: u64 = 6;
 
-/// Returns about how many bytes a rank needs for whole matrices of up to `largest` elements of
-/// `element` bytes, if its share of all has `own` elements.
-pub(crate) fn transform_bytes(own: u64, largest: u64, element: u64) -> u64 {
-    let round = (own / ROUNDS as u64)
-        .min(ROUND_ELEMENTS as u64)
-        .max(largest);
-    element * (COPIES_OF_ROUND * round + COPIES_OF_MATRIX * largest)
+/// Matrices of one parameter, as a rank holds them.
+pub(crate) struct HeldMatrices {
+    /// Elements of one whole matrix.
+    pub(crate) matrix: u64,
+    /// Elements of all whole matrices of the stage, per rank.
+    pub(crate) per_rank: f64,
+    /// Elements that this rank updates.
+    pub(crate) held: u64,
+}
+
+/// Returns about how many bytes a rank needs to exchange and transform whole matrices in `kind`.
+///
+/// The results of a round are scattered while the matrices of the next one arrive. Each element
+/// exists once as a part of either, and once more in a buffer on each side of a transfer.
+pub(crate) fn exchange_bytes(all: impl Iterator<Item = HeldMatrices>, kind: Kind) -> u64 {
+    let mut owned = 0.0;
+    let mut gathered = 0.0;
+    let mut scattered = 0.0;
+    let mut largest_matrix = 0;
+    let mut largest_part = 0;
+    for HeldMatrices {
+        matrix,
+        per_rank,
+        held,
+    } in all.filter(|matrices| matrices.held > 0)
+    {
+        // A rank with the rows of several matrices has whole ones.
+        let part = matrix.min(held);
+        let holders = (held * matrix) as f64 / (per_rank * part as f64);
+        owned += per_rank;
+        gathered += per_rank * (1.0 - part as f64 / matrix as f64);
+        scattered += held as f64 * (1.0 - 1.0 / holders.max(1.0));
+        largest_matrix = largest_matrix.max(matrix);
+        largest_part = largest_part.max(part);
+    }
+    let most = ROUND_ELEMENTS as f64;
+    let round = (owned / ROUNDS as f64).min(most).max(largest_matrix as f64);
+    let share = (round / owned.max(1.0)).min(1.0);
+    let arriving = round + 2.0 * gathered * share;
+    let leaving = round + 2.0 * (scattered * share).min(most.max(largest_part as f64));
+    let element = kind.elt_size_in_bytes() as f64;
+    let transforming = COPIES_OF_MATRIX * largest_matrix * FP32_BYTES;
+    (element * (arriving + leaving)) as u64 + transforming
 }
 
 /// The ranks of a pipeline stage, which exchange matrices, and the rows that each updates.
@@ -124,12 +159,14 @@ impl MatrixRounds {
             };
             exchange.finish("gathered matrices", pending, &matrices)?;
             arriving = rounds.next().map(gather).transpose()?;
-            let transformed: Vec<Tensor> = matrices.iter().map(|x| rule.transform(x)).collect();
-            drop(matrices);
-            let begun =
-                exchange.begin("scatter matrices", &round.scatter, &transformed, tensors)?;
-            if let Some(earlier) = leaving.replace(begun) {
-                exchange.finish("scattered matrices", earlier, tensors)?;
+            let transform = |matrix: Tensor| rule.transform(&matrix);
+            let transformed: Vec<Tensor> = matrices.into_iter().map(transform).collect();
+            for scatter in &round.scatters {
+                if let Some(earlier) = leaving.take() {
+                    exchange.finish("scattered matrices", earlier, tensors)?;
+                }
+                let begun = exchange.begin("scatter matrices", scatter, &transformed, tensors)?;
+                leaving = Some(begun);
             }
         }
         match leaving {
@@ -283,13 +320,19 @@ impl Exchange<'_> {
                 for [from, to] in &transfer.kept {
                     view(targets, to).f_copy_(&view(sources, from))?;
                 }
-                let mut parts = vec![Tensor::empty([0], (self.kind, self.device))];
+                let empty = |counts: &[i64]| {
+                    let elements: i64 = counts.iter().sum();
+                    Tensor::f_empty([elements], (self.kind, self.device))
+                };
+                let sent = empty(&send_counts)?;
+                let mut next = 0;
                 for place in transfer.sends.values().flatten() {
-                    parts.push(view(sources, place).to_kind(self.kind).reshape([-1]));
+                    let source = view(sources, place);
+                    let packed = sent.narrow(0, next, place.at.elements());
+                    packed.view(source.size().as_slice()).f_copy_(&source)?;
+                    next += place.at.elements();
                 }
-                let sent = Tensor::f_cat(&parts, 0)?;
-                let received: i64 = receive_counts.iter().sum();
-                let received = Tensor::empty([received], (self.kind, self.device));
+                let received = empty(&receive_counts)?;
                 let work =
                     self.group
                         .all_to_all(&received, &sent, &receive_counts, &send_counts)?;

@@ -6,7 +6,7 @@
 //! plan is a pure function of the parts, so all ranks have the same.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
 };
 
@@ -90,8 +90,8 @@ pub(crate) struct Round {
     pub(crate) owned: Vec<[i64; 2]>,
     /// From the ranks' tensors to the owned matrices.
     pub(crate) gather: Transfer,
-    /// From the owned matrices to the ranks' tensors.
-    pub(crate) scatter: Transfer,
+    /// From the owned matrices to the ranks' tensors, one after the other.
+    pub(crate) scatters: Vec<Transfer>,
 }
 
 /// Assigns each matrix to one of the ranks that hold it, so that costs are balanced.
@@ -121,7 +121,8 @@ pub(crate) fn owners(costs: &[f64], holders: &[Vec<usize>], ranks: usize) -> Vec
 pub(crate) const ROUNDS: i64 = 4;
 
 /// Plans the rounds of rank `own` of `ranks`. A rank transforms up to `most_elements` elements in a
-/// round, or one matrix.
+/// round, or one matrix. It sends up to as many in a transfer of results, and receives up to as
+/// many, or one part.
 ///
 /// `matrices` returns the matrices of the stage, in the same order on each call and each rank. It
 /// is called twice, because all parts together may take much memory.
@@ -142,17 +143,19 @@ pub(crate) fn plan<I: Iterator<Item = SplitMatrix>>(
     }
     let owners = owners(&costs, &holders, ranks);
     let round_elements = most_elements.min(elements / (ranks as i64 * ROUNDS));
-    let mut rounds: Vec<Round> = Vec::new();
+    let mut planner = Planner {
+        own,
+        most_elements,
+        rounds: Vec::new(),
+        scattered: Vec::new(),
+        gathered: vec![0; ranks],
+    };
     let mut filled = vec![RoundFill::default(); ranks];
-    let mut sent = vec![0; ranks];
     for (matrix, owner) in matrices().zip(owners) {
         let number = filled[owner].next(matrix.rows * matrix.columns, round_elements);
-        if rounds.len() <= number {
-            rounds.resize_with(number + 1, Round::default);
-        }
-        add_matrix(&mut rounds[number], &matrix, owner, own, &mut sent);
+        planner.add_matrix(number, &matrix, owner);
     }
-    rounds
+    planner.rounds
 }
 
 /// The round of the next matrix of an owner.
@@ -173,45 +176,107 @@ impl RoundFill {
     }
 }
 
-/// Adds the transfers of a matrix that `owner` transforms. `sent` are the elements that each rank
-/// sends to owners.
-fn add_matrix(round: &mut Round, matrix: &SplitMatrix, owner: usize, own: usize, sent: &mut [i64]) {
-    let number = round.owned.len();
-    if owner == own {
-        round.owned.push([matrix.rows, matrix.columns]);
+/// Elements that each rank sends and receives in a transfer.
+#[derive(Debug, Default)]
+struct TransferFill {
+    sent: HashMap<usize, i64>,
+    received: HashMap<usize, i64>,
+}
+
+impl TransferFill {
+    /// Adds elements unless a rank would then send or receive more than `most` and several parts.
+    fn add(&mut self, from: usize, to: usize, elements: i64, most: i64) -> bool {
+        let sent = self.sent.entry(from).or_default();
+        let received = self.received.entry(to).or_default();
+        let fits = |filled: i64| filled == 0 || filled + elements <= most;
+        let is_added = fits(*sent) && fits(*received);
+        if is_added {
+            *sent += elements;
+            *received += elements;
+        }
+        is_added
     }
-    let of_owner = |part: &Part| OnRank {
-        rank: owner,
-        place: Place {
-            tensor: number,
-            at: part.of_matrix.clone(),
-        },
-    };
-    let of_holder = |part: &Part| OnRank {
-        rank: part.rank,
-        place: Place {
-            tensor: matrix.tensor,
-            at: part.of_tensor.clone(),
-        },
-    };
-    let mut copies: BTreeMap<[i64; 2], Vec<&Part>> = BTreeMap::new();
-    for part in &matrix.parts {
-        let Rectangle { rows, columns } = &part.of_matrix;
-        let first = [rows.start, columns.start];
-        copies.entry(first).or_default().push(part);
-    }
-    for copies in copies.into_values() {
-        let cheapest = |part: &&&Part| (part.rank != owner, sent[part.rank], part.rank);
-        if let Some(part) = copies.iter().min_by_key(cheapest) {
-            if part.rank != owner {
-                sent[part.rank] += part.of_matrix.elements();
+}
+
+/// The rounds of a rank, and what all ranks send in them.
+struct Planner {
+    own: usize,
+    most_elements: i64,
+    rounds: Vec<Round>,
+    /// Elements in each transfer of results, by round.
+    scattered: Vec<Vec<TransferFill>>,
+    /// Elements that each rank sends to owners.
+    gathered: Vec<i64>,
+}
+
+impl Planner {
+    /// Adds the transfers of a matrix that `owner` transforms in round `number`.
+    fn add_matrix(&mut self, number: usize, matrix: &SplitMatrix, owner: usize) {
+        if self.rounds.len() <= number {
+            self.rounds.resize_with(number + 1, Round::default);
+            self.scattered.resize_with(number + 1, Vec::new);
+        }
+        let round = &mut self.rounds[number];
+        let tensor = round.owned.len();
+        if owner == self.own {
+            round.owned.push([matrix.rows, matrix.columns]);
+        }
+        let of_owner = |part: &Part| OnRank {
+            rank: owner,
+            place: Place {
+                tensor,
+                at: part.of_matrix.clone(),
+            },
+        };
+        let of_holder = |part: &Part| OnRank {
+            rank: part.rank,
+            place: Place {
+                tensor: matrix.tensor,
+                at: part.of_tensor.clone(),
+            },
+        };
+        let mut copies: BTreeMap<[i64; 2], Vec<&Part>> = BTreeMap::new();
+        for part in &matrix.parts {
+            let Rectangle { rows, columns } = &part.of_matrix;
+            let first = [rows.start, columns.start];
+            copies.entry(first).or_default().push(part);
+        }
+        for copies in copies.into_values() {
+            let cheapest =
+                |part: &&&Part| (part.rank != owner, self.gathered[part.rank], part.rank);
+            if let Some(part) = copies.iter().min_by_key(cheapest) {
+                if part.rank != owner {
+                    self.gathered[part.rank] += part.of_matrix.elements();
+                }
+                round.gather.add(self.own, of_holder(part), of_owner(part));
             }
-            round.gather.add(own, of_holder(part), of_owner(part));
+        }
+        let fills = &mut self.scattered[number];
+        for part in &matrix.parts {
+            let transfer = if part.rank == owner {
+                0
+            } else {
+                first_fit(fills, owner, part, self.most_elements)
+            };
+            if round.scatters.len() <= transfer {
+                round.scatters.resize_with(transfer + 1, Transfer::default);
+            }
+            round.scatters[transfer].add(self.own, of_owner(part), of_holder(part));
         }
     }
-    for part in &matrix.parts {
-        round.scatter.add(own, of_owner(part), of_holder(part));
+}
+
+/// Returns the first transfer with room for a part that `owner` sends, and adds it there.
+fn first_fit(fills: &mut Vec<TransferFill>, owner: usize, part: &Part, most: i64) -> usize {
+    let elements = part.of_matrix.elements();
+    let mut fits = |fill: &mut TransferFill| fill.add(owner, part.rank, elements, most);
+    if let Some(transfer) = fills.iter_mut().position(&mut fits) {
+        return transfer;
     }
+    let mut fill = TransferFill::default();
+    fits(&mut fill);
+    fills.push(fill);
+    fills.len() - 1
 }
 
 #[cfg(test)]
@@ -257,6 +322,82 @@ mod tests {
                 };
                 prop_assert!(own.peek().is_none() || own.any(is_even), "{loads:?}");
             }
+        }
+
+        #[test]
+        fn transfers_are_bounded_and_the_ranks_agree(
+            (ranks, matrices) in held(),
+            block in 1usize..5,
+            replicated: bool,
+            most_elements in prop::sample::select(vec![1i64, 30, 200, 1 << 20]),
+        ) {
+            let split = || matrices.iter().enumerate().map(|(tensor, &(rows, at))| {
+                let first = if at == ranks { 0 } else { at / block * block };
+                let last = if at == ranks { ranks } else { (first + block).min(ranks) };
+                split_matrix(tensor, i64::from(rows), first..last, replicated)
+            });
+            let plans: Vec<Vec<Round>> = (0..ranks)
+                .map(|own| plan(split, own, ranks, most_elements))
+                .collect();
+            let count = |places: &[Place]| places.iter().map(|p| p.at.elements()).sum::<i64>();
+            for (number, round) in plans[0].iter().enumerate() {
+                for scatter in 0..round.scatters.len() {
+                    let of_rank = |rank: usize| &plans[rank][number].scatters[scatter];
+                    for rank in 0..ranks {
+                        let Transfer { sends, receives, .. } = of_rank(rank);
+                        for places in [sends, receives] {
+                            let elements: i64 = places.values().map(|p| count(p)).sum();
+                            let parts: usize = places.values().map(Vec::len).sum();
+                            prop_assert!(elements <= most_elements || parts == 1);
+                        }
+                        for (&to, places) in sends {
+                            prop_assert_eq!(count(places), count(&of_rank(to).receives[&rank]));
+                        }
+                    }
+                }
+            }
+            for plan in &plans {
+                prop_assert_eq!(plan.len(), plans[0].len());
+                let transfers = |plan: &[Round]| -> Vec<usize> {
+                    plan.iter().map(|round| round.scatters.len()).collect()
+                };
+                prop_assert_eq!(transfers(plan), transfers(&plans[0]));
+            }
+        }
+    }
+
+    /// Returns a matrix of which each of `holders` holds some rows, or all of them.
+    fn split_matrix(
+        tensor: usize,
+        rows: i64,
+        holders: std::ops::Range<usize>,
+        replicated: bool,
+    ) -> SplitMatrix {
+        let count = holders.len() as i64;
+        let part = |rank: usize| {
+            let number = (rank - holders.start) as i64;
+            let rows = if replicated {
+                0..rows
+            } else {
+                number * rows / count..(number + 1) * rows / count
+            };
+            let at = |rows| Rectangle {
+                rows,
+                columns: 0..3,
+            };
+            Part {
+                rank,
+                of_tensor: at(0..rows.end - rows.start),
+                of_matrix: at(rows),
+            }
+        };
+        let has_rows = |part: &Part| part.of_matrix.elements() > 0;
+        SplitMatrix {
+            tensor,
+            rows,
+            columns: 3,
+            cost: rows as f64,
+            parts: holders.clone().map(part).filter(has_rows).collect(),
         }
     }
 }

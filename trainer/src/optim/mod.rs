@@ -11,6 +11,7 @@ mod matrix_exchange;
 mod matrix_plan;
 pub(crate) mod muon;
 mod offload;
+pub(crate) mod qk_clip;
 pub(crate) mod rate_jump;
 mod rounded_state;
 mod rounding;
@@ -35,11 +36,11 @@ use parallel::{Accelerator, Communicator, GradientBuckets, ReduceOp};
 use rounded_state::{chunks, update_rows, with_wide_state};
 use rounding::Rounding;
 use rule::{MatrixRule, RowUpdate, StepScalars, Update};
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 use tch::{Kind, Tensor};
 
 pub use matrix_exchange::StageRanks;
-pub(crate) use matrix_exchange::transform_bytes;
+pub(crate) use matrix_exchange::{HeldMatrices, exchange_bytes};
 
 /// The optimizer's state on this rank.
 pub struct Optimizer {
@@ -48,6 +49,7 @@ pub struct Optimizer {
     /// State of each parameter.
     states: Vec<Vec<NamedState>>,
     batches: Vec<Batch>,
+    starts: StateStarts,
     /// Set if masters are in host memory.
     offload: Option<Offload>,
     /// All ranks, which sum their parts of the squared gradient norm.
@@ -62,9 +64,15 @@ pub(crate) struct NamedState {
     pub(crate) tensor: Tensor,
 }
 
+/// Steps after which the state of parameters began as zeros, by [`ParamSpec::parameter_name`]. The
+/// state of all others began with the run.
+pub(crate) type StateStarts = BTreeMap<String, u64>;
+
 /// Parameters that one update changes, with equal constants.
 struct Batch {
     role: Role,
+    /// Step after which the state began.
+    start: u64,
     decay: bool,
     lr_scale: f64,
     members: Vec<usize>,
@@ -73,12 +81,15 @@ struct Batch {
 }
 
 /// Batches parameters in the order in which each batch's first parameter appears.
-fn batches(parameters: &Parameters, groups: &Groups) -> Vec<Batch> {
+fn batches(parameters: &Parameters, groups: &Groups, starts: &StateStarts) -> Vec<Batch> {
     let mut batches: Vec<Batch> = Vec::new();
     for (index, parameter) in parameters.iter().enumerate() {
         let role = parameter.spec.role;
+        let start = starts.get(&parameter.spec.parameter_name());
+        let start = start.copied().unwrap_or(0);
         let fits = |batch: &&mut Batch| {
             groups.are_together(batch.role, role)
+                && batch.start == start
                 && batch.decay == parameter.decay
                 && batch.lr_scale == parameter.lr_scale
         };
@@ -86,6 +97,7 @@ fn batches(parameters: &Parameters, groups: &Groups) -> Vec<Batch> {
             Some(batch) => batch.members.push(index),
             None => batches.push(Batch {
                 role,
+                start,
                 decay: parameter.decay,
                 lr_scale: parameter.lr_scale,
                 members: vec![index],
@@ -138,7 +150,8 @@ impl Optimizer {
         Ok(Optimizer {
             grad_clip,
             states: parameters.iter().map(zeros).collect(),
-            batches: batches(parameters, &groups),
+            batches: batches(parameters, &groups, &StateStarts::new()),
+            starts: StateStarts::new(),
             groups,
             offload,
             world,
@@ -151,9 +164,35 @@ impl Optimizer {
         &self.states[index]
     }
 
+    /// Returns the steps after which state began.
+    pub(crate) fn state_starts(&self) -> &StateStarts {
+        &self.starts
+    }
+
+    /// Sets the steps after which state began.
+    pub(crate) fn set_state_starts(&mut self, starts: StateStarts, parameters: &Parameters) {
+        self.batches = batches(parameters, &self.groups, &starts);
+        self.starts = starts;
+    }
+
     /// Returns the names of the state of parameters with this role.
     pub(crate) fn state_names(&self, role: Role) -> &'static [&'static str] {
         self.groups.of(role).rule.state()
+    }
+
+    /// Transforms one matrix of each shape on `device`, as if this rank owned one, and drops the
+    /// results.
+    pub(crate) fn transform_each_shape(&self, parameters: &Parameters, device: &dyn Accelerator) {
+        let mut done = Vec::new();
+        for parameter in parameters.iter() {
+            let shape = parameter.spec.matrix_shape();
+            if let Update::Matrices(rule) = self.groups.of(parameter.spec.role).rule.update()
+                && !done.contains(&(rule.kind(), shape))
+            {
+                let _ = rule.transform(&device.zeros(&shape, rule.kind()));
+                done.push((rule.kind(), shape));
+            }
+        }
     }
 
     /// Returns the norm of all gradients of the model. Each counts once, whatever the layout.
@@ -223,7 +262,7 @@ impl Optimizer {
             let updates: Vec<RowUpdate> = batch.members.iter().map(update).collect();
             let group = self.groups.of(batch.role);
             let scalars = StepScalars {
-                step,
+                step: step - batch.start,
                 lr: lr * batch.lr_scale * group.lr_scale,
                 decays: batch.decay,
                 scale,
@@ -296,8 +335,9 @@ mod tests {
     use serde_json::{Value, json};
     use tch::kind::FLOAT_CPU;
 
-    /// Returns the weights, masters and state after steps with given gradients.
-    fn after_steps(optimizer: &Value, dtype: Dtype, offload: bool) -> Vec<Tensor> {
+    /// Returns the weights, masters and state after three steps with given gradients, the first of
+    /// them after step `start`, when all state begins.
+    fn after_steps(optimizer: &Value, dtype: Dtype, offload: bool, start: u64) -> Vec<Tensor> {
         let model = json!({
             "layers": 2, "hidden": 8, "heads": 2, "vocab_size": 11, "ffn": 12, "dense_layers": 1,
             "moe": {"experts": 3, "top_k": 1, "ffn": 6},
@@ -317,6 +357,10 @@ mod tests {
         let world = Arc::new(Local::new(0, "alone"));
         let stage = StageRanks::alone();
         let mut optimizer = Optimizer::new(&config, 1.0, parameters, &Cpu, world, stage).unwrap();
+        if start > 0 {
+            let names = parameters.iter().map(|p| (p.spec.parameter_name(), start));
+            optimizer.set_state_starts(names.collect(), parameters);
+        }
         gradients.begin(1);
         for step in 1..4 {
             for index in 0..parameters.len() {
@@ -327,7 +371,7 @@ mod tests {
                 gradient.copy_(&(phases + index as f64).sin().view_as(&gradient));
             }
             let norm = optimizer.grad_norm(parameters, &gradients).unwrap();
-            let stepped = optimizer.step(parameters, &gradients, step, 1e-2, norm, &Cpu);
+            let stepped = optimizer.step(parameters, &gradients, start + step, 1e-2, norm, &Cpu);
             stepped.unwrap();
         }
         let states = optimizer.states.iter().flatten();
@@ -340,6 +384,13 @@ mod tests {
     }
 
     #[test]
+    fn state_that_begins_later_is_corrected_from_there() {
+        let adamw = json!({"groups": [{"muon": {}}, {"adamw": {}}]});
+        let first = after_steps(&adamw, Dtype::Fp32, false, 0);
+        assert_eq!(after_steps(&adamw, Dtype::Fp32, false, 1000), first);
+    }
+
+    #[test]
     fn state_in_host_memory_changes_nothing() {
         for groups in [
             json!([]),
@@ -349,13 +400,17 @@ mod tests {
             for state in ["fp32", "bf16"] {
                 for dtype in [Dtype::Fp32, Dtype::Bf16] {
                     let optimizer = json!({"groups": groups, "state_dtype": state});
-                    let plain = after_steps(&optimizer, dtype, false);
+                    let plain = after_steps(&optimizer, dtype, false, 0);
                     assert!(
                         plain
                             .iter()
                             .all(|x| bool::try_from(x.isfinite().all()).unwrap())
                     );
-                    assert_eq!(after_steps(&optimizer, dtype, true), plain, "{optimizer}");
+                    assert_eq!(
+                        after_steps(&optimizer, dtype, true, 0),
+                        plain,
+                        "{optimizer}"
+                    );
                 }
             }
         }

@@ -12,14 +12,17 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 /// Muon: momentum, of which each matrix is orthogonalized by five Newton-Schulz iterations. Each
-/// expert is a matrix of its own, and so are q, k, v, gate and up.
+/// expert is a matrix of its own, and so are q, k, v, gate and up. In latent attention `kv_up`,
+/// with keys and values of all heads, is one matrix, and `kv_down`, with the shared rotary key, is
+/// another, as in Moonlight (arXiv 2502.16982).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MuonConfig {
     /// Decay rate of the momentum, a running mean of gradients.
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     pub momentum: f64,
-    /// Orthogonalizes the momentum of the next step (Nesterov), as far as this step knows it.
+    /// Orthogonalizes momentum x buffer + (1 - momentum) x gradient (Nesterov), instead of the
+    /// buffer.
     pub nesterov: bool,
     /// Decoupled weight decay. By default `optimizer.weight_decay`.
     #[schemars(range(min = 0.0, max = 10.0))]
@@ -39,8 +42,8 @@ pub enum AdjustLr {
     /// same learning rate and weight decay (Moonlight, arXiv 2502.16982).
     #[default]
     MatchRmsAdamw,
-    /// `sqrt(max(1, rows / columns))`. Learning rates are then larger, such as 0.02. They suit all
-    /// widths, so that `model.mup.width` is refused with it.
+    /// `sqrt(max(1, rows / columns))`. Learning rates are then larger, such as 0.02. One rate suits
+    /// all widths, so `model.mup.width` is refused with it.
     Original,
 }
 

@@ -23,6 +23,11 @@ pub(crate) trait Rule: Send + Sync {
         None
     }
 
+    /// Returns what is wrong with the constants, beginning with their key.
+    fn problem(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Returns the update, by the kind of its parts.
     fn update(&self) -> Update<'_>;
 }
@@ -109,7 +114,7 @@ pub(crate) fn flat_slice(tensor: &Tensor, range: &Range<i64>) -> Tensor {
 /// Numbers of one step that all elements of an update share.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StepScalars {
-    /// Number of the step; the first is 1.
+    /// Number of updates that the state has seen, including this one.
     pub(crate) step: u64,
     /// Learning rate of the parameters.
     pub(crate) lr: f64,

@@ -13,7 +13,7 @@ pub struct SgdConfig {
     /// Factor of the momentum: each step adds the gradient to it. 0 keeps no momentum.
     #[schemars(range(min = 0.0), extend("exclusiveMaximum" = 1))]
     pub momentum: f64,
-    /// Follows the gradient plus the momentum of the next step (Nesterov), instead of the momentum.
+    /// Uses gradient + momentum x buffer as the update (Nesterov).
     pub nesterov: bool,
     /// Coefficient of the L2 penalty, which is added to the gradient. Norms and biases have none.
     #[schemars(range(min = 0.0, max = 10.0))]
@@ -37,6 +37,11 @@ impl Rule for SgdConfig {
         } else {
             &[]
         }
+    }
+
+    fn problem(&self) -> Option<&'static str> {
+        (self.nesterov && self.momentum == 0.0)
+            .then_some("sgd.nesterov needs a momentum: set sgd.momentum, or leave nesterov out")
     }
 
     fn update(&self) -> Update<'_> {

@@ -24,7 +24,7 @@ use parallel::{
     agreement::{agree, decode_peer_message, sum_over_ranks},
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -342,7 +342,7 @@ pub(super) fn restore(
         let changes = rules.check_keys(checkpoint.path(), &saved)?;
         Ok((checkpoint, state, saved, changes))
     });
-    let (mut checkpoint, state, config, mut changes) = agree(world, compared)?;
+    let (mut checkpoint, mut state, config, mut changes) = agree(world, compared)?;
     // The names of experts' rows must be those of the saved placement before values are read.
     rules.prepare(&state);
     let saved = saved_shapes(checkpoint.manifest(), is_counted);
@@ -354,6 +354,10 @@ pub(super) fn restore(
     let mismatches = account(&saved, &held, world)?;
     rules.check_tensors(checkpoint.path(), &mismatches, &mut changes)?;
     agree(world, copy_state(&mut checkpoint, run, &mismatches))?;
+    let begun = without_state(run, &mismatches).into_iter();
+    state
+        .state_starts
+        .extend(begun.map(|name| (name, state.step)));
     Ok(Restored {
         state,
         saved: config,
@@ -385,6 +389,27 @@ pub(super) fn copy_state(
         run.device.set_generator_state(&generator)?;
     }
     Ok(())
+}
+
+/// Returns the [`ParamSpec::parameter_name`]s of all ranks' parameters whose optimizer state has no
+/// counterpart to copy from.
+fn without_state(run: &StateTensors, mismatches: &[Mismatch]) -> Vec<String> {
+    let initial = mismatches
+        .iter()
+        .filter(|m| !matches!(m, Mismatch::Unplaced { .. }));
+    let initial: HashSet<&str> = initial.map(Mismatch::name).collect();
+    if initial.is_empty() {
+        return Vec::new();
+    }
+    let lacks_state = |spec: &ParamSpec| {
+        let mut kinds = run.optimizer.state_names(spec.role).iter();
+        kinds.any(|kind| {
+            let mut experts = 0..spec.matrices() as usize;
+            experts.any(|expert| initial.contains(key(kind, spec.name(expert)).as_str()))
+        })
+    };
+    let specs = model_specs(run.model.config()).filter(lacks_state);
+    specs.map(|spec| spec.parameter_name()).collect()
 }
 
 /// Returns true if the run's tensor has no counterpart to copy from.

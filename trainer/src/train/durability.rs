@@ -392,6 +392,7 @@ impl Trainer {
             min_tokens: self.min_tokens(),
             placement: placement.map(|placement| placement.state().clone()),
             counted_from: Some(position.counted_from),
+            state_starts: self.optimizer.state_starts().clone(),
             config: serde_json::to_value(&self.config).expect("plain data"),
         }
     }

@@ -16,6 +16,7 @@ mod model_shapes;
 mod own_figures;
 mod passes;
 mod progress_counter;
+mod qk_clip;
 mod rehearsal;
 mod resume;
 mod resume_rules;

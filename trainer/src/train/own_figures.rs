@@ -60,6 +60,7 @@ impl Trainer {
             sizes,
             step,
             rank: self.rank_figures(sums)?,
+            largest_logits: sums.largest_logits.clone(),
             lists_ranks: self.is_logged(self.step() + 1),
         })
     }

@@ -55,7 +55,7 @@ pub(super) fn rehearse(
     match outcome {
         Ok(()) => tracing::info!("rehearsed a step in {:.1?}", started.elapsed()),
         Err(error) => tracing::warn!(
-            "the rehearsal of a step failed, so that the first step loads kernels while other \
+            "the rehearsal of a step failed, so the first step loads kernels while other \
              ranks wait: {error}"
         ),
     }
@@ -65,7 +65,13 @@ pub(super) fn rehearse(
 impl Trainer {
     fn run_each_operation(&mut self) -> Result<(), Error> {
         let grad_norm = self.forward_backward()?;
-        self.update_parameters(grad_norm)?;
+        // Large enough to clip every head, which loads the kernels of that.
+        let heads = self.config.model.layers * self.config.model.heads;
+        self.update_parameters(grad_norm, &vec![f32::MAX; heads])?;
+        // Which matrices a rank owns depends on all layers of its stage.
+        let device = self.rank.device.as_ref();
+        self.optimizer
+            .transform_each_shape(&self.model.parameters, device);
         let moe = self.config.model.moe.as_ref();
         self.update_biases(&StepFigures::zeros(FigureSizes {
             moe_layers: self.config.model.num_moe_layers(),

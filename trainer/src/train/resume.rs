@@ -113,6 +113,9 @@ impl Trainer {
                 self.step() + 1
             ));
         }
+        let starts = state.state_starts;
+        self.optimizer
+            .set_state_starts(starts, &self.model.parameters);
         self.resumption.repeats_validation = repeats_validation;
         self.resumption.report = ResumeReport {
             changes: changes.reported,

@@ -92,25 +92,35 @@ impl ResumeRules<'_> {
         if !changes.accepts_mismatches && !unexplained.is_empty() {
             return Err(mismatch_error(path, &unexplained));
         }
-        let mut states: BTreeMap<String, usize> = BTreeMap::new();
+        let mut states: BTreeMap<(String, bool), usize> = BTreeMap::new();
         for mismatch in unexplained {
-            let outcome = match mismatch {
-                Mismatch::Unplaced { .. } => "it is omitted",
-                Mismatch::Missing { .. } | Mismatch::Reshaped { .. } => {
-                    "it starts from its initial value"
-                }
-            };
+            let is_omitted = matches!(mismatch, Mismatch::Unplaced { .. });
             let name = mismatch.name();
             match name.split_once('/') {
                 Some((state, _)) if !has_kind(name, &[kind::MASTER, kind::BIAS]) => {
-                    *states.entry(format!("{state}: {outcome}")).or_default() += 1;
+                    let group = (state.to_string(), is_omitted);
+                    *states.entry(group).or_default() += 1;
                 }
-                _ => changes.notes.push(format!("{mismatch}: {outcome}")),
+                _ if is_omitted => changes.notes.push(format!("{mismatch}: it is omitted")),
+                _ => {
+                    let note = format!("{mismatch}: it starts from its initial value");
+                    changes.notes.push(note);
+                }
             }
         }
         // As many as weights, or more.
-        let states = states.into_iter();
-        let counted = states.map(|(note, count)| format!("{count} tensors of state {note}"));
+        let counted = states.into_iter().map(|((state, is_omitted), count)| {
+            let [tensors, are, start] = if count == 1 {
+                ["tensor", "is", "starts"]
+            } else {
+                ["tensors", "are", "start"]
+            };
+            if is_omitted {
+                format!("{count} {tensors} of {state} {are} no longer used")
+            } else {
+                format!("{count} {tensors} of {state} {are} missing and {start} at zero")
+            }
+        });
         changes.notes.extend(counted);
         Ok(())
     }

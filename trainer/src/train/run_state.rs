@@ -1,6 +1,6 @@
 //! The part of a run's state that is no tensor: a checkpoint's manifest contains it.
 
-use crate::config::Config;
+use crate::{config::Config, optim::StateStarts};
 use serde::{Deserialize, Serialize};
 
 /// Position of a run, expert placement and configuration.
@@ -22,6 +22,9 @@ pub(crate) struct RunState {
     /// Position since which the batches have the sizes of `config`. Earlier versions lack it.
     #[serde(default)]
     pub(crate) counted_from: Option<CountedFrom>,
+    /// Steps after which the optimizer's state of some parameters began.
+    #[serde(default, skip_serializing_if = "StateStarts::is_empty")]
+    pub(crate) state_starts: StateStarts,
     pub(crate) config: serde_json::Value,
 }
 
@@ -47,7 +50,7 @@ impl CountedFrom {
 }
 
 impl RunState {
-    /// Returns the reason why step, samples and tokens contradict each other under `config`, the
+    /// Returns the reason why steps, samples and tokens contradict each other under `config`, the
     /// configuration of the state.
     pub(crate) fn position_problem(&self, config: &Config) -> Option<String> {
         let RunState {
@@ -61,6 +64,11 @@ impl RunState {
                 "step {step}, samples {samples} and tokens {tokens} do not agree: {expected}"
             ))
         };
+        if let Some((name, start)) = self.state_starts.iter().find(|(_, start)| **start > step) {
+            return Some(format!(
+                "the optimizer's state of {name} begins in step {start}, after step {step}"
+            ));
+        }
         let from = self.counted_from.unwrap_or_default();
         let Some((expected_tokens, expected_samples)) = from.position_at(step, config) else {
             return contradiction("they begin after this step");
@@ -119,6 +127,7 @@ mod tests {
             min_tokens: None,
             placement: None,
             counted_from: from,
+            state_starts: StateStarts::new(),
             config: serde_json::Value::Null,
         }
     }
@@ -134,6 +143,12 @@ mod tests {
         assert_eq!(problem(20, 80, 80 * length, start), None);
         assert!(problem(20, 88, 80 * length, start).is_some());
         assert!(problem(4, 80, 80 * length, start).is_some());
+        let begun = |step| RunState {
+            state_starts: [("norm".to_string(), step)].into(),
+            ..state(20, 80, 80 * length, start)
+        };
+        assert_eq!(begun(20).position_problem(&constant), None);
+        assert!(begun(21).position_problem(&constant).is_some());
         assert!(problem(20, 80, 80 * length + 1, start).is_some());
         let skipped = Some(CountedFrom {
             skipped: 8,

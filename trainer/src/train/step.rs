@@ -4,12 +4,14 @@
 use super::{
     Trainer,
     metrics::{
-        records::StepMetrics, report::StepResults, step_figures::StepFigures,
+        records::{QkClipMetrics, StepMetrics},
+        report::StepResults,
         summed_figures::SummedFigures,
     },
     microbatch::HostMicrobatches,
     own_figures::{StepFlags, StepLosses},
     passes::StepPlan,
+    qk_clip,
     snapshots::ReservedSlot,
     stages::{StepInputs, StepStages},
     step_sums::{LossTerms, StepSums},
@@ -43,6 +45,8 @@ struct Update {
     lr: f64,
     /// `None` if experts stay on their ranks: `model.moe.placement` is not set.
     moved_experts: Option<u64>,
+    /// Attention logits of the step, if `optimizer.qk_clip` is set.
+    qk_clip: Option<QkClipMetrics>,
 }
 
 impl Trainer {
@@ -76,7 +80,7 @@ impl Trainer {
         let figures = &summed.step;
         self.durability
             .finish_copy(snapshot_due, figures, self.rank.world.size());
-        let update = self.update(figures, grad_norm)?;
+        let update = self.update(&summed, grad_norm)?;
         let step_tokens = self.data.position.step_tokens(&self.config);
         self.data.position.complete_step(&self.config);
         self.durability
@@ -94,8 +98,10 @@ impl Trainer {
             tokens: self.data.position.tokens,
             seconds,
             moved_experts: update.moved_experts,
+            qk_clip: update.qk_clip,
             snapshot: self.durability.metrics().filter(|_| snapshot_due),
             stage_ranks: self.rank.world.size() / self.rank.mesh.shape().pipeline,
+            expert_slices: self.rank.mesh.shape().expert_tensor,
             times_passes: self.rank.device.computes_on_host(),
         });
         Ok((metrics, stops))
@@ -168,8 +174,15 @@ impl Trainer {
         let gradients = &self.passes.gradients;
         gradients.begin(accumulation);
         let totals = totals(counts.as_ref());
-        let sums = self.run_schedule(&plan.schedule, Some(gradients), &batches, totals)?;
+        let measures_logits = self.config.optimizer.qk_clip.is_some();
+        if measures_logits {
+            self.model.begin_largest_scores();
+        }
+        let mut sums = self.run_schedule(&plan.schedule, Some(gradients), &batches, totals)?;
         gradients.finish()?;
+        if measures_logits {
+            sums.largest_logits = self.model.take_largest_scores()?;
+        }
         Ok(Accumulated {
             sums,
             counted_tokens,
@@ -251,20 +264,30 @@ impl Trainer {
     }
 
     /// Changes parameters, biases and the placement of experts, and waits for the device.
-    fn update(&mut self, figures: &StepFigures, grad_norm: f64) -> Result<Update, Error> {
-        let lr = self.update_parameters(grad_norm)?;
-        self.update_biases(figures);
-        let moved_experts = self.move_experts(figures)?;
+    fn update(&mut self, summed: &SummedFigures, grad_norm: f64) -> Result<Update, Error> {
+        let lr = self.update_parameters(grad_norm, &summed.largest_logits)?;
+        self.update_biases(&summed.step);
+        let moved_experts = self.move_experts(&summed.step)?;
         let synchronized = self.rank.device.synchronize();
         // When another rank has failed, its error explains more than what the device reports, and
         // the computed values are useless.
         self.rank.world.check()?;
         synchronized?;
-        Ok(Update { lr, moved_experts })
+        let clip = self.config.optimizer.qk_clip.as_ref();
+        Ok(Update {
+            lr,
+            moved_experts,
+            qk_clip: clip.map(|clip| qk_clip::metrics(clip, &summed.largest_logits)),
+        })
     }
 
-    /// Updates the parameters and returns the learning rate.
-    pub(super) fn update_parameters(&mut self, grad_norm: f64) -> Result<f64, Error> {
+    /// Updates the parameters and returns the learning rate. `largest_logits` are those of all
+    /// heads of the model, with `optimizer.qk_clip`.
+    pub(super) fn update_parameters(
+        &mut self,
+        grad_norm: f64,
+        largest_logits: &[f32],
+    ) -> Result<f64, Error> {
         let position = self.data.position.in_schedule();
         let lr = learning_rate(&self.config, position);
         self.optimizer.step(
@@ -275,6 +298,9 @@ impl Trainer {
             grad_norm,
             self.rank.device.as_ref(),
         )?;
+        if let Some(clip) = &self.config.optimizer.qk_clip {
+            qk_clip::clip_heads(&self.model, clip, largest_logits)?;
+        }
         self.model.mark_stale();
         Ok(lr)
     }

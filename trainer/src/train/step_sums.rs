@@ -19,6 +19,9 @@ pub(crate) struct StepSums {
     pub(crate) wait_ratio: Option<f64>,
     /// Times of each kind of pass in each chunk, `[kinds * chunks]`.
     pub(crate) passes: Vec<PassTime>,
+    /// The largest attention logit by layer and query head of the model, negative infinity for
+    /// heads of other ranks. Empty if they are not measured.
+    pub(crate) largest_logits: Vec<f32>,
 }
 
 /// Statistics of one MoE layer of the model in one pass.
@@ -91,6 +94,7 @@ impl StepSums {
             pending: VecDeque::new(),
             wait_ratio: None,
             passes: Vec::new(),
+            largest_logits: Vec::new(),
         }
     }
 

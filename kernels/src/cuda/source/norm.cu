@@ -1,9 +1,10 @@
 // RMSNorm (arXiv 1910.07467). The gain of a column is `weight + offset`. A block has several rows
-// of 32 threads, or one row of more threads.
+// of 32 threads, or one row of more threads. If `rounds_before` is not 0, normed rows are rounded
+// before the product with the gain, too.
 
 KERNEL void rms_norm(
-    const Number* x, const Number* weight, float offset, Number* out, float* scale, Long rows,
-    Long width, float eps) {
+    const Number* x, const Number* weight, float offset, Long rounds_before, Number* out,
+    float* scale, Long rows, Long width, float eps) {
     STATIC_SHARED(float, shared, 32);
     Long row = first_row();
     if (row >= rows) {
@@ -28,10 +29,14 @@ KERNEL void rms_norm(
         for (int e = 0; e < VECTOR; ++e) {
             normed.x[e] = wide(pack.x[e]) * factor;
         }
-        // The normed row is rounded before the product with the weight, too.
-        round_to(pack, normed);
+        if (rounds_before) {
+            round_to(pack, normed);
+            for (int e = 0; e < VECTOR; ++e) {
+                normed.x[e] = wide(pack.x[e]);
+            }
+        }
         for (int e = 0; e < VECTOR; ++e) {
-            normed.x[e] = wide(pack.x[e]) * (wide(weights.x[e]) + offset);
+            normed.x[e] *= wide(weights.x[e]) + offset;
         }
         store_rounded(out + i, normed);
     }

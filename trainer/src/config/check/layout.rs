@@ -1,7 +1,7 @@
 //! Checks of the parallel layout against the model, the batch and the nodes.
 
 use crate::{
-    config::{BatchSize, BatchStage, Config},
+    config::{BatchSize, BatchStage, Config, LayerSet},
     problems::{Problems, Quantity},
 };
 use parallel::{GroupKind, MemberRanges, Mesh, MeshShape, NodeSplit, context::ContextKind};
@@ -164,12 +164,10 @@ impl Config {
     }
 
     fn check_recompute(&self, problems: &mut Problems) {
-        let layers = self.model.layers;
-        if let Some(layer) = self.parallel.recompute.layers.unknown_layer(layers) {
-            problems.add(format!(
-                "parallel.recompute.layers names layer {layer}; the model has 0 to {}",
-                layers.saturating_sub(1)
-            ));
+        let layers = &self.parallel.recompute.layers;
+        if *layers != LayerSet::NONE {
+            let key = "parallel.recompute.layers";
+            layers.problems(key, self.model.layers, "write none", problems);
         }
     }
 

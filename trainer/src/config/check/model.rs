@@ -14,10 +14,10 @@ impl Config {
         let attention = model.attention(0);
         attention.problems(problems);
         if model.heads > 0 {
-            let width = attention.rotary_width();
+            let part = attention.rotary_part();
             model
                 .rope
-                .problems(model.rope_theta, width, model.layers, problems);
+                .problems(model.rope_theta, part, model.layers, problems);
         }
         if model.has_dense_layers() && model.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
@@ -41,21 +41,12 @@ impl Config {
         if model.dense_layers > 0 || model.moe_every != 1 {
             problems.add(format!(
                 "model.moe.layers names the MoE layers, and model.dense_layers {} and moe_every {} \
-                 describe them too: leave the latter out",
+                 describe them too: leave those two out",
                 model.dense_layers, model.moe_every
             ));
         }
-        if let Some(layer) = layers.unknown_layer(model.layers) {
-            problems.add(format!(
-                "model.moe.layers names layer {layer}; the model has 0 to {}",
-                model.layers.saturating_sub(1)
-            ));
-        } else if model.num_moe_layers() == 0 {
-            problems.add(
-                "model.moe.layers has none of the model's layers: leave model.moe out for a dense \
-                 model",
-            );
-        }
+        let advice = "leave model.moe out for a dense model";
+        layers.problems("model.moe.layers", model.layers, advice, problems);
     }
 
     /// Checks that products of sizes stay far below 64 bits. No machine holds such tensors.
@@ -88,7 +79,9 @@ impl Config {
                  {widest} values each are {elements} values; at most {MAX_ACTIVATION} are possible"
             ));
         }
-        let mask = self.document_mask_elements();
+        let sequences = self.sequence_shape();
+        let masks = model.shared_masks(0..model.layers, &sequences, true);
+        let mask: u128 = masks.iter().map(|mask| mask.elements(&sequences)).sum();
         if mask > MAX_ACTIVATION {
             problems.add(format!(
                 "data.eod_token: keeping documents apart in {micro_batch} x {length} tokens takes \

@@ -2,6 +2,7 @@
 
 use crate::{
     config::{Config, Dtype},
+    model::{attention::grouped::QkNorm, decoder::model_specs, role::Role},
     optim::{groups::Groups, muon::AdjustLr},
     problems::Problems,
 };
@@ -66,7 +67,17 @@ impl Config {
 
     fn check_optimizer(&self, problems: &mut Problems) {
         let optimizer = &self.optimizer;
-        Groups::check(optimizer, self.train.dtype.kind(), problems);
+        // A model with problems may have no parameters that could be listed.
+        let known = problems.is_empty();
+        let has_role = |role: &Role| !known || model_specs(&self.model).any(|s| s.role == *role);
+        let roles: Vec<Role> = Role::ALL.into_iter().filter(has_role).collect();
+        Groups::check(optimizer, self.train.dtype.kind(), &roles, problems);
+        if optimizer.qk_clip.is_some() && self.model.qk_norm != QkNorm::None {
+            problems.add(
+                "optimizer.qk_clip has no effect with model.qk_norm, which normalizes queries and \
+                 keys whatever their weights are: leave one of them out",
+            );
+        }
         let mut all_eps = vec![("optimizer.eps".to_string(), optimizer.eps)];
         for (index, group) in optimizer.groups.iter().enumerate() {
             let key = format!("optimizer.groups[{index}]");
@@ -103,5 +114,46 @@ impl Config {
         if self.train.dtype != Dtype::Bf16 {
             problems.add("train.fp8_experts needs train.dtype: bf16, which its results are in");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        config::{QkClipConfig, QkNorm},
+        optim::schedule::tests::config,
+    };
+
+    #[test]
+    fn clipping_of_heads_needs_weights_that_decide_about_logits() {
+        let mut config = config("steps: 100, global_batch: 4 | constant: {lr: 1.0}");
+        config.optimizer.qk_clip = Some(QkClipConfig::default());
+        let without = config.problems(1);
+        for norm in [QkNorm::Full, QkNorm::Head, QkNorm::HeadAfterRope] {
+            config.model.qk_norm = norm;
+            let problems = config.problems(1);
+            let [problem] = problems
+                .iter()
+                .filter(|p| !without.contains(p))
+                .collect::<Vec<_>>()[..]
+            else {
+                panic!("{problems:?}");
+            };
+            let keys = [
+                "optimizer.qk_clip",
+                "model.qk_norm",
+                "leave one of them out",
+            ];
+            assert!(keys.iter().all(|key| problem.contains(key)), "{problem}");
+        }
+        config.model.qk_norm = QkNorm::None;
+        config.optimizer.qk_clip = Some(QkClipConfig { threshold: -1.0 });
+        let refusal = "optimizer.qk_clip.threshold is -1";
+        assert!(
+            config
+                .problems(1)
+                .iter()
+                .any(|problem| problem.starts_with(refusal))
+        );
     }
 }

@@ -10,8 +10,12 @@ use crate::{
         batch::BatchContext,
         bias::bias_spec,
         core_attention::CoreAttention,
+        core_plan::CorePlan,
+        largest_scores::LargestScores,
         norm::{Norm, norm_spec},
         rope::Rope,
+        rotary_part::RotaryPart,
+        score_rows::{BlockScoreRows, ScorePart, ScoreRows},
         spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
@@ -63,9 +67,9 @@ pub enum AttentionBias {
     /// No bias.
     #[default]
     None,
-    /// Of queries, keys and values (Qwen2).
+    /// Biases for queries, keys and values (Qwen2).
     Qkv,
-    /// Of queries, keys, values and the output (gpt-oss).
+    /// Biases for queries, keys, values and the output (gpt-oss).
     All,
 }
 
@@ -270,6 +274,13 @@ impl GroupedAttention {
         }
     }
 
+    /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
+    fn window(&self) -> Option<usize> {
+        let window = self.config.window.as_ref();
+        let window = window.filter(|window| window.layers.contains(self.model.layer));
+        window.map(|window| window.size)
+    }
+
     fn core_attention(
         &self,
         builder: &WeightBuilder,
@@ -284,6 +295,7 @@ impl GroupedAttention {
             window: self.window().map(|size| size as i64),
             sinks,
             window_masks: builder.window_masks.clone(),
+            largest_scores: LargestScores::default(),
             kv_head_of_query: ranges.queries.clone().map(kv_head).collect(),
             context: ctx.groups.context.clone(),
             kind: ctx.context_attention,
@@ -296,6 +308,25 @@ impl AttentionPlan for GroupedAttention {
         GroupedSpecs::new(self, block).into_list()
     }
 
+    fn score_rows(&self) -> BlockScoreRows {
+        let rows = |part, makes| ScoreRows {
+            part,
+            head_rows: self.head_dim(),
+            rows: 0..self.head_dim(),
+            makes,
+        };
+        let mut parts = vec![rows("query", ScorePart::Query), rows("key", ScorePart::Key)];
+        if self.config.bias != AttentionBias::None {
+            parts.push(rows("query_bias", ScorePart::Query));
+            parts.push(rows("key_bias", ScorePart::Key));
+        }
+        BlockScoreRows {
+            heads: self.model.heads,
+            key_heads: self.kv_heads(),
+            parts,
+        }
+    }
+
     fn head_keys(&self) -> HeadKeys {
         HeadKeys {
             kv_heads: Some(self.kv_heads()),
@@ -303,12 +334,16 @@ impl AttentionPlan for GroupedAttention {
         }
     }
 
-    fn rotary_width(&self) -> usize {
-        self.head_dim()
-    }
-
-    fn key_width(&self) -> usize {
-        self.head_dim()
+    fn rotary_part(&self) -> RotaryPart {
+        let width_key = match self.model.head_dim {
+            Some(_) => "model.head_dim",
+            None => "model.hidden / heads",
+        };
+        RotaryPart {
+            width: self.head_dim(),
+            width_key,
+            scales_softmax: false,
+        }
     }
 
     fn head_rows(&self, part: &str, rotary: u64) -> Option<HeadRows> {
@@ -324,10 +359,14 @@ impl AttentionPlan for GroupedAttention {
         })
     }
 
-    fn window(&self) -> Option<usize> {
-        let window = self.config.window.as_ref();
-        let window = window.filter(|window| window.layers.contains(self.model.layer));
-        window.map(|window| window.size)
+    fn core_plan(&self) -> CorePlan {
+        CorePlan {
+            heads: self.model.heads,
+            key_width: self.head_dim(),
+            value_width: self.head_dim(),
+            window: self.window(),
+            sinks: self.config.sinks,
+        }
     }
 
     fn widest(&self) -> usize {
@@ -351,8 +390,8 @@ impl AttentionPlan for GroupedAttention {
         let keys = at.tokens * kv_heads * width * at.element;
         let log_sum_exps = at.tokens * heads * FP32_BYTES;
         let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
-        // libtorch's own attention saves keys and values once per query head.
-        let repeats_keys = !(at.mesh.context > 1 || at.on_host);
+        // libtorch's own attention saves keys and values once per query head. It has no sinks.
+        let repeats_keys = !(at.mesh.context > 1 || at.on_host || self.config.sinks);
         let mut saved = if keeps_output && repeats_keys {
             4 * queries + log_sum_exps
         } else if keeps_output {
@@ -360,6 +399,10 @@ impl AttentionPlan for GroupedAttention {
         } else {
             2 * queries + 2 * keys
         };
+        if keeps_output && at.sequences.in_ring {
+            // The output by heads, besides the one by tokens.
+            saved += queries;
+        }
         if self.model.qk_norm != QkNorm::None {
             saved += queries + keys;
         }
@@ -371,7 +414,7 @@ impl AttentionPlan for GroupedAttention {
         let norm = at.own_tokens * self.model.hidden as u64 * FP32_BYTES;
         Activations {
             saved,
-            transient: 4 * queries + 4 * norm,
+            transient: 4 * queries + 4 * norm + self.core_plan().tile_bytes(at),
         }
     }
 
@@ -389,14 +432,13 @@ impl AttentionPlan for GroupedAttention {
             Quantity::new("model.kv_heads", self.kv_heads()),
             "each key head must serve the same number of query heads",
         );
-        let window = self.config.window.as_ref();
-        let layer = window.and_then(|window| window.layers.unknown_layer(self.model.layers));
-        if let Some(layer) = layer {
-            problems.add(format!(
-                "model.attention.grouped.window.layers has layer {layer}, but model.layers is {} \
-                 and the first layer is 0",
-                self.model.layers
-            ));
+        if let Some(window) = &self.config.window {
+            window.layers.problems(
+                "model.attention.grouped.window.layers",
+                self.model.layers,
+                "leave model.attention.grouped.window out",
+                problems,
+            );
         }
     }
 
@@ -518,6 +560,10 @@ impl Attention for GroupedHeads {
             Some(bias) => add_bias(&out, bias),
             None => Ok(out),
         }
+    }
+
+    fn largest_scores(&self) -> &LargestScores {
+        &self.attention.core.largest_scores
     }
 }
 

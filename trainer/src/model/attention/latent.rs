@@ -18,8 +18,12 @@ use crate::{
         activations::{Activations, BlockShape, FP32_BYTES},
         batch::BatchContext,
         core_attention::CoreAttention,
+        core_plan::CorePlan,
+        largest_scores::LargestScores,
         norm::{Norm, norm_spec},
         rope::Rope,
+        rotary_part::RotaryPart,
+        score_rows::{BlockScoreRows, ScorePart, ScoreRows},
         spec::{Dim, ParamSpec, Role, Split},
         weights::WeightBuilder,
         work::Flops,
@@ -146,9 +150,45 @@ impl LatentSpecs {
     }
 }
 
+impl LatentAttention {
+    /// Returns the width of a query and of a key.
+    fn key_dim(&self) -> usize {
+        self.config.rope_dim + self.config.nope_dim
+    }
+}
+
 impl AttentionPlan for LatentAttention {
     fn specs(&self, block: &str) -> Vec<ParamSpec> {
         LatentSpecs::new(self, block).into_list()
+    }
+
+    fn score_rows(&self) -> BlockScoreRows {
+        let LatentConfig {
+            nope_dim,
+            rope_dim,
+            value_dim,
+            ..
+        } = self.config;
+        let of_query = |rows, makes| ScoreRows {
+            part: "query",
+            head_rows: rope_dim + nope_dim,
+            rows,
+            makes,
+        };
+        BlockScoreRows {
+            heads: self.model.heads,
+            key_heads: self.model.heads,
+            parts: vec![
+                of_query(0..rope_dim, ScorePart::QueryOfSharedKey),
+                of_query(rope_dim..rope_dim + nope_dim, ScorePart::Query),
+                ScoreRows {
+                    part: "kv_up",
+                    head_rows: nope_dim + value_dim,
+                    rows: 0..nope_dim,
+                    makes: ScorePart::Key,
+                },
+            ],
+        }
     }
 
     fn head_keys(&self) -> HeadKeys {
@@ -158,12 +198,12 @@ impl AttentionPlan for LatentAttention {
         }
     }
 
-    fn rotary_width(&self) -> usize {
-        self.config.rope_dim
-    }
-
-    fn key_width(&self) -> usize {
-        self.config.rope_dim + self.config.nope_dim
+    fn rotary_part(&self) -> RotaryPart {
+        RotaryPart {
+            width: self.config.rope_dim,
+            width_key: "model.attention.latent.rope_dim",
+            scales_softmax: true,
+        }
     }
 
     fn head_rows(&self, part: &str, rotary: u64) -> Option<HeadRows> {
@@ -186,8 +226,14 @@ impl AttentionPlan for LatentAttention {
         }
     }
 
-    fn window(&self) -> Option<usize> {
-        None
+    fn core_plan(&self) -> CorePlan {
+        CorePlan {
+            heads: self.model.heads,
+            key_width: self.key_dim(),
+            value_width: self.config.value_dim,
+            window: None,
+            sinks: false,
+        }
     }
 
     fn widest(&self) -> usize {
@@ -206,7 +252,7 @@ impl AttentionPlan for LatentAttention {
     }
 
     fn flops(&self, length: usize) -> Flops {
-        let per_position = self.model.heads * (self.key_width() + self.config.value_dim);
+        let per_position = self.model.heads * (self.key_dim() + self.config.value_dim);
         Flops {
             activations: 2.0 * per_position as f64 * length as f64,
             ..Flops::of_specs(&self.specs(""))
@@ -218,22 +264,34 @@ impl AttentionPlan for LatentAttention {
         let heads = (self.model.heads / at.mesh.tensor) as u64;
         let of_heads = |width: usize| at.tokens * heads * width as u64 * at.element;
         let latents = |width: usize| at.own_tokens * width as u64 * at.element;
-        let keys = of_heads(self.key_width());
+        let keys = of_heads(self.key_dim());
         // Values are a part of the product that also has the keys' parts without rotation.
         let keys_and_values = of_heads(config.nope_dim + config.value_dim);
-        let outputs = of_heads(config.value_dim);
+        let values = of_heads(config.value_dim);
         let log_sum_exps = at.tokens * heads * FP32_BYTES;
         // Each latent before and after its norm.
         let mut saved = 2 * latents(config.query_rank.unwrap_or(0));
         saved += 2 * latents(config.kv_rank + config.rope_dim);
-        saved += 2 * keys + keys_and_values + outputs;
-        if at.recompute.keeps(RecomputedPart::Attention) {
+        let keeps_output = at.recompute.keeps(RecomputedPart::Attention);
+        saved += 2 * keys;
+        saved += if keeps_output && at.sequences.in_ring {
+            // A ring copies the values out of the product, and has its output by heads besides the
+            // one by tokens.
+            3 * values
+        } else {
+            keys_and_values + values
+        };
+        if keeps_output {
             saved += log_sum_exps;
         }
         let norm = at.own_tokens * self.model.hidden as u64 * FP32_BYTES;
         Activations {
             saved,
-            transient: 3 * keys + 2 * keys_and_values + outputs + 4 * norm,
+            transient: 3 * keys
+                + 2 * keys_and_values
+                + values
+                + 4 * norm
+                + self.core_plan().tile_bytes(at),
         }
     }
 
@@ -279,11 +337,12 @@ impl AttentionPlan for LatentAttention {
             tensor,
             attention: SavedAttention {
                 core: CoreAttention {
-                    scale: self.model.score_scale.of_width(self.key_width())
+                    scale: self.model.score_scale.of_width(self.key_dim())
                         * self.model.latent_scale_factor,
                     window: None,
                     sinks: None,
                     window_masks: builder.window_masks.clone(),
+                    largest_scores: LargestScores::default(),
                     kv_head_of_query: (0..heads).collect(),
                     context: ctx.groups.context.clone(),
                     kind: ctx.context_attention,
@@ -350,6 +409,10 @@ impl Attention for LatentHeads {
         self.tensor
             .row_parallel(&merged, |merged| linear(merged, &self.output))
     }
+
+    fn largest_scores(&self) -> &LargestScores {
+        &self.attention.core.largest_scores
+    }
 }
 
 impl LatentHeads {
@@ -385,7 +448,8 @@ impl LatentHeads {
             parts.push(joined.value.narrow(1, self.kv_rank, self.rope_dim));
             Ok(parts)
         })?;
-        let shared_key = parts.remove(1);
+        // On one rank this is a view with gaps, which rotation would copy in several steps.
+        let shared_key = parts.remove(1).contiguous();
         Ok((shared_key, parts.remove(0)))
     }
 

@@ -7,7 +7,11 @@ mod saved;
 use super::{
     activations::{Activations, BlockShape},
     batch::BatchContext,
+    core_plan::CorePlan,
+    largest_scores::LargestScores,
     rope::Rope,
+    rotary_part::RotaryPart,
+    score_rows::BlockScoreRows,
     spec::ParamSpec,
     weights::WeightBuilder,
     work::Flops,
@@ -113,21 +117,22 @@ pub(crate) trait AttentionPlan {
     /// Describes the parameters of the block with this global name, in the order of use.
     fn specs(&self, block: &str) -> Vec<ParamSpec>;
 
+    /// Returns the rows that make queries and keys.
+    fn score_rows(&self) -> BlockScoreRows;
+
     /// Returns the configuration's keys of heads with the values that unset ones stand for.
     fn head_keys(&self) -> HeadKeys;
 
-    /// Returns the elements of a head of which rotary position embedding turns all or a part.
-    fn rotary_width(&self) -> usize;
-
-    /// Returns the width of a query and of a key.
-    fn key_width(&self) -> usize;
+    /// Returns the part of queries and keys of which rotary position embedding rotates all or some
+    /// elements.
+    fn rotary_part(&self) -> RotaryPart;
 
     /// Returns the heads in the rows of a tensor, by its name in the block, if rotary position
     /// embedding turns `rotary` elements of a head. `None` if it turns none of the tensor's rows.
     fn head_rows(&self, part: &str, rotary: u64) -> Option<HeadRows>;
 
-    /// Returns the number of tokens that a token sees; `None` if it sees all earlier ones.
-    fn window(&self) -> Option<usize>;
+    /// Returns the sizes of attention between queries, keys and values.
+    fn core_plan(&self) -> CorePlan;
 
     /// Returns the most elements that a token has in one of the block's tensors, over all ranks.
     fn widest(&self) -> usize;
@@ -178,4 +183,7 @@ pub(crate) trait Attention: Send + Sync {
         batch: &BatchContext,
         rope: Option<&Rope>,
     ) -> Result<Tensor, Error>;
+
+    /// Returns the largest scores of this rank's heads.
+    fn largest_scores(&self) -> &LargestScores;
 }

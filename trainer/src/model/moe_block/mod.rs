@@ -416,6 +416,7 @@ mod tests {
             json!({"shared_experts": 1, "shared_gate": true}),
             json!({"router": {"bias": "frozen"}}),
             json!({"router": limited}),
+            json!({"router": {"force_balance": true, "bias": "trained"}}),
         ] {
             assert_eq!(problems(accepted.clone()), "", "{accepted}");
         }
@@ -432,6 +433,16 @@ mod tests {
             (
                 json!({"router": {"groups": 4, "top_groups": 4, "group_score": "max"}}),
                 "model.moe.router.group_score has no effect",
+            ),
+            (
+                json!({"router": {"force_balance": true, "bias": "frozen"}}),
+                "model.moe.router.bias: frozen has no effect with force_balance",
+            ),
+            (
+                json!({"router": {
+                    "force_balance": true, "groups": 4, "top_groups": 2, "group_score": "max",
+                }}),
+                "model.moe.router.group_score has no effect with force_balance",
             ),
         ] {
             let problems = problems(refused.clone());

@@ -166,9 +166,12 @@ impl RouterConfig {
         if selection.top_k == 1 && self.normalize == Some(true) {
             problems.add(
                 "model.moe.router.normalize is true and model.moe.top_k is 1: the weight of a \
-                 token's only expert would always be 1, so that the loss has no gradient for the \
+                 token's only expert would always be 1, so the loss has no gradient for the \
                  router; leave normalize out",
             );
+        }
+        if self.force_balance {
+            self.forced_problems(problems);
         }
         if self.group_score.is_some() && !self.limits_groups() {
             problems.add(
@@ -180,6 +183,23 @@ impl RouterConfig {
             self.even_group_problems(selection, problems);
         } else {
             self.top_group_problems(selection, problems);
+        }
+    }
+
+    /// Refuses keys of the selection by score, which round-robin selection ignores.
+    fn forced_problems(&self, problems: &mut Problems) {
+        let given = [
+            (self.bias == Some(RouterBias::Frozen), "bias: frozen"),
+            (self.groups > 1, "groups"),
+            (self.top_groups > 1, "top_groups"),
+            (self.even_groups, "even_groups"),
+            (self.group_score.is_some(), "group_score"),
+        ];
+        for (_, key) in given.iter().filter(|(is_given, _)| *is_given) {
+            problems.add(format!(
+                "model.moe.router.{key} has no effect with force_balance, which chooses experts \
+                 round-robin: leave one of them out"
+            ));
         }
     }
 

@@ -35,10 +35,13 @@ pub struct StepMetrics {
     /// Experts that moved to another rank after this step, with `model.moe.placement`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub moved_experts: Option<u64>,
+    /// Attention logits of the step, with `optimizer.qk_clip`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qk_clip: Option<QkClipMetrics>,
     /// Cost of the last snapshot, in steps after which one was taken or skipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<SnapshotMetrics>,
-    /// Figures over the ranks.
+    /// Distributions of figures over the ranks.
     pub rank_distributions: RankDistributions,
     /// Line of `routing.jsonl`, on rank 0 in the steps that have one.
     #[serde(skip)]
@@ -48,6 +51,15 @@ pub struct StepMetrics {
     pub ranks: Option<RankLine>,
 }
 
+/// Attention logits of a step, over all layers and heads.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, JsonSchema)]
+pub struct QkClipMetrics {
+    /// Largest attention logit, after scaling, before the update.
+    pub largest_logit: f64,
+    /// Query heads whose largest logit exceeded the threshold.
+    pub clipped_heads: u64,
+}
+
 /// Figures over the MoE layers of a model.
 #[derive(Debug, Clone, PartialEq, Serialize, JsonSchema)]
 pub struct MoeMetrics {
@@ -55,9 +67,9 @@ pub struct MoeMetrics {
     pub expert_imbalance: LayerDistribution,
     /// Tokens of a layer's most loaded rank over the mean of its ranks.
     pub rank_imbalance: LayerDistribution,
-    /// Lowest rank that has the largest `rank_imbalance`.
+    /// Lowest of the most loaded ranks of the first layer that has the largest `rank_imbalance`.
     pub most_loaded_rank: usize,
-    /// Routed tokens of all layers.
+    /// Routed tokens of all layers: the sum of `tokens_per_expert`.
     pub routed_tokens: u64,
     /// Routed tokens that a helper computed for an expert's home.
     pub lent_tokens: LayerTotal<u64>,
@@ -99,7 +111,8 @@ pub struct LayerTotal<T> {
 /// Figures of each rank.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RankLists {
-    /// For each MoE layer, the routed tokens that each rank computed.
+    /// For each MoE layer, the routed tokens that each rank computed. All ranks that hold slices of
+    /// an expert (`parallel.expert_tensor`) compute its tokens.
     pub tokens_per_rank: Vec<Vec<u64>>,
     /// Peak bytes of tensors on each rank's device so far.
     pub rank_peak_memory: Vec<u64>,
@@ -114,7 +127,7 @@ pub struct RankLists {
     pub rank_pass_ms: Vec<BTreeMap<String, f64>>,
 }
 
-/// Figures of ranks as distributions.
+/// Distributions of figures over the ranks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RankDistributions {
     /// Peak bytes of tensors on a rank's device so far.
@@ -250,7 +263,8 @@ pub struct LayerMetrics {
     pub expert_imbalance: f64,
     /// Tokens of the most loaded rank over the mean of the layer's ranks.
     pub rank_imbalance: f64,
-    /// Routed tokens that a rank of the layer's stage computed.
+    /// Routed tokens that a rank of the layer's stage computed. All ranks that hold slices of an
+    /// expert compute its tokens.
     pub rank_tokens: RankDistribution,
     /// Routed tokens that a helper computed for an expert's home.
     pub lent_tokens: u64,

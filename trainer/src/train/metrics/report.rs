@@ -4,7 +4,7 @@ use super::{
     distribution::Distribution,
     rank_figures::{ByFigure, PER_UNIT, RankFigures},
     records::{
-        LayerDistribution, LayerMetrics, LayerTotal, MoeMetrics, RankDistribution,
+        LayerDistribution, LayerMetrics, LayerTotal, MoeMetrics, QkClipMetrics, RankDistribution,
         RankDistributions, RankLine, RankLists, RoutingLine, SnapshotMetrics, StepMetrics,
     },
     step_figures::MoeLayerFigures,
@@ -28,9 +28,12 @@ pub(crate) struct StepResults {
     pub(crate) tokens: u64,
     pub(crate) seconds: f64,
     pub(crate) moved_experts: Option<u64>,
+    pub(crate) qk_clip: Option<QkClipMetrics>,
     pub(crate) snapshot: Option<SnapshotMetrics>,
     /// Number of ranks that work on a layer.
     pub(crate) stage_ranks: usize,
+    /// Number of ranks that hold a slice of each expert, all of which compute its tokens.
+    pub(crate) expert_slices: usize,
     /// True if passes are timed.
     pub(crate) times_passes: bool,
 }
@@ -38,7 +41,7 @@ pub(crate) struct StepResults {
 impl SummedFigures {
     /// Returns the metrics of a step with these `results`.
     pub(crate) fn into_metrics(self, results: StepResults) -> StepMetrics {
-        let layers = self.layers(results.stage_ranks);
+        let layers = self.layers(&results);
         let figures = &self.step;
         let lists = self.listed.as_deref();
         let step = results.step;
@@ -53,8 +56,9 @@ impl SummedFigures {
             tokens: results.tokens,
             tokens_per_s: results.step_tokens as f64 / results.seconds,
             step_ms: results.seconds * 1e3,
-            moe: moe_metrics(&layers),
+            moe: moe_metrics(&layers, &figures.moe_layers),
             moved_experts: results.moved_experts,
+            qk_clip: results.qk_clip,
             snapshot: results.snapshot,
             rank_distributions: rank_distributions(&self.ranks),
             ranks: lists.map(|ranks| RankLine {
@@ -69,8 +73,8 @@ impl SummedFigures {
         }
     }
 
-    /// Returns the figures of each MoE layer, on each of which `stage_ranks` ranks work.
-    fn layers(&self, stage_ranks: usize) -> Vec<LayerMetrics> {
+    /// Returns the figures of each MoE layer.
+    fn layers(&self, results: &StepResults) -> Vec<LayerMetrics> {
         let layer = |(layer, tokens): (&MoeLayerFigures, &Option<Distribution>)| {
             let tokens = tokens.as_ref().map(|tokens| tokens.in_units(1.0));
             let rank_tokens = tokens.unwrap_or_default();
@@ -79,10 +83,10 @@ impl SummedFigures {
                 expert_imbalance: imbalance(&layer.tokens_per_expert),
                 rank_imbalance: largest_over_mean(rank_tokens.largest, rank_tokens.mean),
                 rank_tokens,
-                lent_tokens: transfers.lent_tokens as u64,
+                lent_tokens: transfers.lent_tokens as u64 / results.expert_slices as u64,
                 lent_bytes: transfers.lent_bytes as u64,
                 internode_bytes: transfers.internode_bytes as u64,
-                plan_ms: transfers.plan_seconds * 1e3 / stage_ranks as f64,
+                plan_ms: transfers.plan_seconds * 1e3 / results.stage_ranks as f64,
             }
         };
         let layers = self.step.moe_layers.iter().zip(&self.ranks.tokens);
@@ -90,8 +94,8 @@ impl SummedFigures {
     }
 }
 
-/// Returns the figures over `layers`; `None` if there are none.
-fn moe_metrics(layers: &[LayerMetrics]) -> Option<MoeMetrics> {
+/// Returns the figures over `layers`, whose sums are `sums`; `None` if there are none.
+fn moe_metrics(layers: &[LayerMetrics], sums: &[MoeLayerFigures]) -> Option<MoeMetrics> {
     let distribution = |figure: fn(&LayerMetrics) -> f64| {
         LayerDistribution::of(&layers.iter().map(figure).collect::<Vec<_>>())
     };
@@ -99,10 +103,7 @@ fn moe_metrics(layers: &[LayerMetrics]) -> Option<MoeMetrics> {
         LayerTotal::of(&layers.iter().map(figure).collect::<Vec<_>>())
     };
     let plan_ms: Vec<f64> = layers.iter().map(|layer| layer.plan_ms).collect();
-    let rank_tokens = layers.iter().map(|layer| &layer.rank_tokens);
-    let routed_tokens: f64 = rank_tokens
-        .map(|tokens| tokens.mean * tokens.count as f64)
-        .sum();
+    let routed_tokens: f64 = sums.iter().flat_map(|sums| &sums.tokens_per_expert).sum();
     let rank_imbalance = distribution(|layer| layer.rank_imbalance)?;
     Some(MoeMetrics {
         expert_imbalance: distribution(|layer| layer.expert_imbalance)?,
@@ -110,7 +111,7 @@ fn moe_metrics(layers: &[LayerMetrics]) -> Option<MoeMetrics> {
         most_loaded_rank: layers[rank_imbalance.largest_layer]
             .rank_tokens
             .largest_rank,
-        routed_tokens: routed_tokens.round() as u64,
+        routed_tokens: routed_tokens as u64,
         lent_tokens: total(|layer| layer.lent_tokens)?,
         lent_bytes: total(|layer| layer.lent_bytes)?,
         internode_bytes: total(|layer| layer.internode_bytes)?,
@@ -210,6 +211,10 @@ mod tests {
             tokens: 15_000_000_000_000,
             seconds: 10.0 / 3.0,
             moved_experts: Some(14_848),
+            qk_clip: Some(QkClipMetrics {
+                largest_logit: 400.0 / 3.0,
+                clipped_heads: 7808,
+            }),
             snapshot: Some(SnapshotMetrics {
                 stall_ms: 1.0 / 3.0,
                 copy_ms: 2000.0 / 3.0,
@@ -217,6 +222,7 @@ mod tests {
                 skipped: 1000,
             }),
             stage_ranks: 256,
+            expert_slices: 1,
             times_passes: true,
         }
     }
@@ -286,6 +292,39 @@ mod tests {
         let longest = longest(metrics).to_string();
         assert!(longest.contains("\"IB\""), "{longest}");
         assert!(longest.len() < MAX_LINE_BYTES, "{}", longest.len());
+    }
+
+    #[test]
+    fn slices_of_an_expert_count_a_token_once() {
+        let metrics = |expert_slices: usize| {
+            let run = Run {
+                moe_layers: 3,
+                experts: 4,
+                ranks: 8,
+            };
+            let (mut summed, _) = run.simulate();
+            summed.listed = Some(Vec::new());
+            summed.into_metrics(StepResults {
+                expert_slices,
+                ..results()
+            })
+        };
+        let whole = metrics(1);
+        let sliced = metrics(2);
+        let lent = |metrics: &StepMetrics| {
+            let layers = &metrics.routing.as_ref().unwrap().layers;
+            let of_layers: Vec<u64> = layers.iter().map(|layer| layer.lent_tokens).collect();
+            let total: u64 = of_layers.iter().sum();
+            assert_eq!(metrics.moe.as_ref().unwrap().lent_tokens.total, total);
+            of_layers
+        };
+        assert_eq!(lent(&whole), [80_000; 3]);
+        assert_eq!(lent(&sliced), [40_000; 3]);
+        for metrics in [whole, sliced] {
+            let experts = metrics.routing.unwrap().tokens_per_expert;
+            let routed: u64 = experts.iter().flatten().sum();
+            assert_eq!(metrics.moe.unwrap().routed_tokens, routed);
+        }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Each rank has one figure per MoE layer, three more, and in a pipeline one per kind of pass. Of a
 //! figure a step exchanges 16 bytes in a maximum and 264 in a sum. The sum also has 32 bytes per
 //! MoE layer, and 8 per expert of it, which balancing biases and expert placement need on all
-//! ranks. With 58 layers of 256 experts in a pipeline that is 1.1 kB and 139 kB.
+//! ranks. With 58 layers of 256 experts in a pipeline that is 1.1 kB and 139 kB. With
+//! `optimizer.qk_clip` the maximum also has 8 bytes per attention head of each layer.
 
 use super::{
     distribution::{Distribution, distributions, extremes, histogram_numbers, histograms},
@@ -25,6 +26,8 @@ pub(crate) struct SummedFigures {
     pub(crate) ranks: ByFigure<Option<Distribution>>,
     /// Figures of each rank, on rank 0 in steps that list them.
     pub(crate) listed: Option<Vec<RankFigures>>,
+    /// The largest attention logit by layer and query head; empty if they are not measured.
+    pub(crate) largest_logits: Vec<f32>,
 }
 
 /// This rank's figures of a step.
@@ -32,6 +35,9 @@ pub(crate) struct OwnFigures {
     pub(crate) sizes: FigureSizes,
     pub(crate) step: StepFigures,
     pub(crate) rank: RankFigures,
+    /// The largest attention logits that this rank has seen, by layer and query head. Equally many
+    /// on all ranks.
+    pub(crate) largest_logits: Vec<f32>,
     /// True on all ranks if rank 0 lists the figures of each rank.
     pub(crate) lists_ranks: bool,
 }
@@ -46,14 +52,21 @@ impl OwnFigures {
     /// If a collective fails.
     pub(crate) fn sum(self, world: &Arc<dyn Communicator>) -> Result<SummedFigures, CommError> {
         let whole = self.rank.whole();
-        let extremes = max_over_ranks(world, &extremes(world.rank(), &whole))?;
+        let mut maxima = extremes(world.rank(), &whole);
+        let num_extremes = maxima.len();
+        maxima.extend(self.largest_logits.iter().map(|&logit| ordered(logit)));
+        let mut extremes = max_over_ranks(world, &maxima)?;
+        let logits = extremes.split_off(num_extremes);
         let summed = sum_over_ranks(world, &self.addends(&whole, &extremes))?;
         let listed = if self.lists_ranks {
             self.gather(world)?
         } else {
             None
         };
-        Ok(SummedFigures::read(self.sizes, &extremes, summed, listed))
+        Ok(SummedFigures {
+            largest_logits: logits.into_iter().map(from_ordered).collect(),
+            ..SummedFigures::read(self.sizes, &extremes, summed, listed)
+        })
     }
 
     /// Returns the numbers to sum, given the maximum of all [`extremes`].
@@ -92,8 +105,24 @@ impl SummedFigures {
             step: StepFigures::unpack(sizes, summed),
             ranks: ByFigure::new(sizes.moe_layers, figures),
             listed,
+            largest_logits: Vec::new(),
         }
     }
+}
+
+/// Maps numbers to integers of the same order.
+fn ordered(number: f32) -> i64 {
+    i64::from(flip_if_negative(number.to_bits() as i32))
+}
+
+/// Returns the number that [`ordered`] maps to an integer.
+fn from_ordered(integer: i64) -> f32 {
+    f32::from_bits(flip_if_negative(integer as i32) as u32)
+}
+
+/// Reverses the order of the magnitudes of negative numbers.
+fn flip_if_negative(bits: i32) -> i32 {
+    if bits < 0 { bits ^ i32::MAX } else { bits }
 }
 
 #[cfg(test)]
@@ -150,6 +179,7 @@ pub(crate) mod tests {
                     wait_ratio: Some(0.125),
                     passes,
                 },
+                largest_logits: Vec::new(),
                 lists_ranks: false,
             }
         }
@@ -216,6 +246,30 @@ pub(crate) mod tests {
         assert_eq!(figures.wait_ratio.unwrap().in_units(1e9).median, 0.125);
         assert_eq!(figures.passes[0].unwrap().in_units(1e6).largest, 125.0);
         assert_eq!(figures.passes[1], None);
+    }
+
+    #[test]
+    fn logits_are_maxima_over_ranks() {
+        let run = Run {
+            moe_layers: 1,
+            experts: 3,
+            ranks: 3,
+        };
+        let none = f32::NEG_INFINITY;
+        let of_ranks = [
+            [none, -2.5, 1e-30, none],
+            [none, -0.5, 1e-20, -0.0],
+            [-1e30, -1.5, none, none],
+        ];
+        let sums = run_on_threads(run.ranks, Duration::from_secs(20), move |world| {
+            let group = world.all("figures").unwrap();
+            let mut own = run.own(group.rank());
+            own.largest_logits = of_ranks[group.rank()].to_vec();
+            own.sum(&group).unwrap()
+        });
+        let (mut expected, _) = run.simulate();
+        expected.largest_logits = vec![-1e30, -0.5, 1e-20, -0.0];
+        assert!(sums.iter().all(|sum| *sum == expected));
     }
 
     #[test]
