@@ -21,6 +21,9 @@ pub(crate) enum Command {
     Train(TrainArgs),
     /// Generate text with a trained model
     Generate(GenerateArgs),
+    /// Exchange models with Hugging Face transformers and inference servers
+    #[command(subcommand)]
+    Model(ModelCommand),
     /// Prepare training data
     #[command(subcommand)]
     Data(DataCommand),
@@ -670,11 +673,60 @@ pub(crate) struct CheckArgs {
     pub(crate) nproc_per_node: usize,
 }
 
+#[derive(Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Describe the folder of a Hugging Face model, and check its tensors
+    Inspect(ModelInspectArgs),
+    /// Write a trained model as a folder that transformers and vLLM load
+    Export(ModelExportArgs),
+}
+
 #[derive(Args)]
-pub(crate) struct GenerateArgs {
+pub(crate) struct ModelInspectArgs {
+    /// Folder with config.json and safetensors files
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folder: PathBuf,
+}
+
+#[derive(Args)]
+pub(crate) struct ModelExportArgs {
     /// Folder of a run (uses its newest checkpoint) or of one checkpoint
     #[arg(long, value_name = "DIR")]
     pub(crate) checkpoint: PathBuf,
+    /// Folder to write; it must not exist, or be empty
+    #[arg(short, long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+    /// Dtype of the weights: fp32 or bf16; by default that of the folder the model came from, or
+    /// that of training
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) dtype: Option<WeightDtype>,
+    /// Folder the model came from, if it is not where model.from says
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) source: Option<PathBuf>,
+    /// Largest size of a file in GB
+    #[arg(long, default_value_t = 5.0, value_name = "GB", value_parser = megabytes)]
+    pub(crate) max_shard_gb: f64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum WeightDtype {
+    Fp32,
+    Bf16,
+}
+
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    /// Folder of a run (uses its newest checkpoint) or of one checkpoint
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "model",
+        conflicts_with = "model"
+    )]
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Folder of a Hugging Face model
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) model: Option<PathBuf>,
     /// Start of the text
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub(crate) prompt: String,

@@ -26,6 +26,7 @@ mod keeper;
 mod launcher;
 mod local_ranks;
 mod machine_memory;
+mod model;
 #[cfg(test)]
 mod mutated;
 mod open_files;
@@ -50,7 +51,7 @@ use anyhow::anyhow;
 use clap::Parser;
 use cli::{
     BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand,
-    PlanCommand, SnapshotCommand,
+    ModelCommand, PlanCommand, SnapshotCommand,
 };
 use environment::DetectedRank;
 use fork_server::Served;
@@ -76,6 +77,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Train(args) => train(args),
         Command::Generate(args) => generate::run(args),
+        Command::Model(ModelCommand::Inspect(args)) => model::inspect::run(&args),
+        Command::Model(ModelCommand::Export(args)) => model::export::run(args),
         Command::Data(DataCommand::Prepare(args)) => prepare::run(args),
         Command::Config(ConfigCommand::Check(args)) => config_file::check(&args),
         Command::Config(ConfigCommand::Diff(args)) => config_diff::run(&args),

@@ -203,6 +203,52 @@ fn format_duration(time: Duration) -> String {
     }
 }
 
+/// Shows bytes that are read or written, and their rate.
+pub(crate) struct Transfer {
+    action: &'static str,
+    bar: Option<ProgressBar>,
+    started: Instant,
+}
+
+impl Transfer {
+    pub(crate) fn new(action: &'static str) -> Transfer {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            let template = "{bar:24.cyan/blue} {msg} {bytes} of {total_bytes}, {bytes_per_sec}";
+            bar.set_style(ProgressStyle::with_template(template).expect("a fixed template"));
+            bar.set_message(action);
+            bar
+        });
+        Transfer {
+            action,
+            bar,
+            started: Instant::now(),
+        }
+    }
+
+    pub(crate) fn show(&self, done: u64, total: u64) {
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            None if done == total => {
+                let seconds = self.started.elapsed().as_secs_f64();
+                let rate = total as f64 / 1e9 / seconds.max(1e-9);
+                let action = self.action;
+                eprintln!("{action}: {:.3} GB at {rate:.2} GB/s", total as f64 / 1e9);
+            }
+            None => {}
+        }
+    }
+
+    pub(crate) fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// Shows the progress of data preparation.
 pub(crate) struct Preparation {
     bar: Option<ProgressBar>,

@@ -14,7 +14,7 @@ use crate::{
     config::{Config, Dtype, ModelConfig},
     data::END_OF_DOCUMENT,
     families::{Family, canonical::canonical, expression::express},
-    inference::loaded::{FoundCheckpoint, find_checkpoint, find_tokenizer},
+    inference::loaded::{FoundCheckpoint, find_checkpoint, find_tokenizer, tokenizers_of},
     train::saved_config::{read_run_state, saved_config},
 };
 use safetensors::Dtype as StoredDtype;
@@ -187,7 +187,7 @@ impl Form {
             copies: Vec::new(),
             texts: Vec::new(),
         };
-        match find_tokenizer(None, run, checkpoint) {
+        match find_tokenizer(&tokenizers_of(run, checkpoint)) {
             Ok(path) => form.add_tokenizer(path, run)?,
             Err(error) => notes.push(format!("the folder has no tokenizer: {error}")),
         }

@@ -10,7 +10,7 @@ use super::{
 use crate::{Error, config::ModelConfig, families::Family, model::Model};
 use checkpoint::TensorSlice;
 use rayon::prelude::*;
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 use tch::Tensor;
 
 /// A folder with `config.json` and safetensors files.
@@ -65,6 +65,38 @@ impl ModelFolder {
     pub(crate) fn check_repeated(&self) -> Result<(), Error> {
         let mut repeated = self.account.repeated.iter();
         repeated.try_for_each(|name| self.reader.check_repeated(name))
+    }
+
+    /// Returns the key `max_position_embeddings`.
+    ///
+    /// # Errors
+    /// If it is no number.
+    pub(crate) fn longest_sequence(&self) -> Result<Option<usize>, Error> {
+        self.config.get("max_position_embeddings")
+    }
+
+    /// Returns the name of the family, which is its `model_type`.
+    pub fn family(&self) -> &'static str {
+        self.family.name()
+    }
+
+    /// Returns the number of stored tensors.
+    pub fn num_tensors(&self) -> usize {
+        self.reader.table.table.tensors.len()
+    }
+
+    /// Returns the bytes of all stored tensors, by their dtype.
+    pub fn bytes_by_dtype(&self) -> BTreeMap<String, u64> {
+        let mut bytes = BTreeMap::new();
+        for tensor in self.reader.table.table.tensors.values() {
+            *bytes.entry(format!("{:?}", tensor.dtype)).or_default() += tensor.bytes();
+        }
+        bytes
+    }
+
+    /// Returns the tensors that moerun does not train and an export copies.
+    pub fn carried(&self) -> &[String] {
+        &self.account.carried
     }
 
     /// Returns what a user should know about a run that starts from the folder as `model`, one line

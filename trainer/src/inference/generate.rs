@@ -9,7 +9,8 @@ use tch::{Kind, Tensor};
 /// Prompt and sampling of [`generate`].
 #[derive(Debug, Clone)]
 pub struct GenerateOptions {
-    /// A run's folder, its `checkpoints` folder, or one checkpoint.
+    /// A run's folder, its `checkpoints` folder, one checkpoint, or the folder of a Hugging Face
+    /// model.
     pub checkpoint: PathBuf,
     /// Beginning of the text.
     pub prompt: String,
@@ -36,8 +37,8 @@ pub fn generate(
     write: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
     let LoadedModel {
-        path,
-        config,
+        context: length,
+        tokenizers,
         model,
         notes,
         ..
@@ -45,9 +46,9 @@ pub fn generate(
     for note in notes {
         warn(&note);
     }
-    let tokenizer_path = find_tokenizer(options.tokenizer.as_deref(), &config, &path)?;
+    let given = options.tokenizer.clone();
+    let tokenizer_path = find_tokenizer(&given.map_or(tokenizers, |given| vec![given]))?;
     let tokenizer = crate::data::load_tokenizer(&tokenizer_path)?;
-    let length = config.data.sequence_length;
     tch::manual_seed(options.seed);
 
     let failed =
@@ -55,7 +56,7 @@ pub fn generate(
     let end = tokenizer.token_to_id(END_OF_DOCUMENT);
     let prompt = tokenizer.encode(options.prompt.as_str(), false);
     let mut tokens: Vec<u32> = prompt.map_err(failed)?.get_ids().to_vec();
-    let size = config.model.vocab_size;
+    let size = model.config().vocab_size;
     if let Some(token) = tokens.iter().find(|&&token| token as usize >= size) {
         return Err(Error::Tokenizer(format!(
             "the tokenizer {} has the token {token} for a part of the prompt, and the model a \

@@ -2,7 +2,8 @@
 
 use crate::{
     Error,
-    config::Config,
+    config::{Config, Dtype},
+    hub::{config_json::CONFIG_FILE, model_folder::ModelFolder},
     model::{BuildContext, Model, ModelPart},
     process_groups::ProcessGroups,
     train::{
@@ -20,21 +21,61 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A model with the configuration that it was trained with.
+/// Longest context of a model from a folder: longer ones make the table of rotary embedding large.
+const MAX_CONTEXT: usize = 32_768;
+
+/// A model on one CPU.
 pub(crate) struct LoadedModel {
-    /// Folder of the checkpoint.
-    pub(crate) path: PathBuf,
-    pub(crate) step: u64,
-    pub(crate) config: Config,
+    /// Most tokens that the model sees at once.
+    pub(crate) context: usize,
+    /// Places of its tokenizer, the best first.
+    pub(crate) tokenizers: Vec<PathBuf>,
+    /// The run that trained the model; `None` for a folder of Hugging Face.
+    pub(crate) run: Option<TrainedBy>,
     pub(crate) model: Model,
     /// Notes for the user about the choice of the checkpoint, one line each.
     pub(crate) notes: Vec<String>,
 }
 
+/// The run that trained a model.
+pub(crate) struct TrainedBy {
+    pub(crate) step: u64,
+    pub(crate) config: Config,
+}
+
 impl LoadedModel {
+    /// Loads the folder of a Hugging Face model, or a checkpoint as [`LoadedModel::of_run`] does.
+    pub(crate) fn open(path: &Path) -> Result<LoadedModel, Error> {
+        if path.join(CONFIG_FILE).is_file() {
+            LoadedModel::of_folder(path)
+        } else {
+            LoadedModel::of_run(path)
+        }
+    }
+
+    fn of_folder(path: &Path) -> Result<LoadedModel, Error> {
+        let folder = ModelFolder::open(path)?;
+        let context = folder
+            .longest_sequence()?
+            .unwrap_or(MAX_CONTEXT)
+            .min(MAX_CONTEXT);
+        let config = folder.model();
+        let groups = ProcessGroups::single_rank();
+        let ctx = BuildContext::single_rank(context, Dtype::Fp32, &Cpu, &groups);
+        let model = Model::new(config, ModelPart::whole(config.layers), &ctx);
+        folder.load(&model)?;
+        Ok(LoadedModel {
+            context,
+            tokenizers: vec![path.join(TOKENIZER_FILE)],
+            run: None,
+            model,
+            notes: Vec::new(),
+        })
+    }
+
     /// Loads one checkpoint, or the newest usable one of a run's folder or its `checkpoints`
     /// folder.
-    pub(crate) fn open(path: &Path) -> Result<LoadedModel, Error> {
+    pub(crate) fn of_run(path: &Path) -> Result<LoadedModel, Error> {
         let FoundCheckpoint {
             mut checkpoint,
             notes,
@@ -48,9 +89,12 @@ impl LoadedModel {
         let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &ctx);
         restore_model(&mut checkpoint, &model)?;
         Ok(LoadedModel {
-            path,
-            step: state.step,
-            config,
+            context: sequence_length,
+            tokenizers: tokenizers_of(&config, &path),
+            run: Some(TrainedBy {
+                step: state.step,
+                config,
+            }),
             model,
             notes,
         })
@@ -113,34 +157,32 @@ fn open(verified: Verified, refused: Vec<String>) -> Result<FoundCheckpoint, Err
     })
 }
 
-/// Returns the tokenizer `given`, or that of the run of a checkpoint.
-///
-/// # Errors
-/// If there is none.
-pub(crate) fn find_tokenizer(
-    given: Option<&Path>,
-    config: &Config,
-    checkpoint: &Path,
-) -> Result<PathBuf, Error> {
-    let in_folder = |folder: &Path| folder.join("tokenizer.json");
+/// Name of a tokenizer's file.
+const TOKENIZER_FILE: &str = "tokenizer.json";
+
+/// Returns the places of the tokenizer of a run, the best first.
+pub(crate) fn tokenizers_of(config: &Config, checkpoint: &Path) -> Vec<PathBuf> {
+    let in_folder = |folder: &Path| folder.join(TOKENIZER_FILE);
     let run = checkpoint.ancestors().nth(2);
     let first_source = config.data.train.first();
     let data = first_source.and_then(|source| source.path.parent());
-    let candidates: Vec<PathBuf> = match given {
-        Some(path) => vec![path.to_path_buf()],
-        None => [
-            run.map(in_folder),
-            config.data.tokenizer.clone(),
-            data.map(in_folder),
-        ]
-        .into_iter()
-        .flatten()
-        .collect(),
-    };
-    if let Some(found) = candidates.iter().find(|path| path.exists()) {
+    let places = [
+        run.map(in_folder),
+        config.data.tokenizer.clone(),
+        data.map(in_folder),
+    ];
+    places.into_iter().flatten().collect()
+}
+
+/// Returns the first of these files that exists.
+///
+/// # Errors
+/// If none does.
+pub(crate) fn find_tokenizer(places: &[PathBuf]) -> Result<PathBuf, Error> {
+    if let Some(found) = places.iter().find(|path| path.exists()) {
         return Ok(found.clone());
     }
-    let listed: Vec<String> = candidates
+    let listed: Vec<String> = places
         .iter()
         .map(|path| path.display().to_string())
         .collect();

@@ -1,6 +1,6 @@
 //! Routing decisions of a trained model, token by token.
 
-use super::loaded::LoadedModel;
+use super::loaded::{LoadedModel, TrainedBy};
 use crate::{Error, data::Dataset};
 use parallel::{Accelerator, Cpu};
 use std::path::Path;
@@ -31,12 +31,9 @@ pub struct RoutingSample {
 /// If there is no usable checkpoint or no data, or the model has no MoE layers.
 pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Error> {
     let LoadedModel {
-        step,
-        config,
-        model,
-        notes,
-        ..
-    } = LoadedModel::open(folder)?;
+        run, model, notes, ..
+    } = LoadedModel::of_run(folder)?;
+    let TrainedBy { step, config } = run.expect("the model is of a run");
     let moe = config.model.moe.as_ref();
     let moe = moe.ok_or_else(|| Error::Config("the model has no MoE layers".into()))?;
     let sequence = config.data.sequence_length;

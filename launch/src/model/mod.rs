@@ -1,0 +1,4 @@
+//! `moerun model`: models of Hugging Face transformers.
+
+pub(crate) mod export;
+pub(crate) mod inspect;
