@@ -18,7 +18,7 @@ pub(crate) struct Activations {
 /// The sequences of a microbatch.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SequenceShape {
-    /// Number of sequences.
+    /// Number of sequences, of which context-parallel ranks have a part each.
     pub(crate) count: usize,
     /// Tokens of a sequence, on all ranks together.
     pub(crate) length: usize,

@@ -199,7 +199,7 @@ mod tests {
             window: Some(100),
             ..sinks
         };
-        // Fused kernels.
+        // Fused kernels keep no scores.
         for (plan, on_host) in [
             (PLAN, false),
             (window, false),
