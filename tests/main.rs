@@ -27,6 +27,7 @@ mod loss_masks;
 mod machine_faults;
 mod machines;
 mod many_ranks;
+mod model_folders;
 mod optimizers;
 mod outages;
 mod plans;

@@ -127,6 +127,9 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
     assert_eq!(config.problems(ranks), Vec::<String>::new());
     let parts = run_on_threads(ranks, TIMEOUT, move |world| {
         let mut trainer = trainer_on(world, config.clone());
+        if config.model.from.is_some() {
+            trainer.resume(&mut |warning| panic!("{warning}")).unwrap();
+        }
         change(&trainer);
         let held = trainer
             .model()

@@ -52,7 +52,7 @@ pub(super) fn sliding_layers(
 
 /// Returns the value of the key `layer_types`.
 pub(super) fn layer_types(model: &ModelConfig) -> Vec<&'static str> {
-    let kind = |layer| match model.attention(layer).window() {
+    let kind = |layer| match model.attention(layer).core_plan().window {
         Some(_) => SLIDING,
         None => FULL,
     };

@@ -1,0 +1,176 @@
+//! Runs that start from the folder of a Hugging Face model, and exports of them.
+
+use crate::{
+    agreement::{assert_same, trace_of},
+    fixture::{Experiment, finish, text},
+};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use trainer::{ModelFolder, config::Config, data::TokenWriter};
+
+/// Vocabulary of the golden folders.
+const VOCAB: usize = 48;
+const TOKENS: usize = 4000;
+
+fn golden(name: &str) -> PathBuf {
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/tests/golden/families");
+    families.join(name).join("model").canonicalize().unwrap()
+}
+
+fn write_tokens(path: &Path) {
+    let mut writer = TokenWriter::create(path, VOCAB).unwrap();
+    let tokens: Vec<u32> = (0..TOKENS)
+        .map(|number| (number * number % 47) as u32)
+        .collect();
+    writer.push(&tokens).unwrap();
+    writer.finish().unwrap();
+}
+
+fn config(folder: &Path, model: &str, parallel: &Value) -> Config {
+    let model = trainer::folder_model(&golden(model)).unwrap();
+    let mut parallel = parallel.clone();
+    parallel["bucket_mib"] = json!(1);
+    let config = json!({
+        "run": {"dir": folder.join("run"), "device": "cpu", "seed": 5},
+        "parallel": parallel,
+        "model": model,
+        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 16},
+        "train": {"steps": 3, "global_batch": 8, "micro_batch": 1},
+        "optimizer": {"eps": 1e-4},
+        "schedule": {"constant": {"lr": 1e-3}},
+        "checkpoint": {"every": 0},
+    });
+    serde_json::from_value(config).unwrap()
+}
+
+#[test]
+fn a_run_from_a_folder_is_the_same_in_every_layout() {
+    let folder = tempfile::tempdir().unwrap();
+    write_tokens(&folder.path().join("tokens"));
+    let expert_and_data = || json!({"expert": 2});
+    let tensor_and_pipeline = || json!({"tensor": 2, "pipeline": 2});
+    let cases = [
+        ("mixtral", vec![expert_and_data(), tensor_and_pipeline()]),
+        (
+            "glm4_moe",
+            vec![expert_and_data(), json!({"tensor": 2, "zero": 3})],
+        ),
+        (
+            "gpt_oss",
+            vec![json!({"expert": 2, "zero": 1}), tensor_and_pipeline()],
+        ),
+        (
+            "deepseek_v3",
+            vec![expert_and_data(), tensor_and_pipeline()],
+        ),
+        (
+            "deepseek_v3-fp8",
+            vec![json!({"zero": 2, "zero_group_size": 2})],
+        ),
+        (
+            "qwen3_moe-tied",
+            vec![json!({"pipeline": 2}), json!({"context": 2})],
+        ),
+        ("llama", vec![json!({}), tensor_and_pipeline()]),
+    ];
+    for (model, layouts) in cases {
+        let trace =
+            |ranks, parallel: &Value| trace_of(ranks, config(folder.path(), model, parallel));
+        let single = trace(1, &json!({}));
+        for parallel in layouts {
+            let what = format!("{model}, {parallel}");
+            assert_same(&what, &trace(4, &parallel), &single);
+        }
+    }
+}
+
+/// Returns the YAML of a run from a folder.
+fn yaml(model: &Path) -> String {
+    let model = model.display();
+    format!(
+        "run: {{dir: run, device: cpu}}\n\
+         model: {{from: {model}}}\n\
+         data: {{train: [{{path: tokens}}], sequence_length: 16}}\n\
+         train: {{steps: 2, global_batch: 4, micro_batch: 2}}\n\
+         optimizer: {{weight_decay: 0}}\n\
+         schedule: {{constant: {{lr: 1.0e-30}}}}\n\
+         checkpoint: {{every: 2}}\n"
+    )
+}
+
+#[test]
+fn a_folder_becomes_a_run_and_a_folder_again() {
+    let experiment = Experiment::new();
+    write_tokens(&experiment.path("tokens"));
+    for name in ["qwen3_moe", "deepseek_v3-mtp", "gpt_oss-mxfp4"] {
+        let _ = std::fs::remove_dir_all(experiment.path("run"));
+        std::fs::write(experiment.path("x.yaml"), yaml(&golden(name))).unwrap();
+        let trained = finish(&mut experiment.moerun(&["train", "x.yaml", "-n", "2"]));
+        let said = text(&trained);
+        assert!(trained.status.success(), "{said}");
+        assert!(said.contains("starting from the weights of"), "{said}");
+        let output = experiment.path(&format!("{name}-export"));
+        let output = output.to_str().unwrap();
+        let arguments = ["model", "export", "--checkpoint", "run", "-o", output];
+        let exported = finish(&mut experiment.moerun(&arguments));
+        assert!(exported.status.success(), "{}", text(&exported));
+        // With such a learning rate the weights are those of the folder.
+        let before = ModelFolder::open(&golden(name)).unwrap();
+        let after = ModelFolder::open(Path::new(output)).unwrap();
+        assert_eq!(after.family(), before.family());
+        if before.bytes_by_dtype().keys().eq(["F32"].iter()) {
+            for file in std::fs::read_dir(golden(name)).unwrap() {
+                let file = file.unwrap();
+                let copy = std::fs::read(Path::new(output).join(file.file_name())).unwrap();
+                let is_config = file.file_name() == "config.json";
+                assert!(
+                    is_config || copy == std::fs::read(file.path()).unwrap(),
+                    "{file:?}"
+                );
+            }
+        }
+        let inspected = finish(&mut experiment.moerun(&["model", "inspect", output]));
+        assert!(
+            text(&inspected).contains(before.family()),
+            "{}",
+            text(&inspected)
+        );
+    }
+    let arguments = [
+        "generate",
+        "--model",
+        "qwen3_moe-export",
+        "--max-tokens",
+        "4",
+    ];
+    let generated = finish(&mut experiment.moerun(&arguments));
+    assert!(generated.status.success(), "{}", text(&generated));
+}
+
+#[test]
+fn wrong_folders_are_refused_before_a_rank_starts() {
+    let experiment = Experiment::new();
+    write_tokens(&experiment.path("tokens"));
+    let text_of = |changes: &[&str]| {
+        let mut arguments = vec!["config", "check", "x.yaml"];
+        for change in changes {
+            arguments.extend(["--set", change]);
+        }
+        let checked = finish(&mut experiment.moerun(&arguments));
+        assert!(!checked.status.success());
+        text(&checked)
+    };
+    std::fs::write(experiment.path("x.yaml"), yaml(&golden("mixtral"))).unwrap();
+    let said = text_of(&["model.layers=3"]);
+    assert!(
+        said.contains("model.layers 3 is not the model of"),
+        "{said}"
+    );
+    let said = text_of(&["model.from=nowhere"]);
+    assert!(said.contains("nowhere/config.json"), "{said}");
+    std::fs::create_dir(experiment.path("other")).unwrap();
+    let unknown = json!({"model_type": "jamba"}).to_string();
+    std::fs::write(experiment.path("other/config.json"), unknown).unwrap();
+    let said = text_of(&["model.from=other"]);
+    assert!(said.contains("moerun does not know \"jamba\""), "{said}");
+}
