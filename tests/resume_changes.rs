@@ -99,6 +99,7 @@ fn base(folder: &Path) -> Value {
 
 fn model_changes() -> Vec<Change> {
     vec![
+        change("model.from", json!("another-folder")),
         change("model.vocab_size", json!(VOCAB + 8)),
         change("model.hidden", json!(48)),
         change("model.layers", json!(2)),
