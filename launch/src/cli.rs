@@ -679,6 +679,8 @@ pub(crate) enum ModelCommand {
     Inspect(ModelInspectArgs),
     /// Write a trained model as a folder that transformers and vLLM load
     Export(ModelExportArgs),
+    /// Make an MoE model of a dense one
+    Upcycle(ModelUpcycleArgs),
 }
 
 #[derive(Args)]
@@ -706,6 +708,47 @@ pub(crate) struct ModelExportArgs {
     /// Largest size of a file in GB
     #[arg(long, default_value_t = 5.0, value_name = "GB", value_parser = megabytes)]
     pub(crate) max_shard_gb: f64,
+}
+
+#[derive(Args)]
+pub(crate) struct ModelUpcycleArgs {
+    /// Folder of a dense model
+    #[arg(value_name = "DENSE")]
+    pub(crate) dense: PathBuf,
+    /// Folder to write; it must not exist, or be empty
+    #[arg(short, long, value_name = "FOLDER")]
+    pub(crate) output: PathBuf,
+    /// Number of experts per layer
+    #[arg(long, value_name = "E", value_parser = whole(1..=65_536))]
+    pub(crate) experts: usize,
+    /// Number of experts that a token uses
+    #[arg(long, value_name = "K", value_parser = whole(1..=65_536))]
+    pub(crate) top_k: usize,
+    /// Parts into which virtual groups divide the dense network
+    #[arg(long, default_value_t = 1, value_name = "G", value_parser = whole(1..=65_536))]
+    pub(crate) granularity: usize,
+    /// How experts come from the dense network
+    #[arg(long, default_value = "virtual-groups", value_name = "METHOD")]
+    pub(crate) method: UpcycleKind,
+    /// Share of an expert's inner width that `drop` draws anew
+    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
+    pub(crate) drop_share: f64,
+    /// Seed of routers and of what `drop` draws
+    #[arg(long, default_value_t = 0, value_name = "SEED")]
+    pub(crate) seed: u64,
+    /// Dtype of the weights: fp32 or bf16; by default that of the folder
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) dtype: Option<WeightDtype>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum UpcycleKind {
+    /// Each expert is the network
+    Naive,
+    /// Each expert is a part of the network, and whole copies are chosen
+    VirtualGroups,
+    /// Each expert is the network with a share drawn anew
+    Drop,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -79,6 +79,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Model(ModelCommand::Inspect(args)) => model::inspect::run(&args),
         Command::Model(ModelCommand::Export(args)) => model::export::run(args),
+        Command::Model(ModelCommand::Upcycle(args)) => model::upcycle::run(args),
         Command::Data(DataCommand::Prepare(args)) => prepare::run(args),
         Command::Config(ConfigCommand::Check(args)) => config_file::check(&args),
         Command::Config(ConfigCommand::Diff(args)) => config_diff::run(&args),

@@ -62,7 +62,7 @@ class Family:
     extra: Callable = lambda tensors: {}
     # Text files to add, by name.
     files: dict = field(default_factory=dict)
-    # Adds files to the finished folder, and those beside it.
+    # Adds files to the finished folder, and those next to it.
     finish: Callable = lambda folder: None
     # Changes to config.json with which transformers loads the folder. None if it cannot.
     reload: dict | None = field(default_factory=dict)

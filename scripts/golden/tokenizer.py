@@ -1,4 +1,4 @@
-"""Writes a tiny tokenizer beside a model.
+"""Writes a tiny tokenizer next to a model.
 
 Files of a tokenizer are copied verbatim when a model is exported. So one of them is what
 transformers 4 wrote and 5 only reads, and the template has a line break at its end.

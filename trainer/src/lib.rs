@@ -77,6 +77,7 @@ pub use hub::{
     export::{DEFAULT_SHARD_BYTES, ExportOptions, ExportReport, export},
     model_folder::ModelFolder,
     section::{complete_section, contradictions, folder_model},
+    upcycle::{UpcycleMethod, UpcycleOptions, upcycle},
 };
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};

@@ -26,7 +26,7 @@ mod layer_lists;
 mod llama;
 mod minimax_m2;
 mod mixtral;
-mod moe_keys;
+pub(crate) mod moe_keys;
 mod names;
 mod olmo2;
 mod olmo3;

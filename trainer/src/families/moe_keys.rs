@@ -8,15 +8,15 @@ use crate::{
 use moe::Score;
 
 /// Sizes of an MoE layer.
-pub(super) struct Sizes {
-    pub(super) experts: usize,
-    pub(super) top_k: usize,
-    pub(super) ffn: usize,
+pub(crate) struct Sizes {
+    pub(crate) experts: usize,
+    pub(crate) top_k: usize,
+    pub(crate) ffn: usize,
 }
 
 /// Returns an MoE section for training from loaded weights: without a load-balancing loss and
 /// without updates of biases, as other tools fine-tune.
-pub(super) fn section(sizes: Sizes, router: RouterConfig) -> MoeConfig {
+pub(crate) fn section(sizes: Sizes, router: RouterConfig) -> MoeConfig {
     MoeConfig {
         router,
         load_balance: 0.0,
@@ -26,7 +26,7 @@ pub(super) fn section(sizes: Sizes, router: RouterConfig) -> MoeConfig {
 }
 
 /// Returns a router with softmax scores.
-pub(super) fn softmax(normalize: bool) -> RouterConfig {
+pub(crate) fn softmax(normalize: bool) -> RouterConfig {
     RouterConfig {
         normalize: Some(normalize),
         ..RouterConfig::default()

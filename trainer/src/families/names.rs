@@ -1,9 +1,6 @@
 //! Names of tensors that several families share.
 
-use crate::hub::{
-    mapping::LAYERS,
-    rule::{Names, RowOrder, named},
-};
+use crate::hub::rule::{LAYERS, Names, RowOrder, named};
 
 /// Names of a decoder in the form of Llama.
 pub(super) const DECODER: Names = &[

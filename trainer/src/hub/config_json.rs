@@ -14,7 +14,6 @@ const MAX_BYTES: u64 = 1 << 24;
 /// The keys of a `config.json`, or of a section of it.
 #[derive(Debug, Clone)]
 pub(crate) struct ConfigJson {
-    /// The file.
     path: PathBuf,
     /// Prefix of keys in messages: empty, or the section and a dot.
     prefix: String,

@@ -26,6 +26,9 @@ const E2M1: [f32; 16] = [
 /// Bytes of a part of a row from which the part is read alone, and not the whole row.
 const MIN_READ_BYTES: u64 = 64 << 10;
 
+/// Takes bytes with their offset.
+pub(crate) type WriteBytes<'a> = dyn Fn(&[u8], u64) -> Result<(), Error> + 'a;
+
 /// Bytes that are copied at once.
 const COPY_BYTES: usize = 8 << 20;
 
@@ -140,9 +143,10 @@ impl LogicalTable {
     /// # Errors
     /// If the file cannot be read.
     pub(crate) fn read(&self, tensor: &LogicalTensor, region: &Region) -> Result<Tensor, Error> {
-        let [rows, columns] = match region.is_vector {
-            true => [tensor.shape.last().copied().unwrap_or(1), 1],
-            false => matrix_of(&tensor.shape),
+        let [rows, columns] = if region.is_vector {
+            [tensor.shape.last().copied().unwrap_or(1), 1]
+        } else {
+            matrix_of(&tensor.shape)
         };
         if tensor.is_transposed {
             let stored = StoredMatrix {
@@ -168,7 +172,7 @@ impl LogicalTable {
     pub(crate) fn copy(
         &self,
         tensor: &LogicalTensor,
-        write: &dyn Fn(&[u8], u64) -> Result<(), Error>,
+        write: &WriteBytes,
     ) -> Result<(), Error> {
         let data = &tensor.data;
         let mut buffer = vec![0; COPY_BYTES.min(data.bytes() as usize)];
@@ -532,9 +536,10 @@ fn decode_fp8(
     };
     with_tensor_bytes(bytes, |from| {
         with_tensor_bytes(&result, |into| {
-            let into = into.par_chunks_mut(4 * width.max(1));
-            let rows = from.par_chunks(width.max(1)).zip(into).enumerate();
-            rows.for_each(|(number, (from, into))| decode(number, from, into));
+            into.par_chunks_mut(4 * width.max(1))
+                .zip(from.par_chunks(width.max(1)))
+                .enumerate()
+                .for_each(|(number, (into, from))| decode(number, from, into));
         });
     });
     result
@@ -559,9 +564,10 @@ fn decode_mxfp4(bytes: &Tensor, scales: &Tensor) -> Tensor {
     with_tensor_bytes(bytes, |from| {
         with_tensor_bytes(scales, |scales| {
             with_tensor_bytes(&result, |into| {
-                let into = into.par_chunks_mut(8 * group);
-                let groups = from.par_chunks(group).zip(scales.par_iter()).zip(into);
-                groups.for_each(|((from, &scale), into)| decode(from, scale, into));
+                into.par_chunks_mut(8 * group)
+                    .zip(from.par_chunks(group))
+                    .zip(scales.par_iter())
+                    .for_each(|((into, from), &scale)| decode(from, scale, into));
             });
         });
     });

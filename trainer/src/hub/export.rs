@@ -2,6 +2,7 @@
 
 use super::{
     config_json::{CONFIG_FILE, ConfigJson},
+    encoding::LogicalTensor,
     folder::INDEX_FILE,
     mapping::Mapping,
     model_folder::ModelFolder,
@@ -39,7 +40,7 @@ const WEIGHTS: [&str; 8] = [
     "onnx",
 ];
 
-/// What [`export`] writes, and from where.
+/// Source and destination of [`export`].
 #[derive(Debug, Clone)]
 pub struct ExportOptions {
     /// A run's folder, its `checkpoints` folder, or one checkpoint.
@@ -60,8 +61,8 @@ pub struct ExportOptions {
 pub struct ExportReport {
     /// `model_type` of the folder.
     pub family: String,
-    /// Steps that the model was trained for.
-    pub step: u64,
+    /// Steps that the model was trained for, if it was trained.
+    pub step: Option<u64>,
     pub files: usize,
     pub tensors: usize,
     pub bytes: u64,
@@ -104,7 +105,7 @@ pub fn export(
         &form,
         progress,
     )?;
-    report.step = state.step;
+    report.step = Some(state.step);
     notes.append(&mut report.notes);
     report.notes = notes;
     Ok(report)
@@ -128,11 +129,10 @@ fn open_source(from: &Path, model: &ModelConfig) -> Result<ModelFolder, Error> {
 }
 
 /// Everything of the folder but the values.
-struct Form {
+pub(super) struct Form {
     family: Family,
     config: ConfigJson,
     dtype: Option<StoredDtype>,
-    /// Files to copy.
     copies: Vec<PathBuf>,
     /// Names and texts of small files.
     texts: Vec<(String, String)>,
@@ -165,6 +165,35 @@ impl Form {
             config,
             dtype,
             copies: other_files(&source.reader.table.table.folder),
+            texts: Vec::new(),
+        }
+    }
+
+    /// Returns the form of a new model that keeps the other files of a folder.
+    pub(super) fn of_new_model(
+        from: &ModelFolder,
+        family: Family,
+        mut config: ConfigJson,
+        dtype: Option<Dtype>,
+    ) -> Form {
+        let stored = from
+            .reader
+            .table
+            .tensors
+            .values()
+            .find_map(LogicalTensor::plain_dtype);
+        let dtype = dtype
+            .map(stored_dtype)
+            .or(stored)
+            .unwrap_or(StoredDtype::BF16);
+        for key in ["dtype", "torch_dtype"] {
+            config.set(key, name_of(dtype));
+        }
+        Form {
+            family,
+            config,
+            dtype: Some(dtype),
+            copies: other_files(&from.reader.table.table.folder),
             texts: Vec::new(),
         }
     }
@@ -297,7 +326,11 @@ fn new_tensors(
     tensors.collect()
 }
 
-fn write_folder(
+/// Writes a folder.
+///
+/// # Errors
+/// If a tensor cannot be read, or a file cannot be written. The output does not exist then.
+pub(super) fn write_folder(
     options: &ExportOptions,
     values: &dyn ModelValues,
     model: &ModelConfig,
@@ -329,7 +362,7 @@ fn write_folder(
     staging.finish(form, &files, source.is_some_and(has_index))?;
     Ok(ExportReport {
         family: form.family.name().to_string(),
-        step: 0,
+        step: None,
         files: files.len(),
         tensors: count,
         bytes,
@@ -342,14 +375,14 @@ fn has_index(source: &ModelFolder) -> bool {
     source.reader.table.table.folder.join(INDEX_FILE).exists()
 }
 
-/// A folder that is written beside its place and renamed at the end. Dropped before, it is removed.
+/// A folder that is written next to its place and renamed at the end. Dropped before, it is removed.
 struct Staging<'a> {
     output: &'a Path,
     folder: Option<tempfile::TempDir>,
 }
 
 impl Staging<'_> {
-    /// Creates the folder.
+    /// Creates the folder next to the output.
     ///
     /// # Errors
     /// If the output has files, or the folder cannot be created.
@@ -392,10 +425,11 @@ impl Staging<'_> {
     fn finish(mut self, form: &Form, files: &[NewFile], has_index: bool) -> Result<(), Error> {
         for copy in &form.copies {
             let name = copy.file_name().unwrap_or(copy.as_os_str());
-            let name = match form.texts.is_empty() {
-                true => name,
+            let name = if form.texts.is_empty() {
+                name
+            } else {
                 // The tokenizer of a run may have another name.
-                false => "tokenizer.json".as_ref(),
+                "tokenizer.json".as_ref()
             };
             let into = self.folder().join(name);
             std::fs::copy(copy, &into).map_err(Error::io("cannot copy", copy))?;
@@ -519,7 +553,8 @@ mod tests {
             assert_eq!(keys(&copy), keys(&source), "{name}");
             let is_quantized = source.config.has("quantization_config");
             for (tensor, _) in keys(&source) {
-                let (new, old) = (values(&copy, &tensor), values(&source, &tensor));
+                let new = values(&copy, &tensor);
+                let old = values(&source, &tensor);
                 let rounded = |values: &Tensor| values.to_kind(new[0].kind());
                 for (new, old) in new.iter().zip(&old) {
                     assert_eq!(new, &rounded(old), "{name}: {tensor}");

@@ -44,7 +44,6 @@ pub(super) fn names() -> Vec<String> {
     names
 }
 
-/// Results of transformers.
 struct Results {
     path: PathBuf,
 }

@@ -2,7 +2,7 @@
 
 use super::{
     encoding::{LogicalTable, LogicalTensor},
-    rule::{Names, Rows, Run, Source, Stack},
+    rule::{LAYERS, Names, Rows, Run, Source, Stack},
 };
 use crate::{
     Error,
@@ -11,9 +11,6 @@ use crate::{
     model::decoder::{model_specs, selection_biases},
 };
 use std::collections::BTreeMap;
-
-/// Prefix of the names of a folder's layers.
-pub(crate) const LAYERS: &str = "model.layers";
 
 /// Tensors that a message lists.
 const LISTED: usize = 8;
@@ -32,7 +29,6 @@ pub(crate) struct Piece {
 /// A tensor of the model.
 #[derive(Debug, Clone)]
 pub(crate) struct MappedTensor {
-    /// Global name.
     pub(crate) name: String,
     pub(crate) shape: Vec<u64>,
     /// True for the biases that select experts, which are no parameters.

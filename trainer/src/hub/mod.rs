@@ -6,6 +6,8 @@
 //! mapping in opposite directions.
 
 pub(crate) mod config_json;
+#[cfg(test)]
+mod damage;
 pub(crate) mod encoding;
 pub(crate) mod export;
 pub(crate) mod folder;
@@ -17,5 +19,6 @@ pub(crate) mod reader;
 pub(crate) mod rule;
 pub(crate) mod section;
 mod shards;
+pub(crate) mod upcycle;
 mod values;
 mod writer;

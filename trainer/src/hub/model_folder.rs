@@ -110,7 +110,7 @@ impl ModelFolder {
         let carried = self.account.carried.len();
         if carried > 0 {
             notes.push(format!(
-                "{carried} tensors of the folder are not trained, such as {}; an export copies them",
+                "{carried} tensors are not trained, such as {}; an export copies them",
                 self.account.carried[0]
             ));
         }

@@ -112,18 +112,15 @@ impl FolderReader {
             .filter_map(|run| run.within(rows))
             .collect();
         let last = |run: &Run| run.theirs + (run.count - 1) * run.step;
-        let (Some(first), Some(last)) = (
-            runs.iter().map(|run| run.theirs).min(),
-            runs.iter().map(last).max(),
-        ) else {
+        let Some(first) = runs.iter().map(|run| run.theirs).min() else {
             return Ok(());
         };
-        let theirs = first..last + 1;
-        let columns = part.columns.clone();
-        let (rows, columns) = match piece.is_transposed {
-            false => (theirs, columns),
-            true => (columns, theirs),
-        };
+        let end = runs.iter().map(last).max().map_or(first, |last| last + 1);
+        let mut sides = [first..end, part.columns.clone()];
+        if piece.is_transposed {
+            sides.reverse();
+        }
+        let [rows, columns] = sides;
         let region = Region {
             is_vector: part.is_vector,
             matrix: piece.matrix,

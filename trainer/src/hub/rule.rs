@@ -2,6 +2,9 @@
 
 use crate::{config::ModelConfig, model::attention::HeadRows};
 
+/// Prefix of the names of a folder's layers.
+pub(crate) const LAYERS: &str = "model.layers";
+
 /// The tensors of the folder that a tensor of the model consists of, one below the other in equal
 /// parts. Several entries are alternatives: the importer takes the first of which the folder has
 /// the tensors, the exporter the first.

@@ -135,7 +135,6 @@ pub(crate) fn model_specs(config: &ModelConfig) -> impl Iterator<Item = ParamSpe
 
 /// A bias that takes part in the selection of experts and is no parameter.
 pub(crate) struct SelectionBias {
-    /// Global name.
     pub(crate) name: String,
     pub(crate) experts: u64,
 }

@@ -15,7 +15,7 @@ mod documents;
 mod embedding;
 pub(crate) mod experts;
 pub(crate) mod feed_forward;
-mod init;
+pub(crate) mod init;
 mod largest_scores;
 mod layer;
 pub(crate) mod loss;

@@ -104,7 +104,7 @@ fn shortened(config: &Config, mesh: &Mesh) -> Config {
     let sequences = number * config.train.micro_batch * mesh.shape().data;
     short.train.global_batch = BatchSize::Constant(sequences);
     short.run.trace_step = None;
-    // Drawn values suffice.
+    // Values that are drawn do as well as those of a folder.
     short.model.from = None;
     if let Some(validation) = &mut short.validation {
         validation.sequences = 1;

@@ -19,10 +19,9 @@ use parallel::{
 use serde::{Deserialize, Serialize};
 use std::{ops::Range, path::Path, sync::Arc};
 
-/// What rank 0 reads of a folder for all ranks.
+/// The parts of a folder that rank 0 reads for all ranks.
 #[derive(Serialize, Deserialize)]
 struct Headers {
-    /// Bytes of `config.json`.
     config: Vec<u8>,
     table: TensorTable,
 }
