@@ -174,3 +174,43 @@ fn wrong_folders_are_refused_before_a_rank_starts() {
     let said = text_of(&["model.from=other"]);
     assert!(said.contains("moerun does not know \"jamba\""), "{said}");
 }
+
+/// Trains from a folder and returns the losses.
+fn losses(experiment: &Experiment, model: &Path) -> Vec<f64> {
+    let _ = std::fs::remove_dir_all(experiment.path("run"));
+    let text_of_run = yaml(model).replace("lr: 1.0e-30", "lr: 1.0e-3");
+    std::fs::write(experiment.path("x.yaml"), text_of_run).unwrap();
+    let arguments = ["train", "x.yaml", "-n", "2", "--set", "train.steps=20"];
+    let trained = finish(&mut experiment.moerun(&arguments));
+    assert!(trained.status.success(), "{}", text(&trained));
+    let lines = std::fs::read_to_string(experiment.path("run/metrics.jsonl")).unwrap();
+    let loss = |line: &str| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64();
+    lines.lines().filter_map(loss).collect()
+}
+
+#[test]
+fn an_upcycled_model_continues_from_the_loss_of_the_dense_one() {
+    let experiment = Experiment::new();
+    write_tokens(&experiment.path("tokens"));
+    let dense = golden("llama");
+    let arguments = [
+        "model",
+        "upcycle",
+        dense.to_str().unwrap(),
+        "-o",
+        "sparse",
+        "--experts",
+        "8",
+        "--top-k",
+        "4",
+        "--granularity",
+        "2",
+    ];
+    let made = finish(&mut experiment.moerun(&arguments));
+    assert!(made.status.success(), "{}", text(&made));
+    let sparse = losses(&experiment, &experiment.path("sparse"));
+    let dense = losses(&experiment, &dense);
+    let is_close = (sparse[0] - dense[0]).abs() < 1e-5 * dense[0];
+    assert!(is_close, "{} and {}", sparse[0], dense[0]);
+    assert!(sparse.last() < sparse.first(), "{sparse:?}");
+}

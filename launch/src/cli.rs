@@ -727,7 +727,7 @@ pub(crate) struct ModelUpcycleArgs {
     /// Parts into which virtual groups divide the dense network
     #[arg(long, default_value_t = 1, value_name = "G", value_parser = whole(1..=65_536))]
     pub(crate) granularity: usize,
-    /// How experts come from the dense network
+    /// Way from the dense network to experts
     #[arg(long, default_value = "virtual-groups", value_name = "METHOD")]
     pub(crate) method: UpcycleKind,
     /// Share of an expert's inner width that `drop` draws anew

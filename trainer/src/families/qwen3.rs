@@ -55,7 +55,8 @@ impl FamilyRules for Qwen3 {
 /// If a key has another type, or a layer is of an unknown kind.
 pub(super) fn read_window(config: &ConfigJson, model: &mut ModelConfig) -> Result<(), Error> {
     let size: Option<usize> = config.get("sliding_window")?;
-    let (true, Some(size)) = (config.get_or("use_sliding_window", false)?, size) else {
+    let slides = config.get_or("use_sliding_window", false)?;
+    let Some(size) = size.filter(|_| slides) else {
         return Ok(());
     };
     let slides = match sliding_layers(config, model.layers)? {

@@ -282,9 +282,10 @@ fn damage(folder: &Path, next: &mut impl FnMut(usize) -> usize) -> String {
     files.sort();
     let path = &files[next(files.len())];
     let mut bytes = std::fs::read(path).unwrap();
-    let header = match is_weights(path) {
-        true => 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize,
-        false => bytes.len(),
+    let header = if is_weights(path) {
+        8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize
+    } else {
+        bytes.len()
     };
     let what = match next(4) {
         0 => {

@@ -169,11 +169,7 @@ impl LogicalTable {
     ///
     /// # Errors
     /// If the file cannot be read, or `write` fails.
-    pub(crate) fn copy(
-        &self,
-        tensor: &LogicalTensor,
-        write: &WriteBytes,
-    ) -> Result<(), Error> {
+    pub(crate) fn copy(&self, tensor: &LogicalTensor, write: &WriteBytes) -> Result<(), Error> {
         let data = &tensor.data;
         let mut buffer = vec![0; COPY_BYTES.min(data.bytes() as usize)];
         let mut done = 0;

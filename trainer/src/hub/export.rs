@@ -326,7 +326,7 @@ fn new_tensors(
     tensors.collect()
 }
 
-/// Writes a folder.
+/// Writes the tensors and the other files of a folder.
 ///
 /// # Errors
 /// If a tensor cannot be read, or a file cannot be written. The output does not exist then.
@@ -375,7 +375,8 @@ fn has_index(source: &ModelFolder) -> bool {
     source.reader.table.table.folder.join(INDEX_FILE).exists()
 }
 
-/// A folder that is written next to its place and renamed at the end. Dropped before, it is removed.
+/// A folder that is written next to its place and renamed at the end. Dropped before that, it is
+/// removed.
 struct Staging<'a> {
     output: &'a Path,
     folder: Option<tempfile::TempDir>,

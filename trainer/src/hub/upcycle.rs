@@ -25,7 +25,7 @@ use tch::{Kind, Tensor};
 /// Standard deviation of a router's initial weights.
 const ROUTER_STD: f64 = 0.02;
 
-/// How experts come from the dense network.
+/// A way from the dense network to experts.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum UpcycleMethod {
     /// Each expert is the network (Sparse Upcycling, arXiv 2212.05055).
@@ -38,7 +38,7 @@ pub enum UpcycleMethod {
     Drop(f64),
 }
 
-/// What [`upcycle`] makes of which model.
+/// Source, destination and sizes of [`upcycle`].
 #[derive(Debug, Clone)]
 pub struct UpcycleOptions {
     /// Folder of a dense model.
@@ -100,7 +100,7 @@ fn sparse_model(options: &UpcycleOptions, dense: &ModelFolder) -> Result<ModelCo
     } = *options;
     let refuse = |reason: String| Err(Error::Config(reason));
     let mut model = dense.model().clone();
-    let (None, Some(ffn)) = (&model.moe, model.ffn) else {
+    let Some(ffn) = model.ffn.filter(|_| model.moe.is_none()) else {
         return refuse(format!(
             "{} is an MoE model already: name the folder of a dense one",
             options.dense.display()
