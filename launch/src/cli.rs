@@ -21,6 +21,8 @@ pub(crate) enum Command {
     Train(TrainArgs),
     /// Generate text with a trained model
     Generate(GenerateArgs),
+    /// Compute log-likelihoods of texts
+    Evaluate(EvaluateArgs),
     /// Exchange models with Hugging Face transformers and inference servers
     #[command(subcommand)]
     Model(ModelCommand),
@@ -671,6 +673,27 @@ pub(crate) struct CheckArgs {
         value_parser = whole(1..=MAX_RANKS)
     )]
     pub(crate) nproc_per_node: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct EvaluateArgs {
+    /// Folder of a run (uses its newest checkpoint) or of one checkpoint
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "model",
+        conflicts_with = "model"
+    )]
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Folder of a Hugging Face model
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) model: Option<PathBuf>,
+    /// JSON lines with the keys `context` and `continuation`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) requests: PathBuf,
+    /// Tokenizer to use instead of the model's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]

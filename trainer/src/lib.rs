@@ -81,6 +81,7 @@ pub use hub::{
 };
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
+pub use inference::score::{Score, ScoreRequest, score};
 pub use memory::{EqualRanks, RankMemory};
 pub use model::parameters::{Parameter, Parameters};
 pub use model::replicas::Replicas;

@@ -206,6 +206,19 @@ impl Form {
     ) -> Result<Form, Error> {
         let dtype = stored_dtype(dtype.unwrap_or(run.train.dtype));
         let (family, mut config) = express(&run.model)?;
+        let unaware = family.rules().readers_without_head_dim();
+        let keys = run.model.attention(0).head_keys();
+        let has_other_width = keys
+            .head_dim
+            .is_some_and(|width| width * run.model.heads != run.model.hidden);
+        if has_other_width && !unaware.is_empty() {
+            notes.push(format!(
+                "{} ignores head_dim of {} models, which is not hidden_size / num_attention_heads \
+                 here: it cannot serve this folder",
+                unaware.join(" or "),
+                family.name()
+            ));
+        }
         config.set("dtype", name_of(dtype));
         config.set("torch_dtype", name_of(dtype));
         config.set("max_position_embeddings", run.data.sequence_length);

@@ -16,6 +16,8 @@ mod golden;
 pub(crate) mod mapping;
 pub(crate) mod model_folder;
 pub(crate) mod reader;
+#[cfg(test)]
+mod readers;
 pub(crate) mod rule;
 pub(crate) mod section;
 mod shards;
