@@ -384,6 +384,25 @@ pub(crate) enum BenchCommand {
     Layouts(LayoutsArgs),
     /// Measure what grows with the ranks: start-up, metadata of a restart, plans
     Scale(ScaleArgs),
+    /// Measure reading and writing the folder of a Hugging Face model
+    Import(ImportArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ImportArgs {
+    /// Size of the folder that is made, in GiB of bf16
+    #[arg(long, default_value_t = 8.0, value_name = "GIB", value_parser = megabytes)]
+    pub(crate) gib: f64,
+    /// Command that loads the folder that is appended to it, and prints `seconds` as JSON, such as
+    /// "python3 scripts/peers/from_pretrained.py"
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) baseline: Option<String>,
+    /// Read the part of this rank of `--folder`
+    #[arg(long, hide = true, requires = "folder")]
+    pub(crate) rank: Option<usize>,
+    /// The folder that a rank reads
+    #[arg(long, hide = true)]
+    pub(crate) folder: Option<PathBuf>,
 }
 
 #[derive(Args)]

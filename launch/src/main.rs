@@ -107,6 +107,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Collectives(args)) => bench::collectives::run(&args),
         Command::Bench(BenchCommand::Snapshot(args)) => bench::snapshot::run(&args),
         Command::Bench(BenchCommand::Scale(args)) => bench::scale::run(&args),
+        Command::Bench(BenchCommand::Import(args)) => bench::import::run(&args),
     };
     let code = result.unwrap_or_else(|error| {
         eprintln!("error: {}", hint::message(&error));

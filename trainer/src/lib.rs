@@ -71,6 +71,7 @@ mod stage_layout;
 mod train;
 
 pub use bench::copy_timer::CopyTimer;
+pub use bench::import::{ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use error::Error;
 pub use hub::{

@@ -22,5 +22,5 @@ pub(crate) mod rule;
 pub(crate) mod section;
 mod shards;
 pub(crate) mod upcycle;
-mod values;
+pub(crate) mod values;
 mod writer;
