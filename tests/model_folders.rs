@@ -214,3 +214,46 @@ fn an_upcycled_model_continues_from_the_loss_of_the_dense_one() {
     assert!(is_close, "{} and {}", sparse[0], dense[0]);
     assert!(sparse.last() < sparse.first(), "{sparse:?}");
 }
+
+#[test]
+fn the_likelihood_of_a_text_is_the_sum_of_its_tokens() {
+    let experiment = Experiment::new();
+    let model = golden("qwen3_moe");
+    let evaluate = |requests: &[[&str; 2]]| {
+        let lines = requests.iter().map(|[context, continuation]| {
+            json!({"context": context, "continuation": continuation}).to_string() + "\n"
+        });
+        std::fs::write(experiment.path("requests.jsonl"), lines.collect::<String>()).unwrap();
+        let model = model.to_str().unwrap();
+        let arguments = ["evaluate", "--model", model, "--requests", "requests.jsonl"];
+        finish(&mut experiment.moerun(&arguments))
+    };
+    let output = evaluate(&[["a", "bc"], ["a", "b"], ["ab", "c"], ["", "a"]]);
+    assert!(output.status.success(), "{}", text(&output));
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let scores = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let scores: Vec<Value> = scores.collect();
+    let likelihood = |number: usize| scores[number]["log_likelihood"].as_f64().unwrap();
+    let parts = likelihood(1) + likelihood(2);
+    assert!((likelihood(0) - parts).abs() < 1e-4, "{lines}");
+    assert_eq!(scores[0]["tokens"], 2);
+    let refused = evaluate(&[["a", "b"], ["a", ""]]);
+    assert!(!refused.status.success());
+    assert!(text(&refused).contains("request 2: the continuation has 0 tokens"));
+    std::fs::write(experiment.path("requests.jsonl"), "{\"context\": 1}\n").unwrap();
+    let arguments = [
+        "evaluate",
+        "--model",
+        "nowhere",
+        "--requests",
+        "requests.jsonl",
+    ];
+    let refused = finish(&mut experiment.moerun(&arguments));
+    assert!(
+        text(&refused).contains("requests.jsonl, line 1"),
+        "{}",
+        text(&refused)
+    );
+}

@@ -21,6 +21,8 @@ pub(crate) enum Command {
     Train(TrainArgs),
     /// Generate text with a trained model
     Generate(GenerateArgs),
+    /// Compute log-likelihoods of texts
+    Evaluate(EvaluateArgs),
     /// Exchange models with Hugging Face transformers and inference servers
     #[command(subcommand)]
     Model(ModelCommand),
@@ -382,6 +384,25 @@ pub(crate) enum BenchCommand {
     Layouts(LayoutsArgs),
     /// Measure what grows with the ranks: start-up, metadata of a restart, plans
     Scale(ScaleArgs),
+    /// Measure reading and writing the folder of a Hugging Face model
+    Import(ImportArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct ImportArgs {
+    /// Size of the folder that is made, in GiB of bf16
+    #[arg(long, default_value_t = 8.0, value_name = "GIB", value_parser = megabytes)]
+    pub(crate) gib: f64,
+    /// Command that loads the folder that is appended to it, and prints `seconds` as JSON, such as
+    /// "python3 scripts/peers/from_pretrained.py"
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) baseline: Option<String>,
+    /// Read the part of this rank of `--folder`
+    #[arg(long, hide = true, requires = "folder")]
+    pub(crate) rank: Option<usize>,
+    /// The folder that a rank reads
+    #[arg(long, hide = true)]
+    pub(crate) folder: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -671,6 +692,27 @@ pub(crate) struct CheckArgs {
         value_parser = whole(1..=MAX_RANKS)
     )]
     pub(crate) nproc_per_node: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct EvaluateArgs {
+    /// Folder of a run (uses its newest checkpoint) or of one checkpoint
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "model",
+        conflicts_with = "model"
+    )]
+    pub(crate) checkpoint: Option<PathBuf>,
+    /// Folder of a Hugging Face model
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) model: Option<PathBuf>,
+    /// JSON lines with the keys `context` and `continuation`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) requests: PathBuf,
+    /// Tokenizer to use instead of the model's
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]

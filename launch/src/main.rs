@@ -16,6 +16,7 @@ mod conformance;
 mod device_variables;
 mod doctor;
 mod environment;
+mod evaluate;
 mod fault;
 mod fork_server;
 mod generate;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Train(args) => train(args),
         Command::Generate(args) => generate::run(args),
+        Command::Evaluate(args) => evaluate::run(args),
         Command::Model(ModelCommand::Inspect(args)) => model::inspect::run(&args),
         Command::Model(ModelCommand::Export(args)) => model::export::run(args),
         Command::Model(ModelCommand::Upcycle(args)) => model::upcycle::run(args),
@@ -105,6 +107,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Collectives(args)) => bench::collectives::run(&args),
         Command::Bench(BenchCommand::Snapshot(args)) => bench::snapshot::run(&args),
         Command::Bench(BenchCommand::Scale(args)) => bench::scale::run(&args),
+        Command::Bench(BenchCommand::Import(args)) => bench::import::run(&args),
     };
     let code = result.unwrap_or_else(|error| {
         eprintln!("error: {}", hint::message(&error));

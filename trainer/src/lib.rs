@@ -71,6 +71,7 @@ mod stage_layout;
 mod train;
 
 pub use bench::copy_timer::CopyTimer;
+pub use bench::import::{ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use error::Error;
 pub use hub::{
@@ -81,6 +82,7 @@ pub use hub::{
 };
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
+pub use inference::score::{Score, ScoreRequest, score};
 pub use memory::{EqualRanks, RankMemory};
 pub use model::parameters::{Parameter, Parameters};
 pub use model::replicas::Replicas;

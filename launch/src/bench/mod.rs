@@ -3,6 +3,7 @@
 pub(crate) mod collectives;
 mod figures;
 mod floor;
+pub(crate) mod import;
 pub(crate) mod layouts;
 pub(crate) mod memory;
 pub(crate) mod moe_layer;

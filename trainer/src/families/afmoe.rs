@@ -101,6 +101,8 @@ impl FamilyRules for Afmoe {
             config.set("route_scale", moe.router.scale);
             config.set("route_norm", true);
             config.set("score_func", "sigmoid");
+            config.set("n_group", 1);
+            config.set("topk_group", 1);
         }
     }
 

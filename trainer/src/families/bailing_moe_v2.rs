@@ -101,6 +101,7 @@ impl FamilyRules for BailingMoeV2 {
             config.set("moe_shared_expert_intermediate_size", width);
         }
         config.set("use_qk_norm", model.qk_norm == QkNorm::Head);
+        config.set("embedding_dropout", 0.0);
         config.set("use_bias", false);
         config.set("use_qkv_bias", false);
         config.set("use_rmsnorm", true);

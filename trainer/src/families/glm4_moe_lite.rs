@@ -57,6 +57,7 @@ impl FamilyRules for Glm4MoeLite {
     fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
         deepseek_keys::write_latent(model, config);
         deepseek_keys::write_experts(model, config);
+        config.set("moe_layer_freq", 1);
         let kind = |is_moe: bool| if is_moe { SPARSE } else { DENSE };
         let types: Vec<&str> = moe_layers(model).into_iter().map(kind).collect();
         config.set("mlp_layer_types", types);

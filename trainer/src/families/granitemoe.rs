@@ -74,6 +74,10 @@ impl FamilyRules for GraniteMoe {
         }
     }
 
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        &["vLLM", "SGLang"]
+    }
+
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![EXPERTS, DECODER]
     }

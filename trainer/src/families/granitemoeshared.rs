@@ -52,6 +52,10 @@ impl FamilyRules for GraniteMoeShared {
         config.set("shared_intermediate_size", width);
     }
 
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        &["vLLM", "SGLang"]
+    }
+
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![SHARED, EXPERTS, DECODER]
     }

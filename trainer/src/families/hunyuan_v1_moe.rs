@@ -100,6 +100,7 @@ impl FamilyRules for HunyuanV1Moe {
         decoder_keys::write(model, config);
         decoder_keys::write_bias(model, config);
         config.set("use_qk_norm", true);
+        config.set("use_mixed_mlp_moe", true);
         if let Some(moe) = &model.moe {
             config.set("num_experts", moe.experts);
             config.set("moe_topk", moe.top_k);

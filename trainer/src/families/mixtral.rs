@@ -51,6 +51,10 @@ impl FamilyRules for Mixtral {
         config.set("router_jitter_noise", 0.0);
     }
 
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        &["SGLang"]
+    }
+
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![BLOCK_SPARSE_EXPERTS, DECODER]
     }

@@ -102,6 +102,12 @@ pub(crate) trait FamilyRules: Sync {
         false
     }
 
+    /// Readers that take `hidden_size / num_attention_heads` for the width of a head, whatever
+    /// `head_dim` says.
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// The output layer, which a folder with tied embeddings may have twice.
     fn output_layer(&self) -> &'static str {
         "lm_head.weight"

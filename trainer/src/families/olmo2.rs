@@ -34,6 +34,10 @@ impl FamilyRules for Olmo2 {
         config.set("intermediate_size", model.ffn);
     }
 
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        &["SGLang"]
+    }
+
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![POST_NORMS, DECODER]
     }

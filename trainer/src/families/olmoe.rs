@@ -48,6 +48,10 @@ impl FamilyRules for Olmoe {
         }
     }
 
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        &["vLLM", "SGLang"]
+    }
+
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![MLP_EXPERTS, DECODER]
     }

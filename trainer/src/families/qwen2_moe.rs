@@ -84,6 +84,10 @@ impl FamilyRules for Qwen2Moe {
         write_sparse_layers(model, config);
     }
 
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        &["vLLM", "SGLang"]
+    }
+
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![SHARED, MLP_EXPERTS, DECODER]
     }

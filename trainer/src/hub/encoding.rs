@@ -143,11 +143,7 @@ impl LogicalTable {
     /// # Errors
     /// If the file cannot be read.
     pub(crate) fn read(&self, tensor: &LogicalTensor, region: &Region) -> Result<Tensor, Error> {
-        let [rows, columns] = if region.is_vector {
-            [tensor.shape.last().copied().unwrap_or(1), 1]
-        } else {
-            matrix_of(&tensor.shape)
-        };
+        let [rows, columns] = tensor.rows_and_columns(region.is_vector);
         if tensor.is_transposed {
             let stored = StoredMatrix {
                 matrix: region.matrix,
@@ -163,6 +159,34 @@ impl LogicalTable {
             columns,
         };
         self.read_stored(tensor, &stored, &region.rows, &region.columns)
+    }
+
+    /// Reads whole rows directly into `target`, `[rows, columns]`, if the file has them one after
+    /// the other in its dtype. Returns false, and reads nothing, if not.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub(crate) fn read_directly(
+        &self,
+        tensor: &LogicalTensor,
+        region: &Region,
+        target: &Tensor,
+    ) -> Result<bool, Error> {
+        let [rows, columns] = tensor.rows_and_columns(region.is_vector);
+        let has_kind = tensor.encoding == Encoding::Plain(target.kind());
+        let is_in_order = !tensor.is_transposed && region.columns == (0..columns);
+        let fits = target.device() == Device::Cpu && target.is_contiguous();
+        if !(has_kind && is_in_order && fits) {
+            return Ok(false);
+        }
+        let data = &tensor.data;
+        let row_bytes = columns * target.kind().elt_size_in_bytes() as u64;
+        let first = data.start + (region.matrix * rows + region.rows.start) * row_bytes;
+        let read = with_tensor_bytes(target, |into| {
+            self.files[data.file].read_exact_at(into, first)
+        });
+        read.map_err(Error::io("cannot read", &self.table.path(data)))?;
+        Ok(true)
     }
 
     /// Passes the bytes of a tensor that is not quantized to `write`, with their offset.
@@ -285,6 +309,15 @@ impl LogicalTensor {
             self.shape.iter().rev().skip(2).product(),
             matrix_of(&self.shape),
         )
+    }
+
+    /// Returns the rows and columns of each matrix, or of each vector.
+    fn rows_and_columns(&self, is_vector: bool) -> [u64; 2] {
+        if is_vector {
+            [self.shape.last().copied().unwrap_or(1), 1]
+        } else {
+            matrix_of(&self.shape)
+        }
     }
 
     /// Returns the dtype in the file, if the tensor is not quantized.

@@ -129,7 +129,7 @@ fn open_source(from: &Path, model: &ModelConfig) -> Result<ModelFolder, Error> {
 }
 
 /// Everything of the folder but the values.
-pub(super) struct Form {
+pub(crate) struct Form {
     family: Family,
     config: ConfigJson,
     dtype: Option<StoredDtype>,
@@ -139,7 +139,8 @@ pub(super) struct Form {
 }
 
 impl Form {
-    fn of_source(source: &ModelFolder, dtype: Option<Dtype>) -> Form {
+    /// Returns the form of a model that came from a folder.
+    pub(crate) fn of_source(source: &ModelFolder, dtype: Option<Dtype>) -> Form {
         let mut config = source.config.clone();
         let is_quantized = config.has("quantization_config");
         config.remove("quantization_config");
@@ -169,23 +170,12 @@ impl Form {
         }
     }
 
-    /// Returns the form of a new model that keeps the other files of a folder.
-    pub(super) fn of_new_model(
-        from: &ModelFolder,
+    /// Returns a form that consists of `config.json` only.
+    pub(crate) fn without_tokenizer(
         family: Family,
         mut config: ConfigJson,
-        dtype: Option<Dtype>,
+        dtype: StoredDtype,
     ) -> Form {
-        let stored = from
-            .reader
-            .table
-            .tensors
-            .values()
-            .find_map(LogicalTensor::plain_dtype);
-        let dtype = dtype
-            .map(stored_dtype)
-            .or(stored)
-            .unwrap_or(StoredDtype::BF16);
         for key in ["dtype", "torch_dtype"] {
             config.set(key, name_of(dtype));
         }
@@ -193,8 +183,25 @@ impl Form {
             family,
             config,
             dtype: Some(dtype),
-            copies: other_files(&from.reader.table.table.folder),
+            copies: Vec::new(),
             texts: Vec::new(),
+        }
+    }
+
+    /// Returns the form of a new model that keeps the other files of a folder.
+    pub(super) fn of_new_model(
+        from: &ModelFolder,
+        family: Family,
+        config: ConfigJson,
+        dtype: Option<Dtype>,
+    ) -> Form {
+        let table = &from.reader.table;
+        let stored = || table.tensors.values().find_map(LogicalTensor::plain_dtype);
+        let dtype = dtype.map(stored_dtype).or_else(stored);
+        let dtype = dtype.unwrap_or(StoredDtype::BF16);
+        Form {
+            copies: other_files(&table.table.folder),
+            ..Form::without_tokenizer(family, config, dtype)
         }
     }
 
@@ -206,16 +213,21 @@ impl Form {
     ) -> Result<Form, Error> {
         let dtype = stored_dtype(dtype.unwrap_or(run.train.dtype));
         let (family, mut config) = express(&run.model)?;
-        config.set("dtype", name_of(dtype));
-        config.set("torch_dtype", name_of(dtype));
+        let unaware = family.rules().readers_without_head_dim();
+        let keys = run.model.attention(0).head_keys();
+        let has_other_width = keys
+            .head_dim
+            .is_some_and(|width| width * run.model.heads != run.model.hidden);
+        if has_other_width && !unaware.is_empty() {
+            notes.push(format!(
+                "{} ignores head_dim of {} models, which is not hidden_size / num_attention_heads \
+                 here: it cannot serve this folder",
+                unaware.join(" or "),
+                family.name()
+            ));
+        }
         config.set("max_position_embeddings", run.data.sequence_length);
-        let mut form = Form {
-            family,
-            config,
-            dtype: Some(dtype),
-            copies: Vec::new(),
-            texts: Vec::new(),
-        };
+        let mut form = Form::without_tokenizer(family, config, dtype);
         match find_tokenizer(&tokenizers_of(run, checkpoint)) {
             Ok(path) => form.add_tokenizer(path, run)?,
             Err(error) => notes.push(format!("the folder has no tokenizer: {error}")),
@@ -330,7 +342,7 @@ fn new_tensors(
 ///
 /// # Errors
 /// If a tensor cannot be read, or a file cannot be written. The output does not exist then.
-pub(super) fn write_folder(
+pub(crate) fn write_folder(
     options: &ExportOptions,
     values: &dyn ModelValues,
     model: &ModelConfig,

@@ -16,9 +16,11 @@ mod golden;
 pub(crate) mod mapping;
 pub(crate) mod model_folder;
 pub(crate) mod reader;
+#[cfg(test)]
+mod readers;
 pub(crate) mod rule;
 pub(crate) mod section;
 mod shards;
 pub(crate) mod upcycle;
-mod values;
+pub(crate) mod values;
 mod writer;

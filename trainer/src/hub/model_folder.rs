@@ -10,8 +10,17 @@ use super::{
 use crate::{Error, config::ModelConfig, families::Family, model::Model};
 use checkpoint::TensorSlice;
 use rayon::prelude::*;
+use serde::Deserialize;
 use std::{collections::BTreeMap, path::Path};
 use tch::Tensor;
+
+/// A token, or several.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TokenIds {
+    One(u32),
+    Several(Vec<u32>),
+}
 
 /// A folder with `config.json` and safetensors files.
 pub struct ModelFolder {
@@ -73,6 +82,24 @@ impl ModelFolder {
     /// If it is no number.
     pub(crate) fn longest_sequence(&self) -> Result<Option<usize>, Error> {
         self.config.get("max_position_embeddings")
+    }
+
+    /// Returns the token that begins a text, or else the first of those that end one.
+    ///
+    /// # Errors
+    /// If a key is no token and no list of tokens.
+    pub(crate) fn start_token(&self) -> Result<Option<u32>, Error> {
+        for key in ["bos_token_id", "eos_token_id"] {
+            let token = match self.config.get(key)? {
+                Some(TokenIds::One(token)) => Some(token),
+                Some(TokenIds::Several(tokens)) => tokens.first().copied(),
+                None => None,
+            };
+            if token.is_some() {
+                return Ok(token);
+            }
+        }
+        Ok(None)
     }
 
     /// Returns the name of the family, which is its `model_type`.

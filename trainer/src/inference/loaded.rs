@@ -28,6 +28,8 @@ const MAX_CONTEXT: usize = 32_768;
 pub(crate) struct LoadedModel {
     /// Most tokens that the model sees at once.
     pub(crate) context: usize,
+    /// Token that begins a text, if a folder names one.
+    pub(crate) start_token: Option<u32>,
     /// Places of its tokenizer, the best first.
     pub(crate) tokenizers: Vec<PathBuf>,
     /// The run that trained the model; `None` for a folder of Hugging Face.
@@ -66,6 +68,7 @@ impl LoadedModel {
         folder.load(&model)?;
         Ok(LoadedModel {
             context,
+            start_token: folder.start_token()?,
             tokenizers: vec![path.join(TOKENIZER_FILE)],
             run: None,
             model,
@@ -90,6 +93,7 @@ impl LoadedModel {
         restore_model(&mut checkpoint, &model)?;
         Ok(LoadedModel {
             context: sequence_length,
+            start_token: None,
             tokenizers: tokenizers_of(&config, &path),
             run: Some(TrainedBy {
                 step: state.step,

@@ -3,3 +3,4 @@
 pub(crate) mod generate;
 pub(crate) mod loaded;
 pub(crate) mod routing;
+pub(crate) mod score;
