@@ -41,7 +41,7 @@ fn line_of_rank(folder: &Path, rank: usize) -> Result<Value> {
     }))
 }
 
-/// Whether the page cache has the folder.
+/// State of the page cache: it has the folder, or not.
 #[derive(Clone, Copy)]
 enum Cache {
     Warm,

@@ -1,4 +1,4 @@
-//! Log-likelihoods of texts.
+//! Log-likelihoods of texts under a model.
 
 use super::loaded::{LoadedModel, find_tokenizer};
 use crate::{Error, data::END_OF_DOCUMENT};
