@@ -166,6 +166,16 @@ fn wrong_folders_are_refused_before_a_rank_starts() {
         said.contains("model.layers 3 is not the model of"),
         "{said}"
     );
+    std::fs::write(experiment.path("x.yaml"), yaml(&golden("glm4_moe"))).unwrap();
+    let mut updated = experiment.moerun(&[
+        "config",
+        "check",
+        "x.yaml",
+        "--set",
+        "model.moe.bias_update_rate=0.001",
+    ]);
+    let updated = finish(&mut updated);
+    assert!(updated.status.success(), "{}", text(&updated));
     let said = text_of(&["model.from=nowhere"]);
     assert!(said.contains("nowhere/config.json"), "{said}");
     std::fs::create_dir(experiment.path("other")).unwrap();

@@ -694,19 +694,30 @@ pub(crate) struct CheckArgs {
     pub(crate) nproc_per_node: usize,
 }
 
+/// A model to use: one of both
 #[derive(Args)]
-pub(crate) struct EvaluateArgs {
+#[group(required = true, multiple = false)]
+pub(crate) struct TrainedModel {
     /// Folder of a run (uses its newest checkpoint) or of one checkpoint
-    #[arg(
-        long,
-        value_name = "DIR",
-        required_unless_present = "model",
-        conflicts_with = "model"
-    )]
-    pub(crate) checkpoint: Option<PathBuf>,
+    #[arg(long, value_name = "DIR")]
+    checkpoint: Option<PathBuf>,
     /// Folder of a Hugging Face model
     #[arg(long, value_name = "FOLDER")]
-    pub(crate) model: Option<PathBuf>,
+    model: Option<PathBuf>,
+}
+
+impl TrainedModel {
+    /// Returns the path that was given.
+    pub(crate) fn path(self) -> PathBuf {
+        let given = self.checkpoint.or(self.model);
+        given.expect("one of both is required")
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct EvaluateArgs {
+    #[command(flatten)]
+    pub(crate) model: TrainedModel,
     /// JSON lines with the keys `context` and `continuation`
     #[arg(long, value_name = "FILE")]
     pub(crate) requests: PathBuf,
@@ -801,17 +812,8 @@ pub(crate) enum WeightDtype {
 
 #[derive(Args)]
 pub(crate) struct GenerateArgs {
-    /// Folder of a run (uses its newest checkpoint) or of one checkpoint
-    #[arg(
-        long,
-        value_name = "DIR",
-        required_unless_present = "model",
-        conflicts_with = "model"
-    )]
-    pub(crate) checkpoint: Option<PathBuf>,
-    /// Folder of a Hugging Face model
-    #[arg(long, value_name = "FOLDER")]
-    pub(crate) model: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: TrainedModel,
     /// Start of the text
     #[arg(long, default_value = "", value_name = "TEXT")]
     pub(crate) prompt: String,

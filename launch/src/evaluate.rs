@@ -18,7 +18,7 @@ pub(crate) fn run(args: EvaluateArgs) -> Result<ExitCode> {
         request.with_context(|| format!("{path}, line {}", number + 1))
     };
     let requests: Vec<ScoreRequest> = lines.map(parse).collect::<Result<_>>()?;
-    let model = args.checkpoint.or(args.model).unwrap_or_default();
+    let model = args.model.path();
     let mut out = std::io::stdout().lock();
     score(&model, args.tokenizer, &requests, &mut |score| {
         let line = serde_json::to_string(&score).expect("a score is plain data");

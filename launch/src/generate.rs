@@ -7,7 +7,7 @@ use trainer::GenerateOptions;
 
 pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
     let options = GenerateOptions {
-        checkpoint: args.checkpoint.or(args.model).unwrap_or_default(),
+        checkpoint: args.model.path(),
         prompt: args.prompt,
         max_tokens: args.max_tokens,
         temperature: args.temperature,

@@ -154,8 +154,10 @@ impl Templates<'_> {
 
     /// Returns an object with its required keys.
     fn required(&self, node: &'static Value) -> Map<String, Value> {
-        let required = list(&node["required"]).filter_map(Value::as_str);
+        let without_folder = list(&node["else"]["required"]);
+        let required = list(&node["required"]).chain(without_folder);
         required
+            .filter_map(Value::as_str)
             .map(|name| (name.to_string(), self.sample(&node["properties"][name])))
             .collect()
     }

@@ -8,6 +8,8 @@ use trainer::{ModelFolder, ParameterCount};
 /// Bytes of a parameter's fp32 weight, its gradient and two moments of AdamW.
 const TRAINING_BYTES: f64 = 16.0;
 const GIB: f64 = (1u64 << 30) as f64;
+const BILLION: f64 = 1e9;
+const MILLION: f64 = 1e6;
 /// Names of tensors that are listed.
 const LISTED: usize = 8;
 
@@ -21,11 +23,7 @@ pub(crate) fn run(args: &ModelInspectArgs) -> Result<ExitCode> {
         .map(|(dtype, bytes)| format!("{:.2} GiB {dtype}", *bytes as f64 / GIB))
         .collect();
     println!("family:     {}", folder.family());
-    println!(
-        "parameters: {:.3} billion, {:.3} billion per token",
-        total as f64 / 1e9,
-        active as f64 / 1e9
-    );
+    println!("parameters: {}, {} per token", count(total), count(active));
     println!(
         "tensors:    {} ({})",
         folder.num_tensors(),
@@ -55,4 +53,16 @@ pub(crate) fn run(args: &ModelInspectArgs) -> Result<ExitCode> {
         println!("  {line}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Returns a number of parameters in the unit that suits it.
+fn count(parameters: u128) -> String {
+    let number = parameters as f64;
+    if number >= BILLION {
+        format!("{:.2} billion", number / BILLION)
+    } else if number >= MILLION {
+        format!("{:.2} million", number / MILLION)
+    } else {
+        parameters.to_string()
+    }
 }

@@ -71,7 +71,9 @@ impl SchemaRoot {
     /// Returns the fields of an object, in their order.
     pub(super) fn fields<'a>(&'a self, schema: &'a Value) -> Vec<Field<'a>> {
         let schema = self.resolve(schema);
-        let required = list(&schema["required"]);
+        let always = list(&schema["required"]);
+        // Of the model, what a folder would give.
+        let required = [always, list(&schema["else"]["required"])].concat();
         let properties = schema["properties"].as_object().into_iter().flatten();
         properties
             .map(|(name, schema)| Field {

@@ -9,13 +9,15 @@ use crate::model::{
     rope::RopeConfig,
 };
 use config_derive::ResumeKeys;
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use std::path::PathBuf;
 
 /// The architecture: a decoder-only transformer with MoE layers.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
+#[schemars(transform = needs_shape_or_folder)]
 pub struct ModelConfig {
     /// Folder of a Hugging Face model (`config.json` and safetensors files) whose weights a new run
     /// starts from. Its `config.json` gives the keys of this section; those of training can be set.
@@ -210,6 +212,14 @@ pub struct MupConfig {
     #[schemars(range(max = 1e6), extend("exclusiveMinimum" = 0))]
     #[serde(default = "unit")]
     pub residual: f64,
+}
+
+/// Requires the keys of the shape only without a folder, which gives them.
+fn needs_shape_or_folder(schema: &mut Schema) {
+    if let Some(required) = schema.remove("required") {
+        schema.insert("if".into(), json!({"required": ["from"]}));
+        schema.insert("else".into(), json!({ "required": required }));
+    }
 }
 
 fn default_moe_every() -> usize {

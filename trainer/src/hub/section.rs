@@ -24,6 +24,12 @@ pub fn folder_model(folder: &Path) -> Result<ModelConfig, Error> {
 /// Returns a section `model` with the keys of the folder's model that `section` does not set.
 pub fn complete_section(folder: &ModelConfig, section: &Map<String, Value>) -> Value {
     let mut complete = serde_json::to_value(folder).expect("a configuration is plain data");
+    // An updated bias takes the place of the frozen one, and starts from its values.
+    let moe = section.get("moe");
+    let rate = moe.and_then(|moe| moe.get("bias_update_rate")?.as_f64());
+    if rate.is_some_and(|rate| rate > 0.0) && complete["moe"]["router"]["bias"] == "frozen" {
+        complete["moe"]["router"]["bias"] = Value::Null;
+    }
     overlay(&mut complete, &Value::Object(section.clone()));
     complete
 }
