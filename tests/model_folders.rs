@@ -193,6 +193,10 @@ fn losses(experiment: &Experiment, model: &Path) -> Vec<f64> {
     let arguments = ["train", "x.yaml", "-n", "2", "--set", "train.steps=20"];
     let trained = finish(&mut experiment.moerun(&arguments));
     assert!(trained.status.success(), "{}", text(&trained));
+    losses_of_run(experiment)
+}
+
+fn losses_of_run(experiment: &Experiment) -> Vec<f64> {
     let lines = std::fs::read_to_string(experiment.path("run/metrics.jsonl")).unwrap();
     let loss = |line: &str| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64();
     lines.lines().filter_map(loss).collect()
@@ -263,6 +267,34 @@ fn the_likelihood_of_a_text_is_the_sum_of_its_tokens() {
     let refused = finish(&mut experiment.moerun(&arguments));
     assert!(
         text(&refused).contains("requests.jsonl, line 1"),
+        "{}",
+        text(&refused)
+    );
+}
+
+#[test]
+fn an_imported_checkpoint_starts_the_run_that_its_folder_does() {
+    let experiment = Experiment::new();
+    write_tokens(&experiment.path("tokens"));
+    let model = golden("deepseek_v3");
+    let expected = losses(&experiment, &model);
+    std::fs::remove_dir_all(experiment.path("run")).unwrap();
+    let arguments = ["model", "import", model.to_str().unwrap(), "-o", "run"];
+    let imported = finish(&mut experiment.moerun(&arguments));
+    assert!(imported.status.success(), "{}", text(&imported));
+    let arguments = ["train", "x.yaml", "-n", "2", "--set", "train.steps=20"];
+    let trained = finish(&mut experiment.moerun(&arguments));
+    let said = text(&trained);
+    assert!(trained.status.success(), "{said}");
+    assert!(
+        said.contains("resuming from the checkpoint of step 0"),
+        "{said}"
+    );
+    assert_eq!(losses_of_run(&experiment), expected);
+    let arguments = ["model", "import", model.to_str().unwrap(), "-o", "run"];
+    let refused = finish(&mut experiment.moerun(&arguments));
+    assert!(
+        text(&refused).contains("run has files already"),
         "{}",
         text(&refused)
     );

@@ -732,6 +732,8 @@ pub(crate) enum ModelCommand {
     Inspect(ModelInspectArgs),
     /// Write a trained model as a folder that transformers and vLLM load
     Export(ModelExportArgs),
+    /// Write the weights of a Hugging Face model as the checkpoint of a new run
+    Import(ModelImportArgs),
     /// Make an MoE model of a dense one
     Upcycle(ModelUpcycleArgs),
 }
@@ -761,6 +763,16 @@ pub(crate) struct ModelExportArgs {
     /// Largest size of a file in GB
     #[arg(long, default_value_t = 5.0, value_name = "GB", value_parser = megabytes)]
     pub(crate) max_shard_gb: f64,
+}
+
+#[derive(Args)]
+pub(crate) struct ModelImportArgs {
+    /// Folder with config.json and safetensors files
+    #[arg(value_name = "FOLDER")]
+    pub(crate) folder: PathBuf,
+    /// Folder of the new run (its `run.dir`); it must not exist, or be empty
+    #[arg(short, long, value_name = "RUN")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Args)]

@@ -81,6 +81,7 @@ fn main() -> ExitCode {
         Command::Evaluate(args) => evaluate::run(args),
         Command::Model(ModelCommand::Inspect(args)) => model::inspect::run(&args),
         Command::Model(ModelCommand::Export(args)) => model::export::run(args),
+        Command::Model(ModelCommand::Import(args)) => model::import::run(&args),
         Command::Model(ModelCommand::Upcycle(args)) => model::upcycle::run(args),
         Command::Data(DataCommand::Prepare(args)) => prepare::run(args),
         Command::Config(ConfigCommand::Check(args)) => config_file::check(&args),

@@ -1,6 +1,7 @@
 //! `moerun model`: models of Hugging Face transformers.
 
 pub(crate) mod export;
+pub(crate) mod import;
 pub(crate) mod inspect;
 pub(crate) mod upcycle;
 

@@ -13,6 +13,7 @@ pub(crate) mod export;
 pub(crate) mod folder;
 #[cfg(test)]
 mod golden;
+pub(crate) mod import;
 pub(crate) mod mapping;
 pub(crate) mod model_folder;
 pub(crate) mod reader;

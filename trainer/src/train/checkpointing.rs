@@ -10,7 +10,7 @@ use super::{
     resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
     run_state::RunState,
     save_plan::{Coverage, savers},
-    saved_config::{has_kind, kind, read_run_state, saved_config},
+    saved_config::{generator_name, has_kind, kind, read_run_state, saved_config},
 };
 use crate::{
     Error,
@@ -96,7 +96,7 @@ impl StateTensors<'_> {
             held.push((HolderSet::Stage, (slice, bias)));
         }
         let generator = self.device.generator_state()?;
-        let name = key(kind::GENERATOR, self.mesh.rank());
+        let name = generator_name(self.mesh.rank());
         let slice = TensorSlice::whole(name, &generator.size());
         held.push((HolderSet::Rank, (slice, generator)));
         Ok(held)
@@ -352,6 +352,7 @@ pub(super) fn restore(
     let held = tensors.iter().map(|(slice, _)| slice);
     let held = held_shapes(held.filter(|slice| is_counted(&slice.name)));
     let mismatches = account(&saved, &held, world)?;
+    changes.has_done_nothing = state.step == 0;
     rules.check_tensors(checkpoint.path(), &mismatches, &mut changes)?;
     agree(world, copy_state(&mut checkpoint, run, &mismatches))?;
     let begun = without_state(run, &mismatches).into_iter();
@@ -382,7 +383,7 @@ pub(super) fn copy_state(
             }
         }
     }
-    let name = key(kind::GENERATOR, run.mesh.rank());
+    let name = generator_name(run.mesh.rank());
     if let Some(entry) = checkpoint.manifest().tensors.get(&name) {
         let slice = TensorSlice::whole(name, &entry.shape);
         let generator = checkpoint.tensor(&slice)?;

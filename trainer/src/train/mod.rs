@@ -23,7 +23,7 @@ mod resume_rules;
 mod retention;
 mod run;
 mod run_data;
-mod run_state;
+pub(crate) mod run_state;
 mod save_plan;
 pub(crate) mod saved_config;
 mod setup;

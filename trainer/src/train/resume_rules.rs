@@ -33,6 +33,8 @@ pub(crate) struct AllowedChanges {
     /// Outcomes of state that only one side has, one line each.
     pub(crate) notes: Vec<String>,
     accepts_mismatches: bool,
+    /// The checkpoint is of step 0, before which an optimizer has no state.
+    pub(super) has_done_nothing: bool,
     /// The checkpoint has no biases, because loss-free balancing was off.
     lacks_biases: bool,
 }
@@ -84,9 +86,15 @@ impl ResumeRules<'_> {
             Mismatch::Missing { name, .. } => changes.lacks_biases && name.starts_with("bias/"),
             _ => false,
         };
+        let is_initial_state = |mismatch: &Mismatch| match mismatch {
+            Mismatch::Missing { name, .. } => {
+                changes.has_done_nothing && !has_kind(name, &[kind::MASTER, kind::BIAS])
+            }
+            _ => false,
+        };
         let unexplained: Vec<Mismatch> = mismatches
             .iter()
-            .filter(|mismatch| !is_new_bias(mismatch))
+            .filter(|mismatch| !is_new_bias(mismatch) && !is_initial_state(mismatch))
             .cloned()
             .collect();
         if !changes.accepts_mismatches && !unexplained.is_empty() {

@@ -30,6 +30,11 @@ pub(crate) fn saved_name(name: &str, is_selection_bias: bool) -> String {
     format!("{kind}/{name}")
 }
 
+/// Returns the name under which a checkpoint has the random state of a rank.
+pub(crate) fn generator_name(rank: usize) -> String {
+    format!("{}/{rank}", kind::GENERATOR)
+}
+
 pub(super) fn has_kind(name: &str, kinds: &[&str]) -> bool {
     let kind = name.split_once('/').map(|(kind, _)| kind);
     kind.is_some_and(|kind| kinds.contains(&kind))
