@@ -24,7 +24,7 @@ const MAX_SEQUENCE: usize = 4096;
 /// The outcome of an import.
 #[derive(Debug, Clone)]
 pub struct ImportReport {
-    /// The checkpoint.
+    /// Folder of the checkpoint.
     pub path: PathBuf,
     pub tensors: usize,
     pub bytes: u64,
