@@ -102,10 +102,19 @@ fn yaml(model: &Path) -> String {
 fn a_folder_becomes_a_run_and_a_folder_again() {
     let experiment = Experiment::new();
     write_tokens(&experiment.path("tokens"));
-    for name in ["qwen3_moe", "deepseek_v3-mtp", "gpt_oss-mxfp4"] {
+    // Experts of two ranks are experts of one folder.
+    let expert = "parallel.expert=2";
+    let data = "parallel.expert=1";
+    for (name, parallel) in [
+        ("qwen3_moe", data),
+        ("deepseek_v3-mtp", expert),
+        ("gpt_oss-mxfp4", data),
+        ("mixtral", expert),
+    ] {
         let _ = std::fs::remove_dir_all(experiment.path("run"));
         std::fs::write(experiment.path("x.yaml"), yaml(&golden(name))).unwrap();
-        let trained = finish(&mut experiment.moerun(&["train", "x.yaml", "-n", "2"]));
+        let arguments = ["train", "x.yaml", "-n", "2", "--set", parallel];
+        let trained = finish(&mut experiment.moerun(&arguments));
         let said = text(&trained);
         assert!(trained.status.success(), "{said}");
         assert!(said.contains("starting from the weights of"), "{said}");
