@@ -24,13 +24,14 @@ LOGITS = 1e-5
 LIKELIHOODS = 1e-4
 # Exports that lm-evaluation-harness scores.
 HARNESS = ("smoke", "qwen3_moe")
+COLUMNS = ("class", "logits", "log-likelihoods", "lm-eval", "vLLM")
 
 
 class Report:
     """Results of checks."""
 
     def __init__(self):
-        self.failed, self.passed, self.rows = 0, 0, []
+        self.failed, self.passed, self.rows = 0, 0, {}
 
     def check(self, name, what, passed, text):
         """Prints the result of a check."""
@@ -42,12 +43,16 @@ class Report:
         """Prints a line."""
         print(f"{label:5}{name:20}{what:17}{text}", flush=True)
 
+    def cell(self, name, column, value):
+        """Puts a value into the table of exports."""
+        text = value if isinstance(value, str) else f"{value:.1e}"
+        self.rows.setdefault(name, {})[column] = text
+
     def summary(self):
-        """Prints a table of all exports, and the number of checks."""
-        print("\n| export | class | logits | log-likelihoods | lm-eval |\n|---|---|---|---|---|")
-        for name, kind, *differences in self.rows:
-            cells = ["" if value is None else f"{value:.1e}" for value in differences]
-            print(f"| {name} | {kind} | {' | '.join(cells)} |")
+        """Prints the table of exports, and the number of checks."""
+        print(f"\n| export | {' | '.join(COLUMNS)} |\n{'|---' * (len(COLUMNS) + 1)}|")
+        for name, cells in self.rows.items():
+            print(f"| {name} | {' | '.join(cells.get(column, '') for column in COLUMNS)} |")
         print(f"\n{self.passed} checks passed, {self.failed} failed")
 
 
@@ -103,17 +108,14 @@ def largest(ours, theirs):
     return max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True))
 
 
-def compare(report, name, what, ours, theirs):
-    """Checks scores of texts, and returns the largest difference of log-likelihoods.
-
-    All values of their scores are compared.
-    """
+def compare(report, name, column, ours, theirs):
+    """Checks scores of texts: all values that theirs have."""
     difference = largest(ours, theirs)
     same = all(a[1 : len(b)] == b[1:] for a, b in zip(ours, theirs, strict=True))
     text = f"{difference:.1e} of {LIKELIHOODS:.0e}, {len(ours)} texts"
     text = text if same else f"{text}; the likeliest tokens differ"
-    report.check(name, what, same and difference <= LIKELIHOODS, text)
-    return difference
+    report.check(name, column, same and difference <= LIKELIHOODS, text)
+    report.cell(name, column, difference)
 
 
 def check(name, moerun, report):
@@ -131,6 +133,7 @@ def check(name, moerun, report):
     wrong = faults(loading, reading.unused)
     text = "; ".join(wrong[:3]) or f"{kind}, no key missing, unexpected or mismatched"
     report.check(name, "load", not wrong, text)
+    report.cell(name, "class", kind)
 
     prompt = exported.contexts[0]
     new = scores.generated(model, tokenizer, prompt)
@@ -144,8 +147,9 @@ def check(name, moerun, report):
     logits = largest(ours[count:], [(probe.value,) for probe in probes])
     text = f"{logits:.1e} of {LOGITS:.0e}, {len(probes)} tokens"
     report.check(name, "logits", logits <= LOGITS, text)
+    report.cell(name, "logits", logits)
     theirs = [scores.score(model, tokenizer, *pair) for pair in exported.texts]
-    likelihood = compare(report, name, "log-likelihoods", ours[:count], theirs)
+    compare(report, name, "log-likelihoods", ours[:count], theirs)
     if scores.is_text(tokenizer, prompt, continued, new):
         greedy = moerun.scores("--checkpoint", exported.run, [(prompt, continued)])[0][1]
         report.check(name, "likeliest", greedy, "moerun would have generated the same")
@@ -153,11 +157,9 @@ def check(name, moerun, report):
     difference = largest(again, ours)
     report.check(name, "read by moerun", difference <= LOGITS, f"{difference:.1e} of {LOGITS:.0e}")
 
-    found = None
     if name in HARNESS:
         theirs = harness.scores(exported.folder, requests, moerun.path("harness", name))
-        found = compare(report, name, "lm-eval", ours, theirs)
-    report.rows.append((name, kind, logits, likelihood, found))
+        compare(report, name, "lm-eval", ours, theirs)
 
 
 def check_vllm(name, python, moerun, report):
@@ -168,12 +170,12 @@ def check_vllm(name, python, moerun, report):
     done = subprocess.run([python, script], input=request, text=True, capture_output=True)
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        report.check(name, "vllm", False, lines[-1])
+        report.check(name, "vLLM", False, lines[-1])
         return
     answer = json.loads(done.stdout.splitlines()[-1])
-    report.check(name, "vllm", True, f"vLLM {answer['version']} loads it and generates")
+    report.check(name, "load in vLLM", True, f"vLLM {answer['version']} also generates")
     ours = moerun.scores("--checkpoint", moerun.path("runs", name), pairs)
-    compare(report, name, "vllm scores", ours, [(value,) for value in answer["log_likelihoods"]])
+    compare(report, name, "vLLM", ours, [(value,) for value in answer["log_likelihoods"]])
 
 
 def main():
