@@ -108,6 +108,12 @@ pub(crate) trait FamilyRules: Sync {
         &[]
     }
 
+    /// Further keys of this model that a reader does not obey, each as the end of a sentence about
+    /// the reader.
+    fn disobeyed_keys(&self, _model: &ModelConfig) -> Vec<&'static str> {
+        Vec::new()
+    }
+
     /// The output layer, which a folder with tied embeddings may have twice.
     fn output_layer(&self) -> &'static str {
         "lm_head.weight"
@@ -174,6 +180,27 @@ impl Family {
     /// Returns the family's name, which is its `model_type`.
     pub(crate) fn name(self) -> &'static str {
         self.rules().model_type()
+    }
+
+    /// Returns what a user should know about readers that would compute another function than this
+    /// model's, one line each.
+    pub(crate) fn reader_notes(self, model: &ModelConfig) -> Vec<String> {
+        let rules = self.rules();
+        let mut notes = Vec::new();
+        let unaware = rules.readers_without_head_dim();
+        let head_dim = model.attention(0).head_keys().head_dim;
+        let is_other = head_dim.is_some_and(|width| width * model.heads != model.hidden);
+        if is_other && !unaware.is_empty() {
+            notes.push(format!(
+                "{} ignores head_dim of {} models, which is not hidden_size / num_attention_heads \
+                 here: it cannot serve this folder",
+                unaware.join(" or "),
+                self.name()
+            ));
+        }
+        let disobeyed = rules.disobeyed_keys(model).into_iter();
+        notes.extend(disobeyed.map(|ending| format!("{ending}: it cannot serve this folder")));
+        notes
     }
 
     /// Returns the family of a `config.json`.

@@ -12,6 +12,9 @@ use crate::{
     hub::{config_json::ConfigJson, rule::Names},
 };
 
+/// The only `rms_norm_eps` that vLLM and SGLang know.
+const FIXED_EPS: f64 = 1e-5;
+
 pub(super) struct Olmoe;
 
 impl FamilyRules for Olmoe {
@@ -50,6 +53,23 @@ impl FamilyRules for Olmoe {
 
     fn readers_without_head_dim(&self) -> &'static [&'static str] {
         &["vLLM", "SGLang"]
+    }
+
+    fn disobeyed_keys(&self, model: &ModelConfig) -> Vec<&'static str> {
+        let mut disobeyed = Vec::new();
+        if model.moe.as_ref().is_some_and(moe_keys::normalizes) {
+            disobeyed
+                .push("vLLM or SGLang ignores norm_topk_prob of olmoe models, which is true here");
+        }
+        if model.norm_eps != FIXED_EPS {
+            disobeyed
+                .push("vLLM or SGLang ignores rms_norm_eps of olmoe models, which is not 1e-5");
+        }
+        let kv_heads = model.attention(0).head_keys().kv_heads;
+        if kv_heads != Some(model.heads) {
+            disobeyed.push("SGLang needs as many key heads as query heads in olmoe models");
+        }
+        disobeyed
     }
 
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {

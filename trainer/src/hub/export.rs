@@ -213,19 +213,6 @@ impl Form {
     ) -> Result<Form, Error> {
         let dtype = stored_dtype(dtype.unwrap_or(run.train.dtype));
         let (family, mut config) = express(&run.model)?;
-        let unaware = family.rules().readers_without_head_dim();
-        let keys = run.model.attention(0).head_keys();
-        let has_other_width = keys
-            .head_dim
-            .is_some_and(|width| width * run.model.heads != run.model.hidden);
-        if has_other_width && !unaware.is_empty() {
-            notes.push(format!(
-                "{} ignores head_dim of {} models, which is not hidden_size / num_attention_heads \
-                 here: it cannot serve this folder",
-                unaware.join(" or "),
-                family.name()
-            ));
-        }
         config.set("max_position_embeddings", run.data.sequence_length);
         let mut form = Form::without_tokenizer(family, config, dtype);
         match find_tokenizer(&tokenizers_of(run, checkpoint)) {
@@ -379,7 +366,7 @@ pub(crate) fn write_folder(
         tensors: count,
         bytes,
         carried: source.map_or(0, |source| source.account.carried.len()),
-        notes: Vec::new(),
+        notes: form.family.reader_notes(model),
     })
 }
 

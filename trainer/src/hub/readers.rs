@@ -106,6 +106,26 @@ fn new_exports_have_the_keys_that_readers_need() {
 }
 
 #[test]
+fn readers_that_would_compute_another_function_are_named() {
+    let notes = |name: &str| {
+        let folder = ModelFolder::open(&families().join(name).join("model")).unwrap();
+        folder.family.reader_notes(folder.model())
+    };
+    assert!(notes("qwen3_moe").is_empty());
+    let of_mixtral = notes("mixtral");
+    assert!(
+        of_mixtral[0].starts_with("SGLang ignores head_dim"),
+        "{of_mixtral:?}"
+    );
+    let folder = ModelFolder::open(&families().join("olmoe").join("model")).unwrap();
+    let mut model = folder.model().clone();
+    model.moe.as_mut().unwrap().router.normalize = Some(true);
+    let of_olmoe = folder.family.reader_notes(&model);
+    let about_norm = of_olmoe.iter().find(|note| note.contains("norm_topk_prob"));
+    assert!(about_norm.is_some(), "{of_olmoe:?}");
+}
+
+#[test]
 fn a_model_without_a_folder_gets_the_names_of_transformers() {
     for name in names() {
         let folder = ModelFolder::open(&families().join(&name).join("model")).unwrap();
