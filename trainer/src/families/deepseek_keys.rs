@@ -58,6 +58,29 @@ pub(super) fn read_groups(config: &ConfigJson, router: &mut RouterConfig) -> Res
     Ok(())
 }
 
+/// Values of absent keys of a sigmoid router.
+pub(super) struct RouterDefaults {
+    pub(super) normalize: bool,
+    pub(super) scale: f64,
+}
+
+/// Reads the MoE layers of DeepSeek-V3: a sigmoid router with groups, and experts as
+/// [`read_experts`] reads them.
+///
+/// # Errors
+/// If a key is missing or has another type.
+pub(super) fn read_sigmoid_experts(
+    config: &ConfigJson,
+    model: &mut ModelConfig,
+    defaults: RouterDefaults,
+) -> Result<(), Error> {
+    let normalize = config.get_or("norm_topk_prob", defaults.normalize)?;
+    let scale = config.get_or("routed_scaling_factor", defaults.scale)?;
+    let mut router = moe_keys::sigmoid(normalize, scale);
+    read_groups(config, &mut router)?;
+    read_experts(config, model, router)
+}
+
 /// Reads experts that are divided into dense layers first, shared ones, and routed ones.
 ///
 /// # Errors

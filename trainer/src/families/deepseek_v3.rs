@@ -3,7 +3,7 @@
 use super::{
     FamilyRules,
     decoder_keys::Defaults,
-    deepseek_keys, moe_keys,
+    deepseek_keys::{self, RouterDefaults},
     names::{DECODER, DEEPSEEK_EXPERTS, DIRECT_QUERY, LATENT, MLP_EXPERTS, is_of_later_layer},
 };
 use crate::{
@@ -28,11 +28,11 @@ impl FamilyRules for DeepseekV3 {
         config.expect("scoring_func", &[json!("sigmoid")])?;
         config.expect("topk_method", &[json!("noaux_tc")])?;
         let mut model = deepseek_keys::read_latent(config, Defaults::default())?;
-        let normalize = config.get_or("norm_topk_prob", true)?;
-        let scale = config.get_or("routed_scaling_factor", 2.5)?;
-        let mut router = moe_keys::sigmoid(normalize, scale);
-        deepseek_keys::read_groups(config, &mut router)?;
-        deepseek_keys::read_experts(config, &mut model, router)?;
+        let defaults = RouterDefaults {
+            normalize: true,
+            scale: 2.5,
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
         Ok(model)
     }
 

@@ -3,9 +3,8 @@
 use super::{
     FamilyRules,
     decoder_keys::{self, Defaults},
-    deepseek_keys,
+    deepseek_keys::{self, RouterDefaults},
     layer_lists::{layer_types, sliding_layers},
-    moe_keys,
     names::{DECODER, DEEPSEEK_EXPERTS, MLP_EXPERTS},
 };
 use crate::{
@@ -37,11 +36,11 @@ impl FamilyRules for Dots1 {
                 None => layer >= first,
             });
         }
-        let normalize = config.get_or("norm_topk_prob", false)?;
-        let scale = config.get_or("routed_scaling_factor", 1.0)?;
-        let mut router = moe_keys::sigmoid(normalize, scale);
-        deepseek_keys::read_groups(config, &mut router)?;
-        deepseek_keys::read_experts(config, &mut model, router)?;
+        let defaults = RouterDefaults {
+            normalize: false,
+            scale: 1.0,
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
         Ok(model)
     }
 

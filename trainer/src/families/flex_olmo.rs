@@ -2,10 +2,10 @@
 
 use super::{
     FamilyRules,
-    decoder_keys::{self, Defaults},
-    moe_keys::{self, Sizes},
+    decoder_keys::Defaults,
     names::{DECODER, MLP_EXPERTS, POST_NORMS},
     olmo2,
+    olmoe::{self, Olmoe},
 };
 use crate::{
     Error,
@@ -30,24 +30,12 @@ impl FamilyRules for FlexOlmo {
             ..Defaults::default()
         };
         let mut model = olmo2::read_blocks(config, defaults)?;
-        let sizes = Sizes {
-            experts: config.require(&["num_experts"])?,
-            top_k: config.require(&["num_experts_per_tok"])?,
-            ffn: config.require(&["intermediate_size"])?,
-        };
-        let router = moe_keys::softmax(config.get_or("norm_topk_prob", false)?);
-        model.moe = Some(moe_keys::section(sizes, router));
+        model.moe = Some(olmoe::read_experts(config)?);
         Ok(model)
     }
 
     fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
-        decoder_keys::write(model, config);
-        decoder_keys::write_bias(model, config);
-        if let Some(moe) = &model.moe {
-            moe_keys::write_experts(moe, config);
-            config.set("intermediate_size", moe.ffn);
-            config.set("norm_topk_prob", moe_keys::normalizes(moe));
-        }
+        Olmoe.write(model, config);
     }
 
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {

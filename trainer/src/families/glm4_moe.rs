@@ -3,7 +3,7 @@
 use super::{
     FamilyRules,
     decoder_keys::{self, Defaults},
-    deepseek_keys, moe_keys,
+    deepseek_keys::{self, RouterDefaults},
     names::{DECODER, DEEPSEEK_EXPERTS, MLP_EXPERTS, is_of_later_layer},
 };
 use crate::{
@@ -33,11 +33,11 @@ impl FamilyRules for Glm4Moe {
         if config.get_or("use_qk_norm", false)? {
             model.qk_norm = QkNorm::Head;
         }
-        let normalize = config.get_or("norm_topk_prob", true)?;
-        let scale = config.get_or("routed_scaling_factor", 1.0)?;
-        let mut router = moe_keys::sigmoid(normalize, scale);
-        deepseek_keys::read_groups(config, &mut router)?;
-        deepseek_keys::read_experts(config, &mut model, router)?;
+        let defaults = RouterDefaults {
+            normalize: true,
+            scale: 1.0,
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
         Ok(model)
     }
 

@@ -3,10 +3,9 @@
 use super::{
     FamilyRules,
     decoder_keys::Defaults,
-    deepseek_keys,
+    deepseek_keys::{self, RouterDefaults},
     deepseek_v3::latent_names,
     layer_lists::{moe_layers, set_moe_layers},
-    moe_keys,
     names::is_of_later_layer,
 };
 use crate::{
@@ -31,11 +30,11 @@ impl FamilyRules for Glm4MoeLite {
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         let mut model = deepseek_keys::read_latent(config, Defaults::default())?;
-        let normalize = config.get_or("norm_topk_prob", true)?;
-        let scale = config.get_or("routed_scaling_factor", 1.8)?;
-        let mut router = moe_keys::sigmoid(normalize, scale);
-        deepseek_keys::read_groups(config, &mut router)?;
-        deepseek_keys::read_experts(config, &mut model, router)?;
+        let defaults = RouterDefaults {
+            normalize: true,
+            scale: 1.8,
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
         let types: Option<Vec<String>> = config.get("mlp_layer_types")?;
         if let Some(types) = types {
             let known = types.iter().all(|kind| kind == DENSE || kind == SPARSE);

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Error,
-    config::{AttentionBias, ModelConfig, QkNorm},
+    config::{AttentionBias, ModelConfig, MoeConfig, QkNorm},
     hub::{config_json::ConfigJson, rule::Names},
 };
 
@@ -31,13 +31,7 @@ impl FamilyRules for Olmoe {
         config.expect("clip_qkv", &[])?;
         model.qk_norm = QkNorm::Full;
         decoder_keys::read_bias(config, &mut model, AttentionBias::All)?;
-        let sizes = Sizes {
-            experts: config.require(&["num_experts"])?,
-            top_k: config.require(&["num_experts_per_tok"])?,
-            ffn: config.require(&["intermediate_size"])?,
-        };
-        let router = moe_keys::softmax(config.get_or("norm_topk_prob", false)?);
-        model.moe = Some(moe_keys::section(sizes, router));
+        model.moe = Some(read_experts(config)?);
         Ok(model)
     }
 
@@ -75,4 +69,18 @@ impl FamilyRules for Olmoe {
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![MLP_EXPERTS, DECODER]
     }
+}
+
+/// Reads the experts of OLMoE: a softmax router, normalized if the key says so.
+///
+/// # Errors
+/// If a key is missing or has another type.
+pub(super) fn read_experts(config: &ConfigJson) -> Result<MoeConfig, Error> {
+    let sizes = Sizes {
+        experts: config.require(&["num_experts"])?,
+        top_k: config.require(&["num_experts_per_tok"])?,
+        ffn: config.require(&["intermediate_size"])?,
+    };
+    let router = moe_keys::softmax(config.get_or("norm_topk_prob", false)?);
+    Ok(moe_keys::section(sizes, router))
 }
