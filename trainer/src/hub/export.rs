@@ -311,7 +311,9 @@ fn new_tensors(
     tensors.sort_by_key(|(_, tensor)| table.position(tensor));
     let tensors = tensors.into_iter().map(|(name, tensor)| {
         let stored = tensor.plain_dtype();
-        let is_carried = source.account.carried.contains(name);
+        // Those of multi-token prediction can be thousands, so the list is not searched.
+        let is_repeated = source.account.repeated.contains(name);
+        let is_carried = !is_repeated && !mapping.theirs.contains_key(name);
         NewTensor {
             name: name.clone(),
             dtype: match stored {
@@ -374,6 +376,20 @@ fn has_index(source: &ModelFolder) -> bool {
     source.reader.table.table.folder.join(INDEX_FILE).exists()
 }
 
+/// Refuses a folder that has files, with advice to the user.
+///
+/// # Errors
+/// If it has any.
+pub(super) fn refuse_files(folder: &Path, advice: &str) -> Result<(), Error> {
+    if std::fs::read_dir(folder).is_ok_and(|mut files| files.next().is_some()) {
+        return Err(Error::Folder(format!(
+            "{} has files already: {advice}",
+            folder.display()
+        )));
+    }
+    Ok(())
+}
+
 /// A folder that is written next to its place and renamed at the end. Dropped before that, it is
 /// removed.
 struct Staging<'a> {
@@ -387,14 +403,7 @@ impl Staging<'_> {
     /// # Errors
     /// If the output has files, or the folder cannot be created.
     fn begin(output: &Path) -> Result<Staging<'_>, Error> {
-        if let Ok(mut entries) = std::fs::read_dir(output)
-            && entries.next().is_some()
-        {
-            return Err(Error::Folder(format!(
-                "{} has files already: name a new folder, because readers would mix both",
-                output.display()
-            )));
-        }
+        refuse_files(output, "name a new folder, because readers would mix both")?;
         let parent = match output.parent() {
             Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
             Some(parent) => parent,

@@ -1,6 +1,6 @@
 //! A checkpoint with the weights of a folder, from which a run starts at step 0.
 
-use super::{mapping::MappedTensor, model_folder::ModelFolder};
+use super::{export::refuse_files, mapping::MappedTensor, model_folder::ModelFolder};
 use crate::{
     Error,
     config::Config,
@@ -42,12 +42,7 @@ pub fn import(
 ) -> Result<ImportReport, Error> {
     let source = ModelFolder::open(folder)?;
     source.check_repeated()?;
-    if std::fs::read_dir(output).is_ok_and(|mut files| files.next().is_some()) {
-        return Err(Error::Folder(format!(
-            "{} has files already: name the folder of a new run",
-            output.display()
-        )));
-    }
+    refuse_files(output, "name the folder of a new run")?;
     std::fs::create_dir_all(output).map_err(Error::io("cannot create", output))?;
     let tensors = &source.reader.mapping.tensors;
     let total = tensors.iter().map(bytes_of).sum();
