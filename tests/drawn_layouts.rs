@@ -8,6 +8,7 @@ use crate::agreement::{
     TIMEOUT, TOKENS, Trace, VOCAB, assert_within, sigmoid, softmax, trace_of, trainer_on,
     write_data,
 };
+use dataset::tokens::TokenWriter;
 use parallel::run_on_threads;
 use proptest::{
     prelude::*,
@@ -17,10 +18,7 @@ use proptest::{
 use serde_json::{Value, json};
 use std::{collections::HashMap, path::Path};
 use tch::Tensor;
-use trainer::{
-    config::Config,
-    data::{Dataset, TokenWriter},
-};
+use trainer::{config::Config, data::Dataset};
 
 const STEPS: u64 = 4;
 const SEQUENCE: u32 = 24;

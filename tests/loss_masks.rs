@@ -4,10 +4,11 @@
 use crate::agreement::{
     TIMEOUT, TOKENS, VOCAB, assert_same, softmax, trace_of, trainer_on, write_data,
 };
+use dataset::tokens::TokenWriter;
 use parallel::run_on_threads;
 use serde_json::{Value, json};
 use std::path::Path;
-use trainer::{Progress, StepMetrics, Trainer, config::Config, data::TokenWriter};
+use trainer::{Progress, StepMetrics, Trainer, config::Config};
 
 const DOCUMENT: u32 = 12;
 const FIRST_TOKENS: u32 = 65;

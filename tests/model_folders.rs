@@ -4,9 +4,10 @@ use crate::{
     agreement::{assert_same, trace_of},
     fixture::{Experiment, finish, text},
 };
+use dataset::tokens::TokenWriter;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use trainer::{ModelFolder, config::Config, data::TokenWriter};
+use trainer::{ModelFolder, config::Config};
 
 /// Vocabulary of the golden folders.
 const VOCAB: usize = 48;

@@ -65,8 +65,11 @@ mod tests {
         registry::{KeeperEntry, KeeperRegistry},
     };
     use checkpoint::keeper::Secret;
+    use dataset::{
+        prepare::{PrepareOptions, prepare},
+        tokens::{TokenFile, TokenWriter},
+    };
     use std::{collections::BTreeMap, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path};
-    use trainer::data::{PrepareOptions, TokenFile, TokenWriter, prepare};
 
     fn config() -> ProptestConfig {
         ProptestConfig::with_cases(MUTATIONS)

@@ -2,8 +2,8 @@
 
 use crate::{cli::PrepareArgs, progress};
 use anyhow::Result;
+use dataset::prepare::{PrepareOptions, prepare};
 use std::process::ExitCode;
-use trainer::data::{PrepareOptions, prepare};
 
 pub(crate) fn run(args: PrepareArgs) -> Result<ExitCode> {
     let options = PrepareOptions {

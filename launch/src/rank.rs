@@ -12,6 +12,7 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow};
 use checkpoint::run_folder::RunFolder;
+use dataset::prepare::DatasetInfo;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -33,7 +34,6 @@ use std::{
 use trainer::{
     Progress, ResumeReport, ResumeSource, RunRequests, Trainer,
     config::{Config, TlsConfig},
-    data::DatasetInfo,
     lines::Limits,
 };
 

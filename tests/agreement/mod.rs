@@ -2,12 +2,13 @@
 //! weights.
 
 use checkpoint::TensorSlice;
+use dataset::tokens::TokenWriter;
 use moe::smallest_gap_during;
 use parallel::{Cpu, World, run_on_threads};
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, path::Path, time::Duration};
 use tch::Tensor;
-use trainer::{Trainer, config::Config, data::TokenWriter};
+use trainer::{Trainer, config::Config};
 
 /// Number of different tokens in the data.
 pub(crate) const VOCAB: usize = 64;

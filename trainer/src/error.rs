@@ -29,6 +29,9 @@ pub enum Error {
         /// The operating system's error. Not a source: it is part of the message.
         cause: std::io::Error,
     },
+    /// A token file or a tokenizer cannot be used.
+    #[error(transparent)]
+    Dataset(#[from] dataset::Error),
     /// A checkpoint could not be written or read.
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::Error),

@@ -2,10 +2,11 @@
 //!
 //! A program of its own, since the setting is one of the process.
 
+use dataset::tokens::TokenWriter;
 use parallel::{Cpu, World};
 use serde_json::json;
 use std::path::Path;
-use trainer::{Trainer, config::Config, data::TokenWriter};
+use trainer::{Trainer, config::Config};
 
 const VOCAB: usize = 64;
 

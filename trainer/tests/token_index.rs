@@ -1,11 +1,9 @@
 //! The cost of opening a data set does not grow with its documents: bytes read and held are
 //! counted, in a process without other work.
 
+use dataset::tokens::TokenFile;
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
-use trainer::{
-    config::SourceConfig,
-    data::{Dataset, TokenFile},
-};
+use trainer::{config::SourceConfig, data::Dataset};
 
 const DOCUMENTS: u64 = 100_000_000;
 const TOKENS_PER_DOCUMENT: u64 = 600;

@@ -1,12 +1,12 @@
 //! Runs that benches measure: their data, `moerun train`, and the commands of baselines.
 
 use anyhow::{Context, Result, bail};
+use dataset::tokens::TokenWriter;
 use serde_json::Value;
 use std::{
     path::Path,
     process::{Command, Output, Stdio},
 };
-use trainer::data::TokenWriter;
 
 /// Calls `body` with a temporary folder, which is removed afterwards.
 pub(super) fn with_temp_dir<T>(body: impl FnOnce(&Path) -> Result<T>) -> Result<T> {

@@ -1,7 +1,8 @@
 //! Data files that a run reads.
 
 use crate::hint::one_line;
-use trainer::{config::Config, data::TokenFile};
+use dataset::tokens::TokenFile;
+use trainer::config::Config;
 
 /// Returns a message for each source of data that is missing or damaged.
 pub(super) fn data_file_problems(config: &Config) -> Vec<String> {

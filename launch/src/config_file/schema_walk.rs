@@ -2,13 +2,13 @@
 
 use super::{forms::is_of_type, load};
 use crate::{cli::ConfigArgs, hint::message, machine_memory::refuse_too_large};
+use dataset::tokens::TokenWriter;
 use parallel::{Cpu, run_on_threads};
 use serde_json::{Map, Value, json};
 use std::{collections::BTreeMap, path::Path, time::Duration};
 use trainer::{
     Trainer,
     config::{Config, resolve_schema, schema},
-    data::TokenWriter,
 };
 
 /// Values to try, as YAML.

@@ -8,10 +8,9 @@ use crate::{
     config_diff::ChangeRecord, launcher::engine::restart_record::RestartRecord,
     registry::KeeperRegistry,
 };
+use dataset::prepare::DatasetInfo;
 use serde_json::Value;
-use trainer::{
-    DroppedLines, RankLine, RoutingLine, StepMetrics, ValidationMetrics, data::DatasetInfo,
-};
+use trainer::{DroppedLines, RankLine, RoutingLine, StepMetrics, ValidationMetrics};
 
 const INTRODUCTION: &str = "\
 A run writes these files into its folder `run.dir`. Files that end in `.jsonl` have one JSON \

@@ -1,20 +1,11 @@
-//! Training data: token files, the order of samples, and the preparation of token files from text.
-
-mod documents;
-mod prepare;
-mod sampler;
-mod tokens;
-
-pub(crate) use prepare::load_tokenizer;
-pub use prepare::{DatasetInfo, PrepareOptions, prepare};
-pub use sampler::{Draw, Sampler};
-pub use tokens::{TokenFile, TokenWriter};
+//! Samples of training data as tensors.
 
 use crate::{Error, config::SourceConfig, model::IGNORED};
+use dataset::{
+    order::{Draw, Sampler},
+    tokens::TokenFile,
+};
 use tch::{Kind, Tensor};
-
-/// Text of the end-of-document token in data that `moerun data prepare` made.
-pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
 
 /// The tokens of a source, and which of them count as labels.
 struct Source {
@@ -200,6 +191,7 @@ pub(crate) fn count_labels(labels: &Tensor) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dataset::tokens::TokenWriter;
     use std::path::{Path, PathBuf};
 
     fn write(folder: &Path, name: &str, tokens: &[u32]) -> PathBuf {

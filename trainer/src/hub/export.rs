@@ -13,11 +13,11 @@ use super::{
 use crate::{
     Error,
     config::{Config, Dtype, ModelConfig},
-    data::END_OF_DOCUMENT,
     families::{Family, canonical::canonical, expression::express},
     inference::loaded::{FoundCheckpoint, find_checkpoint, find_tokenizer, tokenizers_of},
     train::saved_config::{read_run_state, saved_config},
 };
+use dataset::prepare::{END_OF_DOCUMENT, load_tokenizer};
 use safetensors::Dtype as StoredDtype;
 use serde_json::json;
 use std::{
@@ -225,7 +225,7 @@ impl Form {
     /// Adds a tokenizer that moerun trained or was given, and the configuration that transformers
     /// needs with it.
     fn add_tokenizer(&mut self, path: PathBuf, run: &Config) -> Result<(), Error> {
-        let tokenizer = crate::data::load_tokenizer(&path)?;
+        let tokenizer = load_tokenizer(&path)?;
         let mut config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": run.data.sequence_length,

@@ -1,7 +1,8 @@
 //! Text generation from a checkpoint.
 
 use super::loaded::{LoadedModel, find_tokenizer};
-use crate::{Error, data::END_OF_DOCUMENT, model::Model};
+use crate::{Error, model::Model};
+use dataset::prepare::{END_OF_DOCUMENT, load_tokenizer};
 use parallel::{Accelerator, Cpu};
 use std::path::PathBuf;
 use tch::{Kind, Tensor};
@@ -48,7 +49,7 @@ pub fn generate(
     }
     let given = options.tokenizer.clone();
     let tokenizer_path = find_tokenizer(&given.map_or(tokenizers, |given| vec![given]))?;
-    let tokenizer = crate::data::load_tokenizer(&tokenizer_path)?;
+    let tokenizer = load_tokenizer(&tokenizer_path)?;
     tch::manual_seed(options.seed);
 
     let failed =

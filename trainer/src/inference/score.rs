@@ -1,7 +1,8 @@
 //! Log-likelihoods of texts under a model.
 
 use super::loaded::{LoadedModel, find_tokenizer};
-use crate::{Error, data::END_OF_DOCUMENT};
+use crate::Error;
+use dataset::prepare::{END_OF_DOCUMENT, load_tokenizer};
 use parallel::{Accelerator, Cpu};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -51,7 +52,7 @@ pub fn score(
         ..
     } = LoadedModel::open(model)?;
     let path = find_tokenizer(&tokenizer.map_or(tokenizers, |given| vec![given]))?;
-    let tokenizer = crate::data::load_tokenizer(&path)?;
+    let tokenizer = load_tokenizer(&path)?;
     let failed = |error| Error::Tokenizer(format!("the tokenizer failed: {error}"));
     let encode = |text: &str| -> Result<Vec<i64>, Error> {
         let tokens = tokenizer.encode(text, false).map_err(failed)?;

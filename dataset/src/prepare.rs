@@ -2,8 +2,7 @@
 //!
 //! The tokenizer is a given one, or a byte-level BPE that is trained on the documents.
 
-use super::{END_OF_DOCUMENT, TokenWriter, documents};
-use crate::{Error, config::limits::MAX_VOCABULARY};
+use crate::{Error, documents, tokens::TokenWriter};
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -17,6 +16,12 @@ use tokenizers::{
     models::bpe::{BPE, BpeTrainerBuilder},
     pre_tokenizers::byte_level::ByteLevel,
 };
+
+/// Text of the end-of-document token in data that `moerun data prepare` made.
+pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
+
+/// Largest number of token ids.
+const MAX_VOCABULARY: usize = 1 << 31;
 
 /// Documents that are tokenized in parallel before they are written.
 const BATCH: usize = 256;
@@ -80,7 +85,7 @@ pub fn prepare(
     progress: &dyn Fn(&str, u64, u64),
 ) -> Result<DatasetInfo, Error> {
     if !(0.0..1.0).contains(&options.validation_fraction) {
-        return Err(Error::Config(format!(
+        return Err(Error::Options(format!(
             "--validation-fraction {} is not between 0 and 1",
             options.validation_fraction
         )));
@@ -141,7 +146,7 @@ fn read_corpus(
 ///
 /// # Errors
 /// If the file is missing or is no tokenizer.
-pub(crate) fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
+pub fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
     let failed = |reason: String| {
         let path = path.display();
         Error::Tokenizer(format!("cannot read the tokenizer {path}: {reason}"))
@@ -155,7 +160,7 @@ pub(crate) fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
 /// Trains a byte-level BPE as in GPT-2, which can encode any text.
 fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<Tokenizer, Error> {
     if vocab_size < MIN_VOCABULARY {
-        return Err(Error::Config(format!(
+        return Err(Error::Options(format!(
             "--vocab-size {vocab_size} is less than the 256 bytes and the end of a document \
              that every byte-level tokenizer has"
         )));
@@ -287,7 +292,7 @@ fn entropy(counts: &[u64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::TokenFile;
+    use crate::tokens::TokenFile;
 
     fn options(folder: &Path, texts: &[&str]) -> PrepareOptions {
         let inputs = folder.join("in");

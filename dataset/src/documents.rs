@@ -53,13 +53,7 @@ pub(super) fn read(
 ) -> Result<(), Error> {
     match extension(path).as_deref() {
         Some("jsonl") => read_jsonl(path, text_key, take),
-        #[cfg(feature = "parquet")]
         Some("parquet") => parquet_rows::read(path, text_key, take),
-        #[cfg(not(feature = "parquet"))]
-        Some("parquet") => Err(Error::Data(format!(
-            "{}: moerun was built without the feature parquet",
-            path.display()
-        ))),
         _ => {
             let bytes = std::fs::read(path).map_err(Error::io("cannot read", path))?;
             // A few invalid bytes do not make a text useless.
@@ -96,7 +90,6 @@ fn read_jsonl(
     Ok(())
 }
 
-#[cfg(feature = "parquet")]
 mod parquet_rows {
     use super::{Error, File, Path};
     use parquet::{

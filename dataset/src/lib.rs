@@ -1,0 +1,11 @@
+//! Token files: their preparation from text, their format, and the order of samples.
+//!
+//! Nothing here needs libtorch, so data can be prepared on machines without it.
+
+mod documents;
+mod error;
+pub mod order;
+pub mod prepare;
+pub mod tokens;
+
+pub use error::Error;
