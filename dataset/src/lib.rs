@@ -4,6 +4,7 @@
 
 mod documents;
 mod error;
+pub mod info;
 pub mod order;
 pub mod prepare;
 pub mod tokens;

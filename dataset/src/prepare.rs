@@ -2,10 +2,8 @@
 //!
 //! The tokenizer is a given one, or a byte-level BPE that is trained on the documents.
 
-use crate::{Error, documents, tokens::TokenWriter};
+use crate::{Error, documents, info::DatasetInfo, tokens::TokenWriter};
 use rayon::prelude::*;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{
     collections::BTreeMap,
@@ -48,24 +46,6 @@ pub struct PrepareOptions {
     pub validation_fraction: f64,
     /// Largest number of bytes of text to read.
     pub max_bytes: Option<u64>,
-}
-
-/// Statistics of the prepared data.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct DatasetInfo {
-    /// Number of documents.
-    pub documents: u64,
-    /// Bytes of text.
-    pub bytes: u64,
-    /// Training tokens, with one end-of-document token per document.
-    pub train_tokens: u64,
-    /// Validation tokens, with one end-of-document token per document.
-    pub validation_tokens: u64,
-    /// Vocabulary size of the tokenizer.
-    pub vocab_size: usize,
-    /// Entropy of the frequencies of training tokens, in nats: the loss of a model that knows
-    /// nothing but these frequencies.
-    pub unigram_entropy: f64,
 }
 
 /// The documents to prepare.
@@ -264,6 +244,7 @@ fn write_tokens(
         validation_tokens,
         vocab_size,
         unigram_entropy: entropy(&counts.into_values().collect::<Vec<_>>()),
+        ..DatasetInfo::default()
     })
 }
 

@@ -12,7 +12,7 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow};
 use checkpoint::run_folder::RunFolder;
-use dataset::prepare::DatasetInfo;
+use dataset::info::DatasetInfo;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},

@@ -8,7 +8,7 @@ use crate::{
     config_diff::ChangeRecord, launcher::engine::restart_record::RestartRecord,
     registry::KeeperRegistry,
 };
-use dataset::prepare::DatasetInfo;
+use dataset::info::DatasetInfo;
 use serde_json::Value;
 use trainer::{DroppedLines, RankLine, RoutingLine, StepMetrics, ValidationMetrics};
 
