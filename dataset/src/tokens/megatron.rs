@@ -1,37 +1,16 @@
-//! Token files in the format of Megatron-LM's `IndexedDataset`.
-//!
-//! `PREFIX.bin` holds the tokens of all documents one after another. `PREFIX.idx` holds the
-//! beginning of each document. The fields of the index, little-endian:
-//!
-//! - magic `MMIDIDX\0\0`
-//! - u64 version, which is 1
-//! - u8 dtype code
-//! - u64 number of sequences
-//! - u64 number of document boundaries
-//! - i32 length of each sequence
-//! - i64 byte offset of each sequence
-//! - i64 document boundaries
-//!
-//! Tokens are read with positioned reads from the page cache, not through a memory map. For windows
-//! of this size both are equally fast, and a file that shrinks during a run causes an error instead
-//! of a signal.
+//! Reader of pairs of token files.
 
+use super::layout::{
+    DOCUMENTS_OFFSET, DTYPE_OFFSET, HEADER, MAGIC, SEQUENCES_OFFSET, VERSION, VERSION_OFFSET,
+    Width, with_extension,
+};
 use crate::Error;
 use std::{
     fs::File,
-    io::{BufWriter, Read, Write},
+    io::Read,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
-
-const MAGIC: &[u8; 9] = b"MMIDIDX\x00\x00";
-
-const VERSION: u64 = 1;
-const VERSION_OFFSET: usize = 9;
-const DTYPE_OFFSET: usize = 17;
-const SEQUENCES_OFFSET: usize = 18;
-const DOCUMENTS_OFFSET: usize = 26;
-const HEADER: usize = 34;
 
 /// Bytes of the index for the length of a sequence.
 const LENGTH_BYTES: u64 = 4;
@@ -45,81 +24,9 @@ const VERIFIED_AT_ONCE: u64 = 4096;
 /// Bytes of the index per document boundary.
 const DOCUMENT_ENTRY: u64 = 8;
 
-/// The integer type of the tokens in a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Width {
-    U8,
-    I8,
-    I16,
-    I32,
-    I64,
-    U16,
-}
-
-impl Width {
-    /// Returns the width with this `DType` code of Megatron.
-    fn from_code(code: u8) -> Option<Width> {
-        Some(match code {
-            1 => Width::U8,
-            2 => Width::I8,
-            3 => Width::I16,
-            4 => Width::I32,
-            5 => Width::I64,
-            8 => Width::U16,
-            _ => return None,
-        })
-    }
-
-    fn code(self) -> u8 {
-        match self {
-            Width::U8 => 1,
-            Width::I8 => 2,
-            Width::I16 => 3,
-            Width::I32 => 4,
-            Width::I64 => 5,
-            Width::U16 => 8,
-        }
-    }
-
-    fn bytes(self) -> usize {
-        match self {
-            Width::U8 | Width::I8 => 1,
-            Width::I16 | Width::U16 => 2,
-            Width::I32 => 4,
-            Width::I64 => 8,
-        }
-    }
-
-    fn decode(self, bytes: &[u8]) -> Vec<i64> {
-        fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> i64) -> Vec<i64> {
-            bytes
-                .as_chunks::<N>()
-                .0
-                .iter()
-                .map(|chunk| value(*chunk))
-                .collect()
-        }
-        match self {
-            Width::U8 => each(bytes, |b: [u8; 1]| i64::from(b[0])),
-            Width::I8 => each(bytes, |b| i64::from(i8::from_le_bytes(b))),
-            Width::I16 => each(bytes, |b| i64::from(i16::from_le_bytes(b))),
-            Width::U16 => each(bytes, |b| i64::from(u16::from_le_bytes(b))),
-            Width::I32 => each(bytes, |b| i64::from(i32::from_le_bytes(b))),
-            Width::I64 => each(bytes, i64::from_le_bytes),
-        }
-    }
-}
-
 fn file_len(file: &File, path: &Path) -> Result<u64, Error> {
     let metadata = file.metadata().map_err(Error::io("cannot read", path))?;
     Ok(metadata.len())
-}
-
-fn with_extension(prefix: &Path, extension: &str) -> PathBuf {
-    let mut path = prefix.as_os_str().to_owned();
-    path.push(".");
-    path.push(extension);
-    path.into()
 }
 
 /// The counts in the header of an index.
@@ -359,116 +266,10 @@ impl TokenFile {
     }
 }
 
-/// Writes a pair of token files, document by document.
-pub struct TokenWriter {
-    prefix: PathBuf,
-    bin: BufWriter<File>,
-    width: Width,
-    vocab_size: usize,
-    lengths: Vec<i32>,
-}
-
-impl TokenWriter {
-    /// Creates `prefix.bin`. A token takes two bytes if `vocab_size` allows it, otherwise four.
-    ///
-    /// # Errors
-    /// If the file cannot be created.
-    pub fn create(prefix: &Path, vocab_size: usize) -> Result<TokenWriter, Error> {
-        let path = with_extension(prefix, "bin");
-        let bin = BufWriter::new(File::create(&path).map_err(Error::io("cannot write", &path))?);
-        let width = if vocab_size <= 1 << 16 {
-            Width::U16
-        } else {
-            Width::I32
-        };
-        Ok(TokenWriter {
-            prefix: prefix.to_path_buf(),
-            bin,
-            width,
-            vocab_size,
-            lengths: Vec::new(),
-        })
-    }
-
-    /// Appends the tokens of one document.
-    ///
-    /// # Errors
-    /// If the disk is full, the document has 2^31 tokens or more, or one is not in the vocabulary.
-    pub fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
-        let path = with_extension(&self.prefix, "bin");
-        if let Some(token) = tokens
-            .iter()
-            .find(|&&token| token as usize >= self.vocab_size)
-        {
-            return Err(Error::Data(format!(
-                "token {token} for {} is not in the vocabulary of {}",
-                path.display(),
-                self.vocab_size
-            )));
-        }
-        let length = i32::try_from(tokens.len()).map_err(|_| {
-            Error::Data(format!(
-                "a document of {} tokens is too long for {}",
-                tokens.len(),
-                path.display()
-            ))
-        })?;
-        let bytes: Vec<u8> = match self.width {
-            Width::U16 => tokens
-                .iter()
-                .flat_map(|&token| (token as u16).to_le_bytes())
-                .collect(),
-            _ => tokens
-                .iter()
-                .flat_map(|&token| token.to_le_bytes())
-                .collect(),
-        };
-        self.bin
-            .write_all(&bytes)
-            .map_err(Error::io("cannot write", &path))?;
-        self.lengths.push(length);
-        Ok(())
-    }
-
-    /// Writes the index and syncs both files to disk.
-    ///
-    /// # Errors
-    /// If the disk is full.
-    pub fn finish(self) -> Result<(), Error> {
-        let path = with_extension(&self.prefix, "bin");
-        let bin = self
-            .bin
-            .into_inner()
-            .map_err(|e| Error::io("cannot write", &path)(e.into_error()))?;
-        bin.sync_all().map_err(Error::io("cannot write", &path))?;
-        let path = with_extension(&self.prefix, "idx");
-        let mut index = Vec::with_capacity(HEADER + self.lengths.len() * 20);
-        index.extend_from_slice(MAGIC);
-        index.extend_from_slice(&VERSION.to_le_bytes());
-        index.push(self.width.code());
-        index.extend_from_slice(&(self.lengths.len() as u64).to_le_bytes());
-        index.extend_from_slice(&(self.lengths.len() as u64 + 1).to_le_bytes());
-        for length in &self.lengths {
-            index.extend_from_slice(&length.to_le_bytes());
-        }
-        let mut offset = 0i64;
-        for &length in &self.lengths {
-            index.extend_from_slice(&offset.to_le_bytes());
-            offset += i64::from(length) * self.width.bytes() as i64;
-        }
-        for document in 0..=self.lengths.len() as i64 {
-            index.extend_from_slice(&document.to_le_bytes());
-        }
-        let mut file = File::create(&path).map_err(Error::io("cannot write", &path))?;
-        file.write_all(&index)
-            .and_then(|()| file.sync_all())
-            .map_err(Error::io("cannot write", &path))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokens::TokenWriter;
 
     fn written(vocab: usize) -> (tempfile::TempDir, PathBuf) {
         let folder = tempfile::tempdir().unwrap();
@@ -491,20 +292,6 @@ mod tests {
             assert_eq!(file.read(2, 2).unwrap(), [3, vocab as i64 - 1]);
             assert!(file.read(4, 2).is_err());
         }
-    }
-
-    #[test]
-    fn the_index_is_megatrons_byte_for_byte() {
-        let (_folder, prefix) = written(1000);
-        let index = std::fs::read(with_extension(&prefix, "idx")).unwrap();
-        let mut expected = b"MMIDIDX\x00\x00".to_vec();
-        expected.extend([1, 0, 0, 0, 0, 0, 0, 0, 8]);
-        expected.extend([3, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0]);
-        expected.extend([3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
-        for value in [0i64, 6, 6, 0, 1, 2, 3] {
-            expected.extend(value.to_le_bytes());
-        }
-        assert_eq!(index, expected);
     }
 
     #[test]

@@ -1,0 +1,24 @@
+//! Token files in the format of Megatron-LM's `IndexedDataset`.
+//!
+//! `PREFIX.bin` holds the tokens of all documents one after another. `PREFIX.idx` holds the
+//! beginning of each document. The fields of the index, little-endian:
+//!
+//! - magic `MMIDIDX\0\0`
+//! - u64 version, which is 1
+//! - u8 dtype code
+//! - u64 number of sequences
+//! - u64 number of document boundaries
+//! - i32 length of each sequence
+//! - i64 byte offset of each sequence
+//! - i64 document boundaries
+//!
+//! Tokens are read with positioned reads from the page cache, not through a memory map. For windows
+//! of this size both are equally fast, and a file that shrinks during a run causes an error instead
+//! of a signal.
+
+mod layout;
+mod megatron;
+mod writer;
+
+pub use megatron::TokenFile;
+pub use writer::TokenWriter;
