@@ -2,11 +2,15 @@
 //!
 //! Nothing here needs libtorch, so data can be prepared on machines without it.
 
+mod checksums;
 mod documents;
 mod error;
+mod fingerprint;
 pub mod info;
 pub mod order;
 pub mod prepare;
 pub mod tokens;
 
+pub use checksums::{Checksums, checksum, verify_checksums};
 pub use error::Error;
+pub use fingerprint::Fingerprint;
