@@ -144,7 +144,7 @@ fn a_small_weight_has_its_exact_share() {
     assert_eq!(of_b.int64_value(&[]), 6);
 }
 
-/// The same tokens in every format give the same losses.
+/// A format does not change what is read, nor the losses.
 #[test]
 fn formats_give_the_same_losses() {
     let folder = tempfile::tempdir().unwrap();
@@ -215,7 +215,7 @@ fn data_that_does_not_fit_is_refused_before_the_run() {
         &["data.train[1] (data/valid) has none"],
     );
 
-    // A record of another tokenizer beside a copy of the data.
+    // A record of another tokenizer, with a copy of the data.
     std::fs::create_dir(experiment.path("other")).unwrap();
     for file in ["train.bin", "train.idx"] {
         let from = experiment.path("data").join(file);

@@ -16,7 +16,7 @@ const SAMPLE_BYTES: u64 = 4096;
 /// The contents of token files, wherever they are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
-    /// Number of tokens.
+    /// Tokens in the whole file.
     pub tokens: u64,
     /// BLAKE3 hash of the size and of evenly spaced parts of the tokens, in hexadecimal digits.
     pub sample: String,

@@ -19,7 +19,7 @@ pub(super) struct Blocks {
 }
 
 impl Blocks {
-    /// Returns the mixture of sources with these weights.
+    /// Returns the blend of sources with these weights.
     ///
     /// # Errors
     /// If a weight is so small that its source has no sample in a block.

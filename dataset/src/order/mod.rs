@@ -62,12 +62,12 @@ pub struct Draw {
 #[derive(Debug, Clone)]
 pub struct Sampler {
     windows: Vec<u64>,
-    mixture: Mixture,
+    blend: Blend,
     seed: u64,
 }
 
 #[derive(Debug, Clone)]
-enum Mixture {
+enum Blend {
     Blocks(Blocks),
     Exact(Tree),
 }
@@ -96,28 +96,28 @@ impl Sampler {
         {
             return Err(format!("the weight {weight} is not a positive number"));
         }
-        let mixture = match version {
+        let blend = match version {
             OrderVersion::Blocks => {
                 let equal = vec![1.0; windows.len()];
-                Mixture::Blocks(Blocks::new(weights.unwrap_or(&equal))?)
+                Blend::Blocks(Blocks::new(weights.unwrap_or(&equal))?)
             }
-            OrderVersion::Exact => Mixture::Exact(match weights {
+            OrderVersion::Exact => Blend::Exact(match weights {
                 Some(weights) => Tree::of_weights(weights),
                 None => Tree::of_integers(windows.to_vec()),
             }),
         };
         Ok(Sampler {
             windows: windows.to_vec(),
-            mixture,
+            blend,
             seed,
         })
     }
 
     /// Returns the window that is sample `number`.
     pub fn draw(&self, number: u64) -> Draw {
-        match &self.mixture {
-            Mixture::Blocks(blocks) => blocks.draw(number, &self.windows, self.seed),
-            Mixture::Exact(tree) => {
+        match &self.blend {
+            Blend::Blocks(blocks) => blocks.draw(number, &self.windows, self.seed),
+            Blend::Exact(tree) => {
                 let SourceDraw { source, earlier } = tree.draw(number);
                 let windows = self.windows[source];
                 Draw {
@@ -130,17 +130,17 @@ impl Sampler {
 
     /// Returns how many of the first `samples` samples each source has.
     pub fn counts(&self, samples: u64) -> Vec<u64> {
-        match &self.mixture {
-            Mixture::Blocks(blocks) => blocks.counts(samples, self.seed),
-            Mixture::Exact(tree) => tree.counts(samples),
+        match &self.blend {
+            Blend::Blocks(blocks) => blocks.counts(samples, self.seed),
+            Blend::Exact(tree) => tree.counts(samples),
         }
     }
 
     /// Returns each source's share of the samples, between 0 and 1.
     pub fn shares(&self) -> Vec<f64> {
-        match &self.mixture {
-            Mixture::Blocks(blocks) => blocks.shares(),
-            Mixture::Exact(tree) => tree.shares(),
+        match &self.blend {
+            Blend::Blocks(blocks) => blocks.shares(),
+            Blend::Exact(tree) => tree.shares(),
         }
     }
 

@@ -1,20 +1,20 @@
-//! The mixture of sources: a binary tree that deals samples to sources in exact proportion.
+//! The blend of sources: a binary tree that deals samples to sources in exact proportion.
 //!
 //! A node with weight W and a left child of weight L sends its sample number m to the left if the
 //! rounded share `floor(m * L / W + 1/2)` grows with it. The number of earlier samples of a source
 //! follows on the way down, so a draw needs no state.
 //!
 //! Rounding adds at most 1/2 at each node, of which a source gets the fraction w/C, where w is its
-//! weight and C that of the node's child above the source. The count of a source therefore
-//! differs from its exact share by at most `(1 + sum of w/C over its ancestors below the root) / 2`.
+//! weight and C that of the node's child above the source. The count of a source therefore differs
+//! from its exact share by at most `(1 + sum of w/C over its ancestors below the root) / 2`.
 //!
 //! Each node divides its sources by the rule of Graham (1969): in descending order of weight, each
 //! goes to the lighter side. The heavier side, without its lightest source, then weighs no more
 //! than the other one. So a node weighs at least twice as much as its heavier child, less the
-//! lightest source μ below it. Relative to w, the ancestors of a source weigh more than 1, 2, 4, ...
-//! from below (or at least 2, 3, 5, ... if the source itself is the lightest), so the sum stays
-//! below 2 and the difference below 3/2 of a sample, for any number of sources and any weights.
-//! The depth is at most that of the integers, about 64.
+//! lightest source below it. Relative to w, the ancestors of a source therefore weigh more than 1,
+//! 2, 4, 8 and so on from below, or at least 2, 3, 5, 9 and so on if the source itself is the
+//! lightest. The sum stays below 2 and the difference below 3/2 of a sample, for any number of
+//! sources and any weights. The depth is at most about 64, because weights are integers.
 
 /// Sum to which weights are scaled, so that they become integers.
 const TOTAL: f64 = (1u64 << 62) as f64;
@@ -48,7 +48,7 @@ impl Node {
 }
 
 impl Tree {
-    /// Returns the mixture of sources in proportion to integers, whose sum is below 2^63.
+    /// Returns the blend of sources in proportion to integers, whose sum is below 2^63.
     pub(super) fn of_integers(weights: Vec<u64>) -> Tree {
         let mut sources: Vec<usize> = (0..weights.len()).collect();
         sources.sort_by_key(|&source| (std::cmp::Reverse(weights[source]), source));
@@ -61,7 +61,7 @@ impl Tree {
         tree
     }
 
-    /// Returns the mixture of sources with these weights, which are positive and finite. The
+    /// Returns the blend of sources with these weights, which are positive and finite. The
     /// smallest share is 2^-62.
     pub(super) fn of_weights(weights: &[f64]) -> Tree {
         // Division first: the sum of large weights may be infinite.

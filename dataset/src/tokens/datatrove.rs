@@ -24,10 +24,10 @@ const INDEX_ENTRY: u64 = 8;
 /// Bytes of metadata that are read.
 const MAX_METADATA: u64 = 4096;
 
-/// What the metadata says.
+/// The contents of the metadata.
 struct Metadata {
     width: Width,
-    /// Number of tokens.
+    /// Number of tokens in the file.
     tokens: Option<u64>,
 }
 

@@ -1,7 +1,8 @@
 //! Token files: pairs of Megatron-LM, headerless arrays of OLMo, and files of datatrove.
 //!
-//! moerun writes the format of Megatron-LM's `IndexedDataset`. `PREFIX.bin` holds the tokens of all documents one after another. `PREFIX.idx` holds the
-//! beginning of each document. The fields of the index, little-endian:
+//! moerun writes pairs in the format of Megatron-LM's `IndexedDataset`. `PREFIX.bin` holds the
+//! tokens of all documents one after another. `PREFIX.idx` holds the beginning of each document.
+//! The fields of the index, little-endian:
 //!
 //! - magic `MMIDIDX\0\0`
 //! - u64 version, which is 1

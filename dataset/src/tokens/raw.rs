@@ -1,5 +1,5 @@
-//! Reader of headerless arrays, such as those of OLMo, whose names end with `.npy` although they lack
-//! NumPy's header.
+//! Reader of headerless arrays, such as those of OLMo, whose names end with `.npy` although they
+//! lack NumPy's header.
 
 use super::{
     file::{TokenFile, damaged},

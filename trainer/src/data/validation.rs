@@ -87,11 +87,11 @@ pub(crate) fn open_validation(
 /// at least one.
 fn share_sequences(sequences: usize, sources: usize, weights: Option<Vec<f64>>) -> Vec<u64> {
     let equal = vec![1; sources];
-    let mixture = Sampler::new(&equal, weights.as_deref(), 0, OrderVersion::default());
-    let Ok(mixture) = mixture else {
+    let blend = Sampler::new(&equal, weights.as_deref(), 0, OrderVersion::default());
+    let Ok(blend) = blend else {
         return equal;
     };
-    let counts = mixture.counts(sequences as u64).into_iter();
+    let counts = blend.counts(sequences as u64).into_iter();
     counts.map(|count| count.max(1)).collect()
 }
 

@@ -245,7 +245,7 @@ pub struct ValidationMetrics {
     pub counted_tokens: u64,
     /// Mean cross-entropy of each source, by its name, in nats per token.
     pub validation: BTreeMap<String, f64>,
-    /// The same per byte of text in bits, for sources whose `dataset.json` records bytes.
+    /// Cross-entropy per byte of text in bits, for sources whose `dataset.json` records bytes.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub bits_per_byte: BTreeMap<String, f64>,
 }
