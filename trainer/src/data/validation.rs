@@ -40,8 +40,8 @@ impl ValidationSource {
             }
         }
         Err(Error::Data(format!(
-            "no token of the {windows} validation sequences of {} counts: the masks of \
-             data.validation leave none",
+            "no token of the {windows} validation sequences counts: the masks of data.validation \
+             leave none in {}",
             self.name
         )))
     }
