@@ -88,7 +88,7 @@ fn its_configuration_is_refused_and_its_checkpoint_resumes() {
         "{output}"
     );
     assert!(
-        !output.contains("changed since the saved state"),
+        !output.contains("changed since the saved state: data."),
         "{output}"
     );
     let log = std::fs::read_to_string(experiment.path("run/logs/rank-0.log")).unwrap();

@@ -124,8 +124,11 @@ mod tests {
             expected.tokens += sequences * length;
             expected.counted_from.skipped += skipped;
             assert_eq!(position, expected);
-            let at_end = position.samples_at_end(&config);
-            assert_eq!(at_end, position.samples + (100 - step) * 4);
+            // From here on, every step has the larger batch.
+            if expected.tokens >= 32 {
+                let at_end = position.samples_at_end(&config);
+                assert_eq!(at_end, position.samples + (100 - step) * 4);
+            }
         }
     }
 }
