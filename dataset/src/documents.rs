@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Returns the files under `inputs` in a fixed order. Folders are searched for the extensions.
-pub(super) fn files(inputs: &[PathBuf], extensions: &[String]) -> Result<Vec<PathBuf>, Error> {
+pub(crate) fn files(inputs: &[PathBuf], extensions: &[String]) -> Result<Vec<PathBuf>, Error> {
     let mut found = Vec::new();
     for input in inputs {
         let kind = std::fs::metadata(input).map_err(Error::io("cannot open", input))?;
@@ -46,7 +46,7 @@ fn extension(path: &Path) -> Option<String> {
 /// Passes each document of a file to `take`.
 ///
 /// `text_key` is the field of JSONL objects and the column of Parquet tables that holds the text.
-pub(super) fn read(
+pub(crate) fn read(
     path: &Path,
     text_key: &str,
     take: &mut dyn FnMut(String) -> Result<(), Error>,
@@ -97,7 +97,7 @@ mod parquet_rows {
         record::RowAccessor,
     };
 
-    pub(super) fn read(
+    pub(crate) fn read(
         path: &Path,
         column: &str,
         take: &mut dyn FnMut(String) -> Result<(), Error>,

@@ -18,7 +18,9 @@
 
 mod layout;
 mod megatron;
+mod pair;
 mod writer;
 
 pub use megatron::TokenFile;
-pub use writer::TokenWriter;
+pub use pair::{CheckedPair, TokenPair, TokenPart, hash_file};
+pub use writer::{TokenWriter, WrittenPair};
