@@ -7,6 +7,7 @@ mod error;
 pub mod info;
 pub mod order;
 pub mod prepare;
+pub mod tokenizer;
 pub mod tokens;
 
 pub use error::Error;

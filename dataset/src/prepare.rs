@@ -2,30 +2,19 @@
 //!
 //! The tokenizer is a given one, or a byte-level BPE that is trained on the documents.
 
-use crate::{Error, documents, info::DatasetInfo, tokens::TokenWriter};
+pub use crate::tokenizer::{END_OF_DOCUMENT, load_tokenizer};
+
+use crate::{
+    Error, documents,
+    info::DatasetInfo,
+    tokenizer::{DocumentTokenizer, TokenizerOptions, train},
+    tokens::TokenWriter,
+};
 use rayon::prelude::*;
-use serde_json::Value;
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
-use tokenizers::{
-    AddedToken, Tokenizer, TokenizerBuilder,
-    models::bpe::{BPE, BpeTrainerBuilder},
-    pre_tokenizers::byte_level::ByteLevel,
-};
-
-/// Text of the end-of-document token in data that `moerun data prepare` made.
-pub const END_OF_DOCUMENT: &str = "<|endoftext|>";
-
-/// Largest number of token ids.
-const MAX_VOCABULARY: usize = 1 << 31;
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// Documents that are tokenized in parallel before they are written.
 const BATCH: usize = 256;
-
-/// Tokens of a byte-level BPE without any merge: 256 bytes and the end of a document.
-const MIN_VOCABULARY: usize = 257;
 
 /// Inputs, output and tokenizer of [`prepare`].
 #[derive(Debug, Clone)]
@@ -74,15 +63,13 @@ pub fn prepare(
     std::fs::create_dir_all(&options.output).map_err(Error::io("cannot make", &options.output))?;
     progress("tokenizer", 0, 1);
     let tokenizer = match &options.tokenizer {
-        Some(path) => load_tokenizer(path)?,
-        None => train_tokenizer(&corpus.texts, options.vocab_size)?,
+        Some(path) => DocumentTokenizer::load(path, &TokenizerOptions::default())?.0,
+        None => train(corpus.texts.iter(), options.vocab_size)?.0,
     };
     progress("tokenizer", 1, 1);
     let info = write_tokens(options, &tokenizer, &corpus, progress)?;
     let path = options.output.join("tokenizer.json");
-    tokenizer
-        .save(&path, false)
-        .map_err(|error| Error::Tokenizer(format!("cannot write {}: {error}", path.display())))?;
+    tokenizer.save(&path)?;
     let path = options.output.join("dataset.json");
     let text = serde_json::to_string_pretty(&info).expect("plain numbers");
     std::fs::write(&path, text + "\n").map_err(Error::io("cannot write", &path))?;
@@ -122,86 +109,13 @@ fn read_corpus(
     Ok(Corpus { texts, bytes })
 }
 
-/// Loads a Hugging Face `tokenizer.json`.
-///
-/// # Errors
-/// If the file is missing or is no tokenizer.
-pub fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
-    let failed = |reason: String| {
-        let path = path.display();
-        Error::Tokenizer(format!("cannot read the tokenizer {path}: {reason}"))
-    };
-    let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
-    // The library panics at some errors of syntax.
-    serde_json::from_slice::<Value>(&text).map_err(|error| failed(error.to_string()))?;
-    Tokenizer::from_bytes(&text).map_err(|error| failed(error.to_string()))
-}
-
-/// Trains a byte-level BPE as in GPT-2, which can encode any text.
-fn train_tokenizer(texts: &[String], vocab_size: usize) -> Result<Tokenizer, Error> {
-    if vocab_size < MIN_VOCABULARY {
-        return Err(Error::Options(format!(
-            "--vocab-size {vocab_size} is less than the 256 bytes and the end of a document \
-             that every byte-level tokenizer has"
-        )));
-    }
-    let failed = |error: tokenizers::Error| {
-        Error::Tokenizer(format!("training the tokenizer failed: {error}"))
-    };
-    let byte_level = ByteLevel::new(false, true, true);
-    let mut trainer = BpeTrainerBuilder::new()
-        .show_progress(false)
-        .vocab_size(vocab_size)
-        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .special_tokens(vec![AddedToken::from(END_OF_DOCUMENT, true)])
-        .build();
-    let mut tokenizer = TokenizerBuilder::new()
-        .with_model(BPE::default())
-        .with_normalizer(None::<tokenizers::NormalizerWrapper>)
-        .with_pre_tokenizer(Some(byte_level))
-        .with_post_processor(Some(byte_level))
-        .with_decoder(Some(byte_level))
-        .build()
-        .map_err(failed)?;
-    tokenizer
-        .train(&mut trainer, texts.iter().map(String::as_str))
-        .map_err(failed)?;
-    // Trained tokenizers have a static type; all other functions need the dynamic one.
-    let json = tokenizer.to_string(false).map_err(failed)?;
-    json.parse().map_err(failed)
-}
-
-/// Returns the id of the token that ends documents.
-fn find_eod_token(tokenizer: &Tokenizer) -> Result<u32, Error> {
-    let id = |text: &str| tokenizer.token_to_id(text);
-    id(END_OF_DOCUMENT).or_else(|| id("</s>")).ok_or_else(|| {
-        Error::Tokenizer(format!(
-            "the tokenizer has no token {END_OF_DOCUMENT} or </s> to end documents with"
-        ))
-    })
-}
-
-/// Returns the number of token ids, which may have gaps.
-fn vocab_size(tokenizer: &Tokenizer) -> Result<usize, Error> {
-    let ids = tokenizer.get_vocab(true).into_values();
-    let size = ids.max().map_or(0, |largest| largest as usize + 1);
-    if size > MAX_VOCABULARY {
-        let largest = size - 1;
-        return Err(Error::Tokenizer(format!(
-            "the tokenizer has a token with the id {largest}; ids must be below {MAX_VOCABULARY}"
-        )));
-    }
-    Ok(size)
-}
-
 fn write_tokens(
     options: &PrepareOptions,
-    tokenizer: &Tokenizer,
+    tokenizer: &DocumentTokenizer,
     corpus: &Corpus,
     progress: &dyn Fn(&str, u64, u64),
 ) -> Result<DatasetInfo, Error> {
-    let eod_token = find_eod_token(tokenizer)?;
-    let vocab_size = vocab_size(tokenizer)?;
+    let vocab_size = tokenizer.vocab_size();
     let texts = &corpus.texts;
     let mut train = TokenWriter::create(&options.output.join("train"), vocab_size)?;
     let mut valid = TokenWriter::create(&options.output.join("valid"), vocab_size)?;
@@ -217,7 +131,7 @@ fn write_tokens(
     for (batch, chunk) in texts.chunks(BATCH).enumerate() {
         let encoded: Vec<Vec<u32>> = chunk
             .par_iter()
-            .map(|text| encode(tokenizer, text, eod_token))
+            .map(|text| encode(tokenizer, text))
             .collect::<Result<_, Error>>()?;
         for (index, tokens) in encoded.iter().enumerate() {
             let document = batch * BATCH + index;
@@ -249,11 +163,11 @@ fn write_tokens(
 }
 
 /// Returns the tokens of a document with its end.
-fn encode(tokenizer: &Tokenizer, text: &str, eod_token: u32) -> Result<Vec<u32>, Error> {
-    let encoding = tokenizer
-        .encode_fast(text, false)
-        .map_err(|error| Error::Tokenizer(format!("a document cannot be encoded: {error}")))?;
-    Ok([encoding.get_ids(), &[eod_token]].concat())
+fn encode(tokenizer: &DocumentTokenizer, text: &str) -> Result<Vec<u32>, Error> {
+    let mut ids = Vec::new();
+    tokenizer.encode(text, &mut ids)?;
+    ids.push(tokenizer.eos().id);
+    Ok(ids)
 }
 
 /// Returns the entropy of the distribution with these counts, in nats.
@@ -274,6 +188,7 @@ fn entropy(counts: &[u64]) -> f64 {
 mod tests {
     use super::*;
     use crate::tokens::TokenFile;
+    use std::path::Path;
 
     fn options(folder: &Path, texts: &[&str]) -> PrepareOptions {
         let inputs = folder.join("in");
