@@ -6,28 +6,14 @@ use crate::{Error, input::Piece};
 #[derive(Debug, Default)]
 pub(super) struct Documents {
     ended: u64,
-    is_open: bool,
-}
-
-/// The place of a piece in its file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
-    /// Number of its document.
-    pub(super) document: u64,
-    /// True if the document begins with it.
-    pub(super) begins: bool,
 }
 
 impl Documents {
-    /// Takes the next piece of the file.
-    pub(super) fn next(&mut self, piece: &Piece) -> Place {
-        let place = Place {
-            document: self.ended,
-            begins: !self.is_open,
-        };
-        self.is_open = !piece.ends_document;
+    /// Takes the next piece of the file, and returns the number of its document.
+    pub(super) fn next(&mut self, piece: &Piece) -> u64 {
+        let document = self.ended;
         self.ended += u64::from(piece.ends_document);
-        place
+        document
     }
 
     /// Returns the number of documents that have ended.

@@ -208,7 +208,7 @@ fn given_tokenizer(
     if files.iter().all(|file| !file.is_standard_input()) {
         let texts = sample(files, &options.input, options.max_bytes, CHECKED_SAMPLE)?;
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-        let warning = tokenizer.verify_on(&texts)?;
+        let warning = tokenizer.verify_on(&texts);
         show_notes(warning.as_slice(), report);
     }
     report(Event::Note(&format!(
@@ -389,9 +389,9 @@ impl Preparation<'_> {
             total: Some(total),
         };
         (self.report)(progress(0));
-        let trained = train(texts.iter().map(String::as_str), options.vocab_size)?;
+        let (trained, _) = train(texts.iter(), options.vocab_size)?;
         (self.report)(progress(total));
-        let (tokenizer, _) = DocumentTokenizer::of_json(&trained.json(), &options.tokenizing)?;
+        let (tokenizer, _) = DocumentTokenizer::of_json(trained.json(), &options.tokenizing)?;
         Ok(tokenizer)
     }
 

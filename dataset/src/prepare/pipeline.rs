@@ -6,7 +6,7 @@
 //! the tickets of each file ([`tickets`]), and with them the batches in memory.
 
 use super::{
-    documents::{Documents, Place, stop},
+    documents::{Documents, stop},
     plan::FileWork,
 };
 use crate::{
@@ -68,7 +68,6 @@ pub(super) struct EncodedPart {
     pub(super) end: usize,
     /// Bytes of its text.
     pub(super) bytes: u64,
-    pub(super) begins: bool,
     pub(super) ends: bool,
 }
 
@@ -90,7 +89,6 @@ struct Batch {
 struct TextPart {
     document: u64,
     end: usize,
-    begins: bool,
     ends: bool,
 }
 
@@ -200,7 +198,6 @@ fn encode(tokenizer: &DocumentTokenizer, batch: Batch) -> Result<Encoded, Error>
             document: part.document,
             end: tokens.len(),
             bytes: (part.end - start) as u64,
-            begins: part.begins,
             ends: part.ends,
         });
         start = part.end;
@@ -276,9 +273,9 @@ impl Reader<'_> {
     }
 
     fn take(&mut self, piece: &Piece) -> Result<(), Error> {
-        let place = self.documents.next(piece);
-        if let Some(shard) = self.shard(place.document) {
-            self.add(shard, place, piece)?;
+        let document = self.documents.next(piece);
+        if let Some(shard) = self.shard(document) {
+            self.add(shard, document, piece)?;
         }
         let next = self.documents.ended();
         let last = self
@@ -302,7 +299,7 @@ impl Reader<'_> {
         Some(range.shard)
     }
 
-    fn add(&mut self, shard: usize, place: Place, piece: &Piece) -> Result<(), Error> {
+    fn add(&mut self, shard: usize, document: u64, piece: &Piece) -> Result<(), Error> {
         let carried = std::mem::take(&mut self.carried);
         let is_other = |batch: &Batch| batch.shard != shard;
         if self.batch.as_ref().is_some_and(is_other) {
@@ -325,16 +322,15 @@ impl Reader<'_> {
                 return Err(Error::Tokenizer(format!(
                     "{file}: document {} has {MAX_CARRIED} bytes that cannot be tokenized in \
                      parts: split the document",
-                    place.document
+                    document
                 )));
             };
             self.carried = batch.text[start + cut.start..].to_string();
             batch.text.truncate(start + cut.end);
         }
         batch.parts.push(TextPart {
-            document: place.document,
+            document,
             end: batch.text.len(),
-            begins: place.begins,
             ends: piece.ends_document,
         });
         if batch.text.len() >= BATCH_BYTES {
