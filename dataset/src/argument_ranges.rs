@@ -36,3 +36,23 @@ pub fn float(text: &str, range: &str, is_inside: fn(f64) -> bool) -> Result<f64,
     let number = text.parse().ok().filter(|&number| is_inside(number));
     number.ok_or_else(|| format!("it must be a number {range}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_outside_of_their_range_are_refused() {
+        for accepts in [fraction, megabytes] {
+            for wrong in ["nan", "inf", "-inf", "-1", "1e308", "", "x"] {
+                let error = accepts(wrong).unwrap_err();
+                assert!(
+                    error.starts_with("it must be a number "),
+                    "{wrong}: {error}"
+                );
+            }
+            assert_eq!(accepts("0.5"), Ok(0.5));
+        }
+        assert!(fraction("0").is_ok() && fraction("1").is_err() && megabytes("0").is_err());
+    }
+}

@@ -24,9 +24,10 @@ use std::{
 /// Largest size of a vocabulary.
 const MAX_VOCABULARY: u64 = 1 << 31;
 
-/// Most threads.
+/// Threads, at most. They are more than any machine has processors.
 const MAX_THREADS: u64 = 4096;
 
+/// The commands `moerun data ...`.
 #[derive(Subcommand)]
 pub enum DataCommand {
     /// Tokenize text, JSONL and Parquet into files that moerun and Megatron-LM read
@@ -148,7 +149,12 @@ pub struct ShowArgs {
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub window: u64,
     /// Tokens of a window
-    #[arg(long, default_value_t = 512, value_name = "N", value_parser = whole(1..=MAX_SHOWN as u64))]
+    #[arg(
+        long,
+        default_value_t = 512,
+        value_name = "N",
+        value_parser = whole(1..=MAX_SHOWN as u64)
+    )]
     pub length: usize,
     /// Show this document instead, from 0 on
     #[arg(long, value_name = "N", conflicts_with_all = ["window", "length"])]
@@ -158,6 +164,7 @@ pub struct ShowArgs {
     pub tokenizer: Option<PathBuf>,
 }
 
+/// Arguments of `moerun bench data`.
 #[derive(Args)]
 pub struct BenchDataArgs {
     /// Files and folders of text, such as sources of programs

@@ -1,7 +1,7 @@
 //! Ranges of numbers on the command line.
 
 use dataset::argument_ranges::float;
-pub(crate) use dataset::argument_ranges::{fraction, megabytes, whole};
+pub(crate) use dataset::argument_ranges::{megabytes, whole};
 
 /// Most ranks of a machine: each is a process.
 pub(crate) const MAX_LOCAL_RANKS: u64 = 4096;
@@ -51,15 +51,7 @@ mod tests {
 
     #[test]
     fn numbers_outside_of_their_range_are_refused() {
-        for accepts in [
-            positive_time,
-            time,
-            weibull_shape,
-            pass_time,
-            temperature,
-            fraction,
-            megabytes,
-        ] {
+        for accepts in [positive_time, time, weibull_shape, pass_time, temperature] {
             for wrong in ["nan", "inf", "-inf", "-1", "1e308", "", "x"] {
                 let error = accepts(wrong).unwrap_err();
                 assert!(

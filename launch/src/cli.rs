@@ -1,7 +1,7 @@
 //! The command line: every command, argument and option.
 
 use crate::argument_ranges::{
-    MAX_LOCAL_RANKS, MAX_RANKS, fraction, megabytes, pass_time, positive_time, temperature, time,
+    MAX_LOCAL_RANKS, MAX_RANKS, megabytes, pass_time, positive_time, temperature, time,
     weibull_shape, whole,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};

@@ -1,7 +1,7 @@
 //! The `moerun` command: checks that the real program finds its libraries, then becomes it.
 //!
-//! The loader's own message would not say how to fix a missing library. Commands about data are in a
-//! program of their own, `moerun-data`, which needs no libraries.
+//! The loader's own message would not say how to fix a missing library. Commands about data are in
+//! a program of their own, `moerun-data`, which needs no libraries.
 
 mod held_signals;
 

@@ -129,7 +129,8 @@ def check_datasets(work: Path, rows: list[str], tokenizer: Path, wanted: list) -
     folder = work / "hub" / "data"
     folder.mkdir(parents=True)
     half = len(rows) // 2
-    for number, part in enumerate([saved.select(range(half)), saved.select(range(half, len(rows)))]):
+    halves = [saved.select(range(half)), saved.select(range(half, len(rows)))]
+    for number, part in enumerate(halves):
         part.to_parquet(str(folder / f"train-{number:05}-of-00002.parquet"))
     made = prepare(work / "out-hub", work / "hub", "--tokenizer", tokenizer)
     same = made.returncode == 0 and documents(work / "out-hub" / "train") == wanted

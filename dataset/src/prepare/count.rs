@@ -20,7 +20,6 @@ pub(super) struct Mark {
 /// Size of a file's text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct FileCount {
-    /// Documents with text.
     pub(super) documents: u64,
     /// Bytes of their text.
     pub(super) bytes: u64,
@@ -33,6 +32,16 @@ pub(super) struct FileCount {
 }
 
 impl FileCount {
+    /// Returns the count of a file whose documents have these bytes.
+    #[cfg(test)]
+    pub(super) fn of(sizes: &[u64]) -> FileCount {
+        let mut count = FileCount::default();
+        for &bytes in sizes {
+            count.add(bytes);
+        }
+        count
+    }
+
     fn add(&mut self, bytes: u64) {
         self.every = self.every.max(1);
         if self.documents.is_multiple_of(self.every) {
@@ -104,4 +113,21 @@ fn count_file(
     });
     count.is_cut = stopped;
     if stopped { Ok(()) } else { read }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_stay_few_and_evenly_spread() {
+        let count = FileCount::of(&[3; 100_000]);
+        assert!(count.marks.len() > MARKS / 2 && count.marks.len() <= MARKS);
+        let step = count.marks[1].document;
+        for (index, mark) in count.marks.iter().enumerate() {
+            assert_eq!(mark.document, index as u64 * step);
+            assert_eq!(mark.bytes, mark.document * 3);
+        }
+        assert_eq!(count.bytes, 300_000);
+    }
 }

@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 /// of a corpus that was prepared with `--part` give the same bytes as the whole.
 ///
 /// # Errors
-/// If an input is missing or damaged, inputs differ in their tokens, parts are missing or in another
-/// order, or the output exists (without `force`) or cannot be written.
+/// If an input is missing or damaged, inputs differ in their tokens, parts are missing or in the
+/// wrong order, or the output exists (without `force`) or cannot be written.
 pub fn merge(output: &Path, inputs: &[PathBuf], force: bool) -> Result<DatasetInfo, Error> {
     let are_folders = inputs.iter().filter(|input| input.is_dir()).count();
     if are_folders == 0 {
@@ -58,7 +58,7 @@ pub fn merge(output: &Path, inputs: &[PathBuf], force: bool) -> Result<DatasetIn
     }
 }
 
-/// An input folder.
+/// A data set to merge, with its record.
 struct Set {
     folder: PathBuf,
     info: DatasetInfo,

@@ -57,7 +57,7 @@ pub struct PrepareOptions {
     /// A Hugging Face `tokenizer.json`, or its folder. Without it a byte-level BPE is trained on
     /// the documents.
     pub tokenizer: Option<PathBuf>,
-    /// Special tokens.
+    /// Choice and treatment of special tokens.
     pub tokenizing: TokenizerOptions,
     /// Vocabulary size of a newly trained tokenizer.
     pub vocab_size: usize,
@@ -98,7 +98,7 @@ struct State {
     shards: BTreeMap<usize, ShardRecord>,
     /// Documents of the files that were read to their end, or to the limit of text.
     files: BTreeMap<usize, u64>,
-    /// What was left out, replaced or noticed in these files.
+    /// Everything that was left out, replaced or noticed in these files.
     counts: InputCounts,
 }
 
@@ -335,7 +335,7 @@ fn write_info(path: &Path, info: &DatasetInfo) -> Result<(), Error> {
     write_synced(path, (text + "\n").as_bytes())
 }
 
-/// A running command.
+/// The state of a command that runs.
 struct Preparation<'a> {
     options: &'a PrepareOptions,
     files: &'a [InputFile],

@@ -52,7 +52,7 @@ pub(super) enum Item {
     FileEnd(FileEnd),
 }
 
-/// A tokenized batch.
+/// The tokens of a batch, and the documents that they belong to.
 pub(super) struct Encoded {
     pub(super) file: usize,
     pub(super) shard: usize,
@@ -130,7 +130,8 @@ pub(super) fn run(
         drop(waiting);
         let (files, queues) = bounded::<Receiver<Ticket>>(1);
         for _ in 0..reader_count(threads) {
-            let (jobs, files) = (jobs.clone(), files.clone());
+            let jobs = jobs.clone();
+            let files = files.clone();
             scope.spawn(move || {
                 // The lock keeps the queues in the order of the files.
                 while let Some((work, tickets)) = {

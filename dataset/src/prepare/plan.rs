@@ -10,7 +10,7 @@ pub const MAX_PARTS: usize = 100_000;
 /// Division of the documents among pairs of token files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shards {
-    /// One pair.
+    /// One pair for all documents.
     One,
     /// This many pairs with equal shares of the text.
     Equal(usize),
@@ -21,9 +21,9 @@ pub enum Shards {
 /// One machine's share of the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Part {
-    /// From 0 on.
+    /// Number of the part, from 0 on.
     pub index: usize,
-    /// Number of parts.
+    /// Number of parts that the work is divided into.
     pub of: usize,
 }
 
@@ -220,4 +220,109 @@ fn cuts(files: usize, counts: &[FileCount], shards: usize) -> Vec<Position> {
     }
     cuts.push(Position::of_file(files));
     cuts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    /// Returns the counts of files whose documents have these sizes.
+    fn counted(files: &[Vec<u64>]) -> Vec<FileCount> {
+        files.iter().map(|sizes| FileCount::of(sizes)).collect()
+    }
+
+    /// Returns the shard of each document, and the number of parts that account for each file.
+    fn assigned(plans: &[Plan]) -> (BTreeMap<(usize, u64), Vec<usize>>, BTreeMap<usize, usize>) {
+        let mut shards: BTreeMap<(usize, u64), Vec<usize>> = BTreeMap::new();
+        let mut counting = BTreeMap::new();
+        for (part, plan) in plans.iter().enumerate() {
+            for work in &plan.work {
+                *counting.entry(work.file).or_default() += usize::from(work.counts);
+                for range in &work.ranges {
+                    // Parts of a single pair have one shard each.
+                    let shard = if plan.shards == (0..1) {
+                        part
+                    } else {
+                        range.shard
+                    };
+                    for document in range.documents.clone() {
+                        shards.entry((work.file, document)).or_default().push(shard);
+                    }
+                }
+            }
+        }
+        (shards, counting)
+    }
+
+    proptest! {
+        #[test]
+        fn parts_and_shards_cover_every_document_once(
+            files in prop::collection::vec(prop::collection::vec(1u64..50, 0..12), 1..8),
+            shards in 1usize..6,
+            parts in 1usize..5,
+            kind in 0..3,
+        ) {
+            let counts = counted(&files);
+            let shards = match kind {
+                0 => Shards::One,
+                1 => Shards::Equal(shards),
+                _ => Shards::PerInput,
+            };
+            let part = |index| Some(Part { index, of: parts });
+            let plans: Vec<Plan> = (0..parts)
+                .map(|index| plan(files.len(), Some(&counts), shards, part(index)))
+                .collect();
+            let (found, counting) = assigned(&plans);
+            let all = files.iter().enumerate().flat_map(|(file, sizes)| {
+                (0..sizes.len() as u64).map(move |document| (file, document))
+            });
+            prop_assert_eq!(found.keys().copied().collect::<Vec<_>>(), all.collect::<Vec<_>>());
+            prop_assert!(found.values().all(|shards| shards.len() == 1));
+            // In order, so that pairs can be joined.
+            prop_assert!(found.values().is_sorted());
+            for file in 0..files.len() {
+                prop_assert_eq!(counting.get(&file), Some(&1), "file {}", file);
+            }
+        }
+
+        #[test]
+        fn shards_are_as_equal_as_documents_allow(
+            sizes in prop::collection::vec(1u64..50, 1..200),
+            shards in 1usize..10,
+        ) {
+            let counts = counted(std::slice::from_ref(&sizes));
+            let plan = plan(1, Some(&counts), Shards::Equal(shards), None);
+            let total: u64 = sizes.iter().sum();
+            let largest = sizes.iter().max().unwrap();
+            for range in plan.work.iter().flat_map(|work| &work.ranges) {
+                let documents = range.documents.start as usize..range.documents.end as usize;
+                let bytes: u64 = sizes[documents].iter().sum();
+                prop_assert!(bytes <= total / shards as u64 + 1 + largest);
+            }
+        }
+    }
+
+    #[test]
+    fn a_limit_ends_the_last_file() {
+        let mut counts = counted(&[vec![10, 10], vec![10, 10], vec![]]);
+        counts[1].is_cut = true;
+        counts[2].is_cut = true;
+        let plan = plan(3, Some(&counts), Shards::One, None);
+        let stops: Vec<(usize, u64)> = plan
+            .work
+            .iter()
+            .map(|work| (work.file, work.stop))
+            .collect();
+        assert_eq!(stops, [(0, u64::MAX), (1, 2)]);
+    }
+
+    #[test]
+    fn parts_are_read_as_they_are_written() {
+        assert_eq!("1/3".parse::<Part>().unwrap().to_string(), "1/3");
+        for wrong in ["3/3", "1", "a/b", "-1/2", "0/0", "0/1000000"] {
+            assert!(wrong.parse::<Part>().is_err(), "{wrong}");
+        }
+    }
 }

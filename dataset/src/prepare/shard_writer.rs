@@ -19,7 +19,7 @@ pub(super) struct FileShare {
     pub(super) bytes: u64,
 }
 
-/// A finished shard.
+/// Contents of a finished shard, with the checksums of its files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct ShardRecord {
     pub(super) train: FileInfo,
@@ -138,7 +138,7 @@ impl ShardWriter {
         Ok(())
     }
 
-    /// Finishes the files.
+    /// Writes the indices and syncs all files to disk.
     pub(super) fn finish(self) -> Result<ShardRecord, Error> {
         Ok(ShardRecord {
             train: self.train.finish()?,

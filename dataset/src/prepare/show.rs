@@ -17,7 +17,7 @@ pub const MAX_SHOWN: usize = 1 << 20;
 pub enum Selection {
     /// Window `number` of `length` tokens, as training without shuffling would read it.
     Window { number: u64, length: usize },
-    /// A document.
+    /// All of a document, or its first [`MAX_SHOWN`] tokens.
     Document(u64),
 }
 

@@ -154,7 +154,7 @@ impl Staging {
 
     /// Renames files that have not been renamed yet, and removes those of an older data set.
     fn rename(&self, names: &[String]) -> Result<(), Error> {
-        // The record last: with its checksums a mixture of two data sets is noticed.
+        // The record last: its checksums reveal files of two data sets.
         let is_record = |name: &&String| name.as_str() == INFO_FILE;
         let others = names.iter().filter(|name| !is_record(name));
         for name in others.chain(names.iter().filter(is_record)) {

@@ -1,4 +1,4 @@
-//! Frequencies of tokens.
+//! Frequencies of tokens, from which their entropy follows.
 
 use std::collections::BTreeMap;
 

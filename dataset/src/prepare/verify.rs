@@ -16,11 +16,9 @@ use std::path::{Path, PathBuf};
 /// A pair without a fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
-    /// Path without ending.
+    /// Path of the pair, without ending.
     pub prefix: PathBuf,
-    /// Number of documents.
     pub documents: u64,
-    /// Number of tokens.
     pub tokens: u64,
     /// The checks that could not be made, and why.
     pub unchecked: Vec<String>,

@@ -132,7 +132,8 @@ impl TokenPair {
         let file = File::open(&self.idx).map_err(Error::io("cannot open", &self.idx))?;
         let wanted = token * self.width.bytes() as u64;
         // The last document that begins at or before the token.
-        let (mut low, mut high) = (0, self.sequences);
+        let mut low = 0;
+        let mut high = self.sequences;
         while low < high {
             let middle = low + (high - low) / 2;
             if self.offset(&file, middle)? <= wanted {

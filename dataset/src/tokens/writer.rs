@@ -14,9 +14,7 @@ const MAX_DOCUMENT: u64 = i32::MAX as u64;
 /// Contents of a finished pair.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WrittenPair {
-    /// Number of documents.
     pub documents: u64,
-    /// Number of tokens.
     pub tokens: u64,
     /// BLAKE3 hash of the `.bin` file, in hexadecimal digits.
     pub bin: String,
