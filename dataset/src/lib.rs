@@ -2,9 +2,9 @@
 //!
 //! Nothing here needs libtorch, so data can be prepared on machines without it.
 
-mod documents;
 mod error;
 pub mod info;
+pub mod input;
 pub mod order;
 pub mod prepare;
 pub mod tokens;

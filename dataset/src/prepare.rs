@@ -2,7 +2,12 @@
 //!
 //! The tokenizer is a given one, or a byte-level BPE that is trained on the documents.
 
-use crate::{Error, documents, info::DatasetInfo, tokens::TokenWriter};
+use crate::{
+    Error,
+    info::DatasetInfo,
+    input::{InputCounts, InputOptions, find},
+    tokens::TokenWriter,
+};
 use rayon::prelude::*;
 use serde_json::Value;
 use std::{
@@ -93,18 +98,30 @@ fn read_corpus(
     options: &PrepareOptions,
     progress: &dyn Fn(&str, u64, u64),
 ) -> Result<Corpus, Error> {
-    let files = documents::files(&options.inputs, &options.extensions)?;
+    let reading = InputOptions {
+        text_key: options.text_key.parse()?,
+        extensions: Some(options.extensions.clone()),
+        ..InputOptions::default()
+    };
+    let inputs = options.inputs.iter().map(|path| path.display().to_string());
+    let files = find(&inputs.collect::<Vec<_>>(), &reading)?.files;
     let limit = options.max_bytes.unwrap_or(u64::MAX);
+    let mut counts = InputCounts::default();
     let mut texts = Vec::new();
     let mut bytes = 0;
-    for (number, path) in files.iter().enumerate() {
+    for (number, file) in files.iter().enumerate() {
         if bytes >= limit {
             break;
         }
-        documents::read(path, &options.text_key, &mut |text| {
-            if !text.trim().is_empty() && bytes < limit {
-                bytes += text.len() as u64;
-                texts.push(text);
+        let mut text = String::new();
+        file.read(&reading, &mut counts, &mut |piece| {
+            text += piece.text;
+            if piece.ends_document {
+                let text = std::mem::take(&mut text);
+                if bytes < limit {
+                    bytes += text.len() as u64;
+                    texts.push(text);
+                }
             }
             Ok(())
         })?;
