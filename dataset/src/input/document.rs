@@ -29,7 +29,6 @@ pub struct Piece<'a> {
 /// A position in a file, counted from one.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Place {
-    /// The whole file.
     File,
     /// The line at which a text begins; errors name the line inside of the text.
     Text(u64),
@@ -160,7 +159,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// True if so many bytes are not UTF-8 that replacing them would destroy the text.
+/// True if replacing the bytes that are not UTF-8 would destroy the text.
 pub(super) fn is_mostly_invalid(bytes: &[u8]) -> bool {
     if std::str::from_utf8(bytes).is_ok() {
         return false;
@@ -234,7 +233,7 @@ impl<'a> Documents<'a> {
         }
     }
 
-    /// Starts a document.
+    /// Starts a document, which counts as a row.
     pub(super) fn begin(&mut self, place: Place) {
         self.place = place;
         self.text.clear();
@@ -299,7 +298,7 @@ impl<'a> Documents<'a> {
         }
     }
 
-    /// Ends the file.
+    /// Checks the whole file and counts it.
     ///
     /// # Errors
     /// If more than half of the rows could not be used.
@@ -445,7 +444,7 @@ impl<'a> Documents<'a> {
         Ok(())
     }
 
-    /// Ends the document.
+    /// Ends the document, and counts it as empty or passes on what is left.
     pub(super) fn end(&mut self) -> Result<(), Error> {
         self.end_character()?;
         self.check_start()?;

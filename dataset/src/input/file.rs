@@ -9,7 +9,8 @@ use super::{
     options::InputOptions,
     parquet_rows,
     recognize::{
-        Arrow, Format, find_arrow, find_binary, find_foreign, format_of_extension, looks_like_json,
+        Arrow, Format, find_arrow, find_binary, find_unsupported, format_of_extension,
+        looks_like_json,
     },
     text,
 };
@@ -55,7 +56,7 @@ pub(super) enum Contents {
 /// A reason not to read a file.
 pub(super) enum OpenError {
     /// The file is of a kind that is not read. The message lacks the file's name.
-    Foreign(String),
+    Unsupported(String),
     /// The file cannot be read.
     Failed(Error),
 }
@@ -141,7 +142,7 @@ impl InputFile {
     /// Adds the file's name to an error of opening it.
     pub(super) fn name_error(&self, error: OpenError) -> Error {
         match error {
-            OpenError::Foreign(cause) => Error::Data(format!("{self}: {cause}")),
+            OpenError::Unsupported(cause) => Error::Data(format!("{self}: {cause}")),
             OpenError::Failed(error) => error,
         }
     }
@@ -171,7 +172,7 @@ impl InputFile {
         let mut start = peek(&mut raw).map_err(failed("cannot read"))?;
         if start.starts_with(b"PAR1") {
             return file.map(Contents::Parquet).ok_or_else(|| {
-                OpenError::Foreign("Parquet cannot be read from a stream: name a file".into())
+                OpenError::Unsupported("Parquet cannot be read from a stream: name a file".into())
             });
         }
         let compression = Compression::of_start(&start);
@@ -185,16 +186,16 @@ impl InputFile {
             if Compression::of_start(&start).is_some() || start.starts_with(b"PAR1") {
                 let name = compression.name();
                 let cause = format!("it is compressed twice: unpack the {name} file first");
-                return Err(OpenError::Foreign(cause));
+                return Err(OpenError::Unsupported(cause));
             }
             reader = Box::new(Cursor::new(start.clone()).chain(reader));
         } else if let Some(expected) = suffixes.compression {
             let name = expected.name();
             let cause = format!("it is not {name} data, as its suffix says: rename the file");
-            return Err(OpenError::Foreign(cause));
+            return Err(OpenError::Unsupported(cause));
         }
-        if let Some(cause) = self.find_foreign(&start) {
-            return Err(OpenError::Foreign(cause));
+        if let Some(cause) = self.find_unsupported(&start) {
+            return Err(OpenError::Unsupported(cause));
         }
         let mark = find_mark(&start);
         if let Some(mark) = mark {
@@ -210,9 +211,9 @@ impl InputFile {
         }
         let format = suffixes
             .find_format(&start, file.is_none(), options)
-            .map_err(OpenError::Foreign)?;
+            .map_err(OpenError::Unsupported)?;
         if let Some(cause) = find_binary(&start, format) {
-            return Err(OpenError::Foreign(cause.into()));
+            return Err(OpenError::Unsupported(cause.into()));
         }
         Ok(Contents::Rows {
             format,
@@ -227,9 +228,9 @@ impl InputFile {
     }
 
     /// Returns the reason not to read a file that starts with these bytes.
-    fn find_foreign(&self, start: &[u8]) -> Option<String> {
-        if let Some(foreign) = find_foreign(start) {
-            return Some(format!("it is {}: {}", foreign.name, foreign.hint));
+    fn find_unsupported(&self, start: &[u8]) -> Option<String> {
+        if let Some(unsupported) = find_unsupported(start) {
+            return Some(format!("it is {}: {}", unsupported.name, unsupported.hint));
         }
         let arrow = find_arrow(start)?;
         let from = self.to_string();
@@ -252,7 +253,7 @@ impl InputFile {
 /// The suffixes of a file's name, in lower case.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Suffixes {
-    /// The last suffix.
+    /// The suffix of the file itself, perhaps of a compression.
     pub(super) last: Option<String>,
     /// The suffix of the contents: that under the compression, if there is one.
     pub(super) inner: Option<String>,

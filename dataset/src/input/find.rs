@@ -77,7 +77,7 @@ pub fn find(inputs: &[String], options: &InputOptions) -> Result<Found, Error> {
     finder.finish(inputs)
 }
 
-/// Device and inode.
+/// Device and inode of a file.
 type Identity = [u64; 2];
 
 fn identity(metadata: &Metadata) -> Identity {
@@ -238,7 +238,7 @@ impl Finder<'_> {
                 self.seen_files.insert(identity(metadata));
                 self.found.files.push(file);
             }
-            Err(OpenError::Foreign(cause)) if in_folder && !self.options.strict => {
+            Err(OpenError::Unsupported(cause)) if in_folder && !self.options.strict => {
                 self.unknown.push(format!("{file} ({cause})"));
             }
             Err(error) => return Err(file.name_error(error)),

@@ -13,12 +13,13 @@ pub(super) enum Format {
 }
 
 /// Extensions of text, of markup and of source code.
-const TEXT: &str = "txt text md markdown mdx rst adoc org tex bib \
-    asm awk bash bat c cc cfg clj cljs cmake cmd coffee cpp cr cs css cu cuh cxx d dart diff edn el \
-    elm erl ex exs f f03 f90 f95 for fs fsi fsx glsl go gradle groovy h hh hlsl hpp hrl hs htm html \
-    hxx ini java jl js jsx kt kts lean less lisp lua m4 mk ml mli mm nim nix pas patch php pl pm \
-    proto ps1 py pyi pyx r rb rkt rs sass scala scm scss sh sol sql srt sv svelte swift tcl tf thy \
-    toml ts tsx v vb vhd vhdl vim vue wat xhtml xml yaml yml zig zsh";
+const TEXT: &str = "\
+    txt text md markdown mdx rst adoc org tex bib asm awk bash bat c cc cfg clj cljs cmake \
+    cmd coffee cpp cr cs css cu cuh cxx d dart diff el elm erl ex exs f f03 f90 f95 for fs \
+    fsi fsx glsl go gradle groovy h hh hlsl hpp hrl hs htm html hxx ini java jl js jsx kt \
+    kts lean less lisp lua m4 mk ml mli mm nim nix pas patch php pl pm proto ps1 py pyi pyx \
+    r rb rkt rs sass scala scm scss sh sol sql srt sv svelte swift tcl tf thy toml ts tsx v \
+    vb vhd vhdl vim vue wat xhtml xml yaml yml zig zsh";
 
 /// Returns the format that an extension in lower case stands for.
 pub(super) fn format_of_extension(extension: &str) -> Option<Format> {
@@ -34,7 +35,7 @@ pub(super) fn format_of_extension(extension: &str) -> Option<Format> {
 
 /// A kind of file that is not read.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Foreign {
+pub(super) struct Unsupported {
     /// The kind, with its article.
     pub(super) name: &'static str,
     /// The way to make a file that is read.
@@ -82,9 +83,9 @@ const SIGNATURES: &[(&[u8], &str, &str)] = &[
 ];
 
 /// Returns the kind of a file that is not read, by its first bytes.
-pub(super) fn find_foreign(start: &[u8]) -> Option<Foreign> {
+pub(super) fn find_unsupported(start: &[u8]) -> Option<Unsupported> {
     if start.get(257..262) == Some(b"ustar") {
-        return Some(Foreign {
+        return Some(Unsupported {
             name: "a tar archive",
             hint: UNPACK,
         });
@@ -95,10 +96,10 @@ pub(super) fn find_foreign(start: &[u8]) -> Option<Foreign> {
     SIGNATURES
         .iter()
         .find(|(magic, _, _)| matches(magic))
-        .map(|&(_, name, hint)| Foreign { name, hint })
+        .map(|&(_, name, hint)| Unsupported { name, hint })
 }
 
-/// Arrow's two forms.
+/// A form of Arrow data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Arrow {
     Stream,

@@ -91,7 +91,7 @@ impl Elements {
         Ok(Found::Nothing)
     }
 
-    /// Ends the file.
+    /// Checks at the end of the file that the array has ended.
     pub(super) fn finish(&self) -> Result<(), &'static str> {
         match self.state {
             State::AfterArray => Ok(()),
