@@ -5,7 +5,6 @@
 pub mod argument_ranges;
 mod bench;
 pub mod cli;
-mod documents;
 mod error;
 pub mod info;
 pub mod input;

@@ -1,84 +1,42 @@
-//! Documents from files.
+//! Documents from files: text, JSON Lines and Parquet, compressed or not.
+//!
+//! Text is passed on as it is, in UTF-8. The same rules hold for all formats, for each row:
+//!
+//! - Bytes that are not UTF-8, and halves of surrogate pairs, become U+FFFD.
+//! - A byte order mark at the start of a file or of a text is removed. Files that start with the
+//!   mark of UTF-16 or UTF-32 are decoded.
+//! - NUL and CR LF stay. NaN and Infinity in other fields of JSON are accepted.
+//! - A row that is not JSON, or is no text, is left out. So are nulls and empty documents. A file
+//!   of which more than half of the rows cannot be used is an error.
+//!
+//! [`InputCounts`] counts every case. [`InputOptions::strict`] turns each into an error, except
+//! empty documents.
+//!
+//! Memory does not depend on the size of a file or of a text document. A row of JSON is held
+//! whole, up to [`MAX_ROW`], and so is a page of Parquet, up to [`MAX_PAGE`].
 
+mod compression;
 mod counts;
+mod document;
+mod encoding;
+mod fields;
+mod file;
+mod find;
+mod json;
 mod options;
+mod parquet_rows;
+mod recognize;
+mod text;
 
 pub use self::{
     counts::InputCounts,
+    document::{MAX_PIECE, Piece},
+    file::InputFile,
+    find::{Found, find},
+    json::MAX_ROW,
     options::{InputOptions, Split, TextKey},
+    parquet_rows::MAX_PAGE,
 };
-use crate::{Error, documents};
-use std::path::PathBuf;
 
-pub struct Piece<'a> {
-    pub text: &'a str,
-    pub ends_document: bool,
-}
-
-#[derive(Debug)]
-pub struct InputFile(PathBuf);
-
-impl std::fmt::Display for InputFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0.display())
-    }
-}
-
-pub struct Found {
-    pub files: Vec<InputFile>,
-    pub notes: Vec<String>,
-}
-
-pub fn find(inputs: &[String], options: &InputOptions) -> Result<Found, Error> {
-    let inputs: Vec<PathBuf> = inputs.iter().map(PathBuf::from).collect();
-    let all = ["txt", "md", "jsonl", "parquet"].map(String::from).to_vec();
-    let extensions = options.extensions.clone().unwrap_or(all);
-    let files = documents::files(&inputs, &extensions)?;
-    Ok(Found {
-        files: files.into_iter().map(InputFile).collect(),
-        notes: Vec::new(),
-    })
-}
-
-const STUB_PIECE: usize = 4 << 20;
-
-impl InputFile {
-    pub fn bytes(&self) -> Option<u64> {
-        Some(std::fs::metadata(&self.0).ok()?.len())
-    }
-
-    pub fn is_standard_input(&self) -> bool {
-        false
-    }
-
-    pub fn read(
-        &self,
-        options: &InputOptions,
-        counts: &mut InputCounts,
-        take: &mut dyn FnMut(Piece) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        counts.files += 1;
-        let key = options.text_key.to_string();
-        documents::read(&self.0, &key, &mut |text| {
-            counts.rows += 1;
-            if text.trim().is_empty() {
-                counts.empty += 1;
-                return Ok(());
-            }
-            counts.documents += 1;
-            let mut rest = &*text;
-            while rest.len() > STUB_PIECE {
-                let at = rest.floor_char_boundary(STUB_PIECE);
-                take(Piece {
-                    text: &rest[..at],
-                    ends_document: false,
-                })?;
-                rest = &rest[at..];
-            }
-            take(Piece {
-                text: rest,
-                ends_document: true,
-            })
-        })
-    }
-}
+#[cfg(test)]
+mod tests;

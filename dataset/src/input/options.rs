@@ -48,7 +48,7 @@ impl InputOptions {
 pub struct TextKey(Vec<String>);
 
 impl TextKey {
-    /// Returns the paths.
+    /// Returns the paths, at least one.
     pub fn paths(&self) -> &[String] {
         &self.0
     }

@@ -36,7 +36,7 @@ use self::{
 use crate::{
     Error,
     info::{DatasetInfo, INFO_FILE, INFO_VERSION, InputInfo, OptionsInfo, SpecialToken},
-    input::{self, InputCounts, InputFile, InputOptions, Split},
+    input::{Found, InputCounts, InputFile, InputOptions, Split, find},
     tokenizer::{DocumentTokenizer, Special, TokenizerOptions, train},
 };
 use serde::{Deserialize, Serialize};
@@ -148,11 +148,11 @@ pub fn prepare(
     report: &mut dyn FnMut(Event),
 ) -> Result<DatasetInfo, Error> {
     let held_out = HeldOut::new(options.validation_fraction)?;
-    let found = input::find(&options.inputs, &options.input)?;
+    let found = find(&options.inputs, &options.input)?;
     for note in &found.notes {
         report(Event::Note(note));
     }
-    check_standard_input(options, &found.files)?;
+    check_streams(options, &found.files)?;
     let given = options
         .tokenizer
         .as_ref()
@@ -172,6 +172,7 @@ pub fn prepare(
     }
     let mut preparation = Preparation {
         options,
+        found: &found,
         files: &found.files,
         held_out,
         staging: &staging,
@@ -205,7 +206,7 @@ fn given_tokenizer(
 ) -> Result<DocumentTokenizer, Error> {
     let (mut tokenizer, notes) = DocumentTokenizer::load(path, &options.tokenizing)?;
     show_notes(&notes, report);
-    if files.iter().all(|file| !file.is_standard_input()) {
+    if files.iter().all(|file| file.bytes().is_some()) {
         let texts = sample(files, &options.input, options.max_bytes, CHECKED_SAMPLE)?;
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
         let warning = tokenizer.verify_on(&texts);
@@ -243,11 +244,11 @@ fn preparation_files(info: &DatasetInfo) -> Vec<String> {
     pairs.chain(others).collect()
 }
 
-/// Standard input can be read only once, and only the whole of it.
-fn check_standard_input(options: &PrepareOptions, files: &[InputFile]) -> Result<(), Error> {
-    if files.iter().all(|file| !file.is_standard_input()) {
+/// Standard input and pipes can be read only once.
+fn check_streams(options: &PrepareOptions, files: &[InputFile]) -> Result<(), Error> {
+    let Some(stream) = files.iter().find(|file| file.bytes().is_none()) else {
         return Ok(());
-    }
+    };
     let reason = if options.tokenizer.is_none() {
         "the documents are read twice to train a tokenizer: give --tokenizer"
     } else if needs_count(options) {
@@ -256,7 +257,7 @@ fn check_standard_input(options: &PrepareOptions, files: &[InputFile]) -> Result
         return Ok(());
     };
     Err(Error::Options(format!(
-        "standard input cannot be used here: {reason}, or write it to a file first"
+        "{stream} cannot be used here: {reason}, or write it to a file first"
     )))
 }
 
@@ -306,7 +307,7 @@ fn command_hash(
 ) -> String {
     let identity = |file: &InputFile| {
         let path = file.to_string();
-        let metadata = std::fs::metadata(&path).ok();
+        let metadata = file.path().and_then(|path| std::fs::metadata(path).ok());
         let modified = metadata.and_then(|metadata| metadata.modified().ok());
         let modified = modified.map(|time| format!("{time:?}"));
         (path, file.bytes(), modified)
@@ -338,6 +339,7 @@ fn write_info(path: &Path, info: &DatasetInfo) -> Result<(), Error> {
 /// The state of a command that runs.
 struct Preparation<'a> {
     options: &'a PrepareOptions,
+    found: &'a Found,
     files: &'a [InputFile],
     held_out: HeldOut,
     staging: &'a Staging,
@@ -590,7 +592,7 @@ impl Preparation<'_> {
                 input.documents += share.documents;
             }
         }
-        info.counts = self.state.counts.clone();
+        info.counts = self.counts_of_inputs();
         for &file in self.state.files.keys() {
             inputs.entry(file).or_insert_with(|| InputInfo {
                 path: self.files[file].to_string(),
@@ -619,6 +621,17 @@ impl Preparation<'_> {
         }
         debug_assert_eq!(plan.shards.len(), self.state.shards.len());
         Ok(info)
+    }
+
+    /// Returns what finding and reading the files left out. The first part accounts for finding.
+    fn counts_of_inputs(&self) -> InputCounts {
+        let is_first = self.options.part.is_none_or(|part| part.index == 0);
+        let mut counts = match is_first.then_some(&self.found.counts) {
+            Some(counts) => counts.clone(),
+            None => InputCounts::default(),
+        };
+        counts.add(&self.state.counts);
+        counts
     }
 
     fn without_text(&self) -> Error {
