@@ -369,3 +369,127 @@ fn options_that_cannot_be_met_are_refused_at_once() {
     assert!(refused.contains("empty.jsonl: no text"), "{refused}");
     assert!(!folder.path("out").exists());
 }
+
+#[test]
+fn text_files_have_one_document_or_several() {
+    let folder = Folder::new();
+    let stories: Vec<String> = (0..100)
+        .map(|n| format!("Once upon a time there were {n} ducks.\n"))
+        .collect();
+    std::fs::write(folder.path("a.txt"), stories.join("<|endoftext|>\n")).unwrap();
+    std::fs::write(folder.path("lines.txt"), stories.concat()).unwrap();
+    std::fs::write(folder.path("blank.txt"), stories.join("\n")).unwrap();
+    for (file, split) in [
+        ("a.txt", &["--separator", "<|endoftext|>"]),
+        ("lines.txt", &["--split", "line"]),
+        ("blank.txt", &["--split", "blank-line"]),
+    ] {
+        let options = [&["--vocab-size", "300"][..], split].concat();
+        folder.prepare(&[file], file, &options);
+        let files = &info(&folder, file)["files"];
+        assert_eq!(files["train"]["documents"], 98, "{file}");
+        assert_eq!(files["valid"]["documents"], 2, "{file}");
+        let shown = stdout(&folder.succeed(&["data", "show", file, "--document", "7"]));
+        assert!(
+            shown.contains("there were 7 ducks.<|endoftext|>"),
+            "{shown}"
+        );
+    }
+    let whole = folder.prepare(&["a.txt"], "whole", &["--vocab-size", "300"]);
+    assert_eq!(info(&folder, "whole")["documents"], 1);
+    let warning = "warning: no document is kept for validation";
+    assert!(stderr(&whole).contains(warning), "{}", stderr(&whole));
+}
+
+#[test]
+fn a_long_document_has_the_tokens_of_the_whole() {
+    let folder = Folder::with_corpus(1, 9_000);
+    let text = std::fs::read_to_string(folder.path("a.jsonl")).unwrap();
+    // More than two pieces.
+    assert!(text.len() > 5 << 20, "{}", text.len());
+    std::fs::write(folder.path("a.txt"), &text).unwrap();
+    let options = ["--vocab-size", "400", "--validation-fraction", "0"];
+    folder.prepare(&["a.txt"], "out", &options);
+    let prefix = folder.path("out/train");
+    let found = dataset::tokens::TokenFile::open(&prefix).unwrap();
+    let found = found.read(0, found.len() as usize).unwrap();
+    let tokenizer = folder.path("out/tokenizer.json");
+    let tokenizer = dataset::tokenizer::load_tokenizer(&tokenizer).unwrap();
+    // Lines of JSON begin with a brace, so that no token spans them.
+    let mut expected: Vec<i64> = Vec::new();
+    for line in text.split_inclusive('\n') {
+        let encoding = tokenizer.encode_fast(line, false).unwrap();
+        expected.extend(encoding.get_ids().iter().map(|&id| i64::from(id)));
+    }
+    expected.push(0);
+    assert_eq!(info(&folder, "out")["documents"], 1);
+    assert!(
+        found == expected,
+        "{} and {} tokens",
+        found.len(),
+        expected.len()
+    );
+}
+
+#[test]
+fn standard_input_is_read_once() {
+    let folder = Folder::with_corpus(1, 50);
+    folder.prepare(&["a.jsonl"], "file", &["--validation-fraction", "0"]);
+    let tokenizer = folder.path("file/tokenizer.json");
+    let tokenizer = tokenizer.to_str().unwrap();
+    let options = ["--tokenizer", tokenizer, "--validation-fraction", "0"];
+    let input = || std::fs::File::open(folder.path("a.jsonl")).unwrap();
+    let read = folder
+        .command_prepare(&["-"], "out", &options)
+        .stdin(input())
+        .output()
+        .unwrap();
+    assert!(read.status.success(), "{}", stderr(&read));
+    let train = |output: &str| std::fs::read(folder.path(output).join("train.bin")).unwrap();
+    assert_eq!(train("out"), train("file"));
+    for options in [
+        &["--validation-fraction", "0"][..],
+        &[&options[..], &["--shards", "2"]].concat(),
+    ] {
+        let mut command = folder.command_prepare(&["-"], "other", options);
+        let refused = command.stdin(input()).output().unwrap();
+        assert!(!refused.status.success());
+        let expected = "standard input cannot be used here: the documents are read twice";
+        assert!(stderr(&refused).contains(expected), "{}", stderr(&refused));
+        assert!(!folder.path("other").exists());
+    }
+}
+
+#[test]
+fn the_bench_compares_tokens_and_rates() {
+    let folder = Folder::with_corpus(1, 300);
+    folder.prepare(&["a.jsonl"], "out", &["--vocab-size", "400"]);
+    let copy = "cp {input} {output}";
+    let options = ["--mb", "0.2", "--rounds", "1", "--baseline", copy];
+    let inputs = [
+        "bench",
+        "data",
+        "--text",
+        "a.jsonl",
+        "--tokenizer",
+        "out/tokenizer.json",
+    ];
+    let line = stdout(&folder.succeed(&[&inputs[..], &options].concat()));
+    let line: Value = serde_json::from_str(&line).unwrap();
+    for rate in [
+        "mb_per_s",
+        "library_mb_per_s",
+        "baseline_mb_per_s",
+        "speedup_over_library",
+    ] {
+        assert!(line[rate].as_f64().unwrap() > 0.0, "{rate}: {line}");
+    }
+    assert!(line["mb"].as_f64().unwrap() >= 0.2, "{line}");
+    let failing = [
+        &inputs[..],
+        &["--mb", "0.01", "--baseline", "echo why >&2; false"],
+    ]
+    .concat();
+    let failed = folder.fail(&failing);
+    assert!(failed.contains("failed:\nwhy"), "{failed}");
+}

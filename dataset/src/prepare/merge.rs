@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Error,
     info::{DatasetInfo, FileInfo, INFO_FILE, INFO_VERSION, InputInfo, OptionsInfo},
-    tokens::{CheckedPair, TokenPair},
+    tokens::{TokenPair, WrittenPair},
 };
 use std::path::{Path, PathBuf};
 
@@ -254,7 +254,7 @@ fn join(
 
 /// Compares a pair that was read with its record.
 pub(super) fn check_recorded(
-    read: &CheckedPair,
+    written: &WrittenPair,
     recorded: &FileInfo,
     prefix: &Path,
 ) -> Result<(), Error> {
@@ -263,7 +263,6 @@ pub(super) fn check_recorded(
         Err(Error::Data(format!("{prefix}{file} is damaged: {cause}")))
     };
     let differs = "its checksum is not that of dataset.json".to_string();
-    let written = &read.written;
     if written.documents != recorded.documents {
         let cause = format!(
             "it has {} documents; dataset.json records {}",

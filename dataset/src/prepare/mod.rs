@@ -635,12 +635,8 @@ impl Preparation<'_> {
     }
 
     fn without_text(&self) -> Error {
-        let lines = self
-            .state
-            .counts
-            .lines()
-            .into_iter()
-            .map(|line| format!("; {line}"));
+        let lines = self.counts_of_inputs().lines();
+        let lines = lines.into_iter().map(|line| format!("; {line}"));
         Error::Data(format!(
             "{}: no text ({} files were read){}",
             self.options.inputs.join(", "),

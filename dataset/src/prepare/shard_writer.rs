@@ -206,5 +206,5 @@ fn matches(info: &FileInfo, prefix: &Path, counts: &mut TokenCounts) -> bool {
             Ok(())
         })
     });
-    read.is_ok_and(|read| file_info(read.written, info.bytes) == *info)
+    read.is_ok_and(|read| file_info(read, info.bytes) == *info)
 }

@@ -9,7 +9,7 @@ use crate::{
     Error,
     info::{DatasetInfo, INFO_FILE},
     tokenizer::{DocumentTokenizer, TokenizerOptions},
-    tokens::{CheckedPair, TokenPair, TokenPart},
+    tokens::{TokenPair, TokenPart},
 };
 use std::path::{Path, PathBuf};
 
@@ -105,9 +105,12 @@ impl Known {
             .as_ref()
             .and_then(|info| info.eos.as_ref())
             .filter(|_| recorded.is_some());
+        let vocab_size = self.vocab_size.filter(|_| self.describes(name));
         let mut position = 0;
         let read = TokenPair::open(prefix)?.read(&mut |part| {
-            self.check_ids(prefix, &part, position)?;
+            if let Some(size) = vocab_size {
+                check_ids(prefix, &part, position, size)?;
+            }
             position += part.tokens.len() as u64;
             let is_ended = |id: u32| part.tokens.last() == Some(&id);
             match eos {
@@ -126,34 +129,37 @@ impl Known {
             Some(recorded) => check_recorded(&read, recorded, prefix)?,
             None => unchecked.push(format!("checksums: no {INFO_FILE} lists this pair")),
         }
-        if self.vocab_size.is_none() {
+        if vocab_size.is_none() {
             unchecked.push(format!(
-                "token ids: no {INFO_FILE} or {TOKENIZER_FILE} is there"
+                "token ids: no {INFO_FILE} or {TOKENIZER_FILE} describes this pair"
             ));
         }
-        let CheckedPair { written, .. } = read;
         Ok(Verified {
             prefix: prefix.to_path_buf(),
-            documents: written.documents,
-            tokens: written.tokens,
+            documents: read.documents,
+            tokens: read.tokens,
             unchecked,
         })
     }
 
-    fn check_ids(&self, prefix: &Path, part: &TokenPart, position: u64) -> Result<(), Error> {
-        let Some(size) = self.vocab_size else {
-            return Ok(());
-        };
-        let wrong = part.tokens.iter().position(|&token| token as usize >= size);
-        wrong.map_or(Ok(()), |index| {
-            Err(Error::Data(format!(
-                "{}.bin is damaged: token {}, in document {}, is {}, which is not in the \
-                 vocabulary of {size}",
-                prefix.display(),
-                position + index as u64,
-                part.document,
-                part.tokens[index]
-            )))
-        })
+    /// True if the folder's record or tokenizer belongs to this pair.
+    fn describes(&self, name: &str) -> bool {
+        let files = self.info.as_ref().map(|info| &info.files);
+        files.is_none_or(|files| files.is_empty() || files.contains_key(name))
     }
+}
+
+fn check_ids(prefix: &Path, part: &TokenPart, position: u64, size: usize) -> Result<(), Error> {
+    let is_wrong = |&token: &u32| token as usize >= size;
+    let Some(index) = part.tokens.iter().position(is_wrong) else {
+        return Ok(());
+    };
+    Err(Error::Data(format!(
+        "{}.bin is damaged: token {}, in document {}, is {}, which is not in the vocabulary of \
+         {size}",
+        prefix.display(),
+        position + index as u64,
+        part.document,
+        part.tokens[index]
+    )))
 }

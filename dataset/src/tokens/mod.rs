@@ -22,5 +22,5 @@ mod pair;
 mod writer;
 
 pub use megatron::TokenFile;
-pub use pair::{CheckedPair, TokenPair, TokenPart, hash_file};
+pub use pair::{TokenPair, TokenPart, hash_file};
 pub use writer::{TokenWriter, WrittenPair};

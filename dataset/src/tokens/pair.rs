@@ -32,15 +32,6 @@ pub struct TokenPair {
     sequences: u64,
 }
 
-/// The checked contents of a pair.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CheckedPair {
-    /// Documents, tokens and hashes.
-    pub written: WrittenPair,
-    /// Largest token id, if there is one.
-    pub largest: Option<u32>,
-}
-
 /// Tokens of a document, or a part of them.
 pub struct TokenPart<'a> {
     /// Number of the document in the pair.
@@ -190,7 +181,7 @@ impl TokenPair {
     pub fn read(
         &self,
         take: &mut dyn FnMut(TokenPart) -> Result<(), Error>,
-    ) -> Result<CheckedPair, Error> {
+    ) -> Result<WrittenPair, Error> {
         let mut lengths = Column::open(&self.idx, HEADER as u64)?;
         let offsets = HEADER as u64 + self.sequences * LENGTH_BYTES;
         let mut pointers = Column::open(&self.idx, offsets)?;
@@ -224,15 +215,11 @@ impl TokenPair {
             }
             tokens.pass(document, length, take)?;
         }
-        let written = WrittenPair {
+        Ok(WrittenPair {
             documents: self.sequences,
             tokens: tokens.position,
             bin: tokens.finish()?,
             idx: hash_file(&self.idx)?,
-        };
-        Ok(CheckedPair {
-            written,
-            largest: tokens.largest,
         })
     }
 
@@ -252,7 +239,7 @@ impl TokenPair {
         &self,
         writer: &mut TokenWriter,
         look: &mut dyn FnMut(&TokenPart),
-    ) -> Result<CheckedPair, Error> {
+    ) -> Result<WrittenPair, Error> {
         self.read(&mut |part| {
             look(&part);
             writer.append_encoded(part.bytes)?;
@@ -318,7 +305,6 @@ struct Tokens<'a> {
     hasher: blake3::Hasher,
     bytes: Vec<u8>,
     decoded: Vec<u32>,
-    largest: Option<u32>,
 }
 
 impl Tokens<'_> {
@@ -331,7 +317,6 @@ impl Tokens<'_> {
             hasher: blake3::Hasher::new(),
             bytes: Vec::new(),
             decoded: Vec::new(),
-            largest: None,
         })
     }
 
@@ -376,7 +361,6 @@ impl Tokens<'_> {
                 let cause = format!("token {number}, in document {document}, is {token}");
                 damaged(self.path, cause)
             })?;
-            self.largest = self.largest.max(Some(token));
             self.decoded.push(token);
         }
         self.position += count as u64;
