@@ -180,6 +180,10 @@ def check_datatrove(work: Path) -> None:
 
     tokenizer = trained(work)
     rows = texts()
+    # datatrove takes special tokens in text as such.
+    lines = work / "lines.jsonl"
+    made = prepare(work / "ours", lines, "--tokenizer", tokenizer, "--special-tokens")
+    assert made.returncode == 0, made.stderr
     step = MegatronDocumentTokenizer(
         output_folder=str(work / "theirs"),
         tokenizer_name_or_path=str(tokenizer),
@@ -190,7 +194,7 @@ def check_datatrove(work: Path) -> None:
     step.run(named, rank=0, world_size=1)
     for ending in ["bin", "idx"]:
         theirs = next((work / "theirs").glob(f"*.{ending}")).read_bytes()
-        ours = (work / "trained" / f"train.{ending}").read_bytes()
+        ours = (work / "ours" / f"train.{ending}").read_bytes()
         report(f"datatrove .{ending}", ours == theirs, f"{len(ours)} and {len(theirs)} bytes")
 
 

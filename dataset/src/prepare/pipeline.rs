@@ -294,10 +294,9 @@ impl Reader<'_> {
 
     fn shard(&self, document: u64) -> Option<usize> {
         let ranges = &self.work.ranges;
-        let range = ranges
-            .iter()
-            .find(|range| range.documents.contains(&document))?;
-        Some(range.shard)
+        let next = ranges.partition_point(|range| range.documents.end <= document);
+        let range = ranges.get(next)?;
+        range.documents.contains(&document).then_some(range.shard)
     }
 
     fn add(&mut self, shard: usize, document: u64, piece: &Piece) -> Result<(), Error> {
