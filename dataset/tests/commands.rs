@@ -221,7 +221,7 @@ fn damage_is_found_and_named() {
             &idx,
             header + 3 * 4,
             1,
-            "train.idx is damaged: sequence 4 begins at byte",
+            "train.bin is damaged: document 3 does not end with the token 0",
         ),
         (
             &idx,
@@ -385,11 +385,12 @@ fn text_files_have_one_document_or_several() {
         ("blank.txt", &["--split", "blank-line"]),
     ] {
         let options = [&["--vocab-size", "300"][..], split].concat();
-        folder.prepare(&[file], file, &options);
-        let files = &info(&folder, file)["files"];
+        let output = format!("out-{file}");
+        folder.prepare(&[file], &output, &options);
+        let files = &info(&folder, &output)["files"];
         assert_eq!(files["train"]["documents"], 98, "{file}");
         assert_eq!(files["valid"]["documents"], 2, "{file}");
-        let shown = stdout(&folder.succeed(&["data", "show", file, "--document", "7"]));
+        let shown = stdout(&folder.succeed(&["data", "show", &output, "--document", "7"]));
         assert!(
             shown.contains("there were 7 ducks.<|endoftext|>"),
             "{shown}"
@@ -403,7 +404,7 @@ fn text_files_have_one_document_or_several() {
 
 #[test]
 fn a_long_document_has_the_tokens_of_the_whole() {
-    let folder = Folder::with_corpus(1, 9_000);
+    let folder = Folder::with_corpus(1, 20_000);
     let text = std::fs::read_to_string(folder.path("a.jsonl")).unwrap();
     // More than two pieces.
     assert!(text.len() > 5 << 20, "{}", text.len());

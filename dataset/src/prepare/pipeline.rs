@@ -118,7 +118,7 @@ pub(super) fn run(
     pipeline: &Pipeline,
     consume: &mut dyn FnMut(Item) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let threads = pipeline.threads;
+    let threads = pipeline.threads.max(1);
     let stopped = &AtomicBool::new(false);
     let next = &Mutex::new(pipeline.work.iter());
     std::thread::scope(|scope| {
