@@ -6,8 +6,9 @@
 
 use super::{
     counts::InputCounts,
-    file::{InputFile, OpenError, Suffixes},
+    file::{Contents, InputFile, OpenError, Suffixes},
     options::{InputOptions, Split},
+    parquet_rows,
     recognize::{Format, format_of_extension},
 };
 use crate::Error;
@@ -234,7 +235,11 @@ impl Finder<'_> {
             return Ok(());
         }
         match file.open(self.options) {
-            Ok(_) => {
+            Ok(contents) => {
+                if let Contents::Parquet(table) = contents {
+                    parquet_rows::check(table, &self.options.text_key)
+                        .map_err(|cause| Error::Data(format!("{file}: {cause}")))?;
+                }
                 self.seen_files.insert(identity(metadata));
                 self.found.files.push(file);
             }

@@ -26,17 +26,36 @@ pub const MAX_PAGE: usize = 1 << 30;
 /// Most columns that a message names.
 const MAX_NAMES: usize = 40;
 
+/// A file with the columns that hold the text.
+struct Table {
+    reader: SerializedFileReader<Pages>,
+    columns: Vec<usize>,
+}
+
+impl Table {
+    fn open(file: File, key: &TextKey) -> Result<Self, String> {
+        let reader = SerializedFileReader::new(Pages(file)).map_err(damaged)?;
+        let schema = reader.metadata().file_metadata().schema_descr();
+        let columns = key.paths().iter().map(|path| find_column(schema, path));
+        let columns = columns.collect::<Result<_, _>>()?;
+        Ok(Self { reader, columns })
+    }
+}
+
+fn damaged(error: ParquetError) -> String {
+    format!("the Parquet data is damaged: {error}")
+}
+
+/// Checks that a file can be opened and has the columns. Returns the cause if not.
+pub(super) fn check(file: File, key: &TextKey) -> Result<(), String> {
+    Table::open(file, key).map(drop)
+}
+
 /// Passes on the documents of a file, in the order of its rows.
 pub(super) fn read(file: File, key: &TextKey, documents: &mut Documents) -> Result<(), Error> {
-    let failed = |documents: &Documents, error: ParquetError| {
-        documents.error(Place::File, format!("the Parquet data is damaged: {error}"))
-    };
-    let reader = SerializedFileReader::new(Pages(file)).map_err(|e| failed(documents, e))?;
-    let schema = reader.metadata().file_metadata().schema_descr();
-    let columns = key.paths().iter().map(|path| find_column(schema, path));
-    let columns: Vec<usize> = columns
-        .collect::<Result<_, _>>()
-        .map_err(|cause| documents.error(Place::File, cause))?;
+    let failed = |documents: &Documents, error| documents.error(Place::File, damaged(error));
+    let table = Table::open(file, key).map_err(|cause| documents.error(Place::File, cause))?;
+    let Table { reader, columns } = table;
     let mut number = 0;
     for group in 0..reader.num_row_groups() {
         let group = reader
@@ -50,10 +69,9 @@ pub(super) fn read(file: File, key: &TextKey, documents: &mut Documents) -> Resu
         for _ in 0..group.metadata().num_rows() {
             number += 1;
             for cells in &mut readers {
-                cells.advance().map_err(|error| {
-                    let cause = format!("the Parquet data is damaged: {error}");
-                    documents.error(Place::Row(number), cause)
-                })?;
+                cells
+                    .advance()
+                    .map_err(|error| documents.error(Place::Row(number), damaged(error)))?;
             }
             let row = Row {
                 values: readers.iter().map(Cells::value).collect(),
