@@ -132,19 +132,19 @@ impl Finder<'_> {
             require_literal_leading_dot: !self.options.hidden,
         };
         let invalid = |error| Error::Options(format!("the pattern {pattern}: {error}"));
-        let mut is_empty = true;
-        for path in glob::glob_with(pattern, matching).map_err(invalid)? {
-            let path = path.map_err(|error| {
-                let path = error.path().to_owned();
-                Error::io("cannot read", &path)(error.into())
-            })?;
-            is_empty = false;
-            self.add_path(&path)?;
-        }
-        if is_empty {
+        let paths = glob::glob_with(pattern, matching).map_err(invalid)?;
+        let mut paths = paths.collect::<Result<Vec<_>, _>>().map_err(|error| {
+            let path = error.path().to_owned();
+            Error::io("cannot read", &path)(error.into())
+        })?;
+        paths.sort();
+        if paths.is_empty() {
             return Err(Error::Data(format!(
                 "{pattern}: no file matches the pattern"
             )));
+        }
+        for path in &paths {
+            self.add_path(path)?;
         }
         Ok(())
     }
