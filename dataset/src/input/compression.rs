@@ -88,10 +88,12 @@ impl Read for Named {
                 return error;
             }
             let name = self.compression.name();
-            io::Error::new(
-                error.kind(),
-                format!("the {name} data is truncated or damaged ({error})"),
-            )
+            let cause = if error.to_string().contains("memory") {
+                format!("the {name} data needs too large a window: compress it anew ({error})")
+            } else {
+                format!("the {name} data is truncated or damaged ({error})")
+            };
+            io::Error::new(error.kind(), cause)
         })
     }
 }

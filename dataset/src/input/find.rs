@@ -6,8 +6,9 @@
 
 use super::{
     counts::InputCounts,
-    file::{InputFile, OpenError, Suffixes},
+    file::{Contents, InputFile, OpenError, Suffixes},
     options::{InputOptions, Split},
+    parquet_rows,
     recognize::{Format, format_of_extension},
 };
 use crate::Error;
@@ -131,19 +132,19 @@ impl Finder<'_> {
             require_literal_leading_dot: !self.options.hidden,
         };
         let invalid = |error| Error::Options(format!("the pattern {pattern}: {error}"));
-        let mut is_empty = true;
-        for path in glob::glob_with(pattern, matching).map_err(invalid)? {
-            let path = path.map_err(|error| {
-                let path = error.path().to_owned();
-                Error::io("cannot read", &path)(error.into())
-            })?;
-            is_empty = false;
-            self.add_path(&path)?;
-        }
-        if is_empty {
+        let paths = glob::glob_with(pattern, matching).map_err(invalid)?;
+        let mut paths = paths.collect::<Result<Vec<_>, _>>().map_err(|error| {
+            let path = error.path().to_owned();
+            Error::io("cannot read", &path)(error.into())
+        })?;
+        paths.sort();
+        if paths.is_empty() {
             return Err(Error::Data(format!(
                 "{pattern}: no file matches the pattern"
             )));
+        }
+        for path in &paths {
+            self.add_path(path)?;
         }
         Ok(())
     }
@@ -234,7 +235,11 @@ impl Finder<'_> {
             return Ok(());
         }
         match file.open(self.options) {
-            Ok(_) => {
+            Ok(contents) => {
+                if let Contents::Parquet(table) = contents {
+                    parquet_rows::check(table, &self.options.text_key)
+                        .map_err(|cause| Error::Data(format!("{file}: {cause}")))?;
+                }
                 self.seen_files.insert(identity(metadata));
                 self.found.files.push(file);
             }

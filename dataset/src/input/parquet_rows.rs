@@ -23,20 +23,46 @@ use std::{
 /// Largest number of bytes of an unpacked page of Parquet. Files with larger pages are refused.
 pub const MAX_PAGE: usize = 1 << 30;
 
+/// Largest ratio of the unpacked size of a large page to its size on disk. No text is packed better,
+/// but a damaged header may claim it.
+const MAX_RATIO: usize = 1024;
+
+/// Largest unpacked size of a page for which the ratio does not matter.
+const SMALL_PAGE: usize = 32 << 20;
+
 /// Most columns that a message names.
 const MAX_NAMES: usize = 40;
 
+/// A file with the columns that hold the text.
+struct Table {
+    reader: SerializedFileReader<Pages>,
+    columns: Vec<usize>,
+}
+
+impl Table {
+    fn open(file: File, key: &TextKey) -> Result<Self, String> {
+        let reader = SerializedFileReader::new(Pages(file)).map_err(damaged)?;
+        let schema = reader.metadata().file_metadata().schema_descr();
+        let columns = key.paths().iter().map(|path| find_column(schema, path));
+        let columns = columns.collect::<Result<_, _>>()?;
+        Ok(Self { reader, columns })
+    }
+}
+
+fn damaged(error: ParquetError) -> String {
+    format!("the Parquet data is damaged: {error}")
+}
+
+/// Checks that a file can be opened and has the columns. Returns the cause if not.
+pub(super) fn check(file: File, key: &TextKey) -> Result<(), String> {
+    Table::open(file, key).map(drop)
+}
+
 /// Passes on the documents of a file, in the order of its rows.
 pub(super) fn read(file: File, key: &TextKey, documents: &mut Documents) -> Result<(), Error> {
-    let failed = |documents: &Documents, error: ParquetError| {
-        documents.error(Place::File, format!("the Parquet data is damaged: {error}"))
-    };
-    let reader = SerializedFileReader::new(Pages(file)).map_err(|e| failed(documents, e))?;
-    let schema = reader.metadata().file_metadata().schema_descr();
-    let columns = key.paths().iter().map(|path| find_column(schema, path));
-    let columns: Vec<usize> = columns
-        .collect::<Result<_, _>>()
-        .map_err(|cause| documents.error(Place::File, cause))?;
+    let failed = |documents: &Documents, error| documents.error(Place::File, damaged(error));
+    let table = Table::open(file, key).map_err(|cause| documents.error(Place::File, cause))?;
+    let Table { reader, columns } = table;
     let mut number = 0;
     for group in 0..reader.num_row_groups() {
         let group = reader
@@ -50,10 +76,9 @@ pub(super) fn read(file: File, key: &TextKey, documents: &mut Documents) -> Resu
         for _ in 0..group.metadata().num_rows() {
             number += 1;
             for cells in &mut readers {
-                cells.advance().map_err(|error| {
-                    let cause = format!("the Parquet data is damaged: {error}");
-                    documents.error(Place::Row(number), cause)
-                })?;
+                cells
+                    .advance()
+                    .map_err(|error| documents.error(Place::Row(number), damaged(error)))?;
             }
             let row = Row {
                 values: readers.iter().map(Cells::value).collect(),
@@ -179,15 +204,18 @@ impl ChunkReader for Pages {
 
     fn get_read(&self, start: u64) -> ParquetResult<Self::T> {
         let mut reader = self.0.get_read(start)?;
-        let unpacked = find_page_size(reader.fill_buf()?);
-        match unpacked.filter(|&size| size > MAX_PAGE as u64) {
-            None => Ok(reader),
-            Some(size) => Err(ParquetError::General(format!(
-                "a page of {} MiB is larger than {} MiB; write the file with smaller pages",
-                size >> 20,
-                MAX_PAGE >> 20
-            ))),
+        let Some([unpacked, packed]) = find_page_sizes(reader.fill_buf()?) else {
+            return Ok(reader);
+        };
+        let limit = MAX_PAGE.min(packed.saturating_mul(MAX_RATIO).max(SMALL_PAGE));
+        if unpacked <= limit {
+            return Ok(reader);
         }
+        Err(ParquetError::General(format!(
+            "a page of {} MiB does not fit in the {} MiB that it may take; write smaller pages",
+            unpacked >> 20,
+            limit >> 20
+        )))
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
@@ -199,21 +227,24 @@ impl ChunkReader for Pages {
     }
 }
 
-/// Returns the unpacked size of a page whose header starts with these bytes.
+/// Returns the unpacked and the packed size of a page whose header starts with these bytes.
 ///
-/// A header is a struct of Thrift's compact protocol. Its first two fields are `i32`: the type of
-/// the page and the unpacked size. Both are zigzag-encoded.
-fn find_page_size(header: &[u8]) -> Option<u64> {
+/// A header is a struct of Thrift's compact protocol. Its first three fields are `i32`: the type of
+/// the page and these sizes. Numbers are zigzag-encoded.
+fn find_page_sizes(header: &[u8]) -> Option<[usize; 2]> {
     const NEXT_FIELD_I32: u8 = 0x15;
-    let [NEXT_FIELD_I32, 0..=6, NEXT_FIELD_I32, size @ ..] = header else {
-        return None;
+    let mut rest = match header {
+        [NEXT_FIELD_I32, 0..=6, rest @ ..] => rest,
+        _ => return None,
     };
-    let mut value = 0u64;
-    for (index, byte) in size.iter().take(5).enumerate() {
-        value |= u64::from(byte & 0x7F) << (7 * index);
-        if byte & 0x80 == 0 {
-            return Some(value >> 1);
-        }
+    let mut sizes = [0; 2];
+    for size in &mut sizes {
+        rest = rest.strip_prefix(&[NEXT_FIELD_I32])?;
+        let len = 1 + rest.iter().take(5).position(|byte| byte & 0x80 == 0)?;
+        let digits = rest[..len].iter().rev();
+        let zigzag = digits.fold(0u64, |all, byte| (all << 7) | u64::from(byte & 0x7F));
+        *size = usize::try_from(zigzag >> 1).ok()?;
+        rest = &rest[len..];
     }
-    None
+    Some(sizes)
 }

@@ -1,6 +1,6 @@
 //! Parquet files that pyarrow wrote, by `scripts/golden/parquet.py`.
 
-use super::{Files, assert_refused, golden, read, read_one, with_key};
+use super::{assert_refused, golden, read, read_one, with_key};
 use crate::input::InputOptions;
 use parquet::{
     data_type::{ByteArray, ByteArrayType},
@@ -154,14 +154,45 @@ fn pages_that_do_not_fit_in_memory_are_refused() {
         let properties = WriterProperties::builder().set_dictionary_enabled(false);
         properties.build()
     });
-    // The first page's header: its type, and its size of 5 bytes as a zigzag number.
-    assert_eq!(file[4..8], [0x15, 0, 0x15, 10]);
-    let replaced = [0x15, 0, 0x15, 0xFE, 0xFF, 0xFF, 0xFF, 0x0F];
-    file[4..12].copy_from_slice(&replaced);
-    let files = Files::new(&[("a.parquet", &file)]);
-    let refused = files.read(&["a.parquet"], &InputOptions::default());
-    assert_refused(
-        refused,
-        &["a.parquet: row 1", "a page of 2047 MiB is larger"],
+    // The first page's header: its type, and its sizes of 5 bytes as zigzag numbers.
+    assert_eq!(file[4..10], [0x15, 0, 0x15, 10, 0x15, 10]);
+    let refused = |header: &[u8], file: &mut Vec<u8>, part: &str| {
+        file[4..4 + header.len()].copy_from_slice(header);
+        let refused = read_one("a.parquet", file, &InputOptions::default());
+        assert_refused(refused, &["a.parquet: row 1", part]);
+    };
+    let huge = [
+        0x15, 0, 0x15, 0xFE, 0xFF, 0xFF, 0xFF, 0x0F, 0x15, 0xFE, 0xFF, 0xFF, 0xFF, 0x0F,
+    ];
+    refused(
+        &huge,
+        &mut file,
+        "a page of 2047 MiB does not fit in the 1024 MiB",
     );
+    // 64 MiB, said to be packed into 5 bytes.
+    let packed = [0x15, 0, 0x15, 0x80, 0x80, 0x80, 0x40, 0x15, 10];
+    refused(
+        &packed,
+        &mut file,
+        "a page of 64 MiB does not fit in the 32 MiB",
+    );
+}
+
+#[test]
+fn flipped_bits_are_no_panic() {
+    for name in ["snappy", "row-groups", "nested", "dictionary"] {
+        let path = golden(&format!("{name}.parquet"));
+        let bytes = std::fs::read(path).unwrap();
+        let key = if name == "nested" { "doc.text" } else { "text" };
+        for at in 0..bytes.len() {
+            for mask in [1, 0x80, 0xFF] {
+                let mut bytes = bytes.clone();
+                bytes[at] ^= mask;
+                match read_one("a.parquet", &bytes, &with_key(key)) {
+                    Ok(read) => assert!(read.counts.rows <= 6, "{name} {at}"),
+                    Err(error) => assert!(error.to_string().contains("a.parquet"), "{error}"),
+                }
+            }
+        }
+    }
 }
