@@ -147,7 +147,7 @@ def check_tokenizers(work: Path) -> None:
     rows = texts()
     write_lines(lines, rows)
     made = subprocess.run(
-        [sys.executable, SCRIPTS / "tokenizers.py"], capture_output=True, text=True, check=True
+        [sys.executable, SCRIPTS / "make_tokenizers.py"], capture_output=True, text=True, check=True
     )
     for folder in map(Path, made.stdout.split()):
         name = f"tokenizers {folder.name}"
