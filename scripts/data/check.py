@@ -8,11 +8,11 @@ import bz2
 import gzip
 import json
 import lzma
-import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 import numpy
@@ -201,11 +201,16 @@ def check_datatrove(work: Path) -> None:
 def peak(output: Path, *arguments: object) -> float:
     """Returns the largest resident memory of a preparation, in MB."""
     fixed = [MOERUN, "data", "prepare", "-o", str(output), "--validation-fraction", "0"]
-    with open(os.devnull, "wb") as null:
-        process = subprocess.Popen([*fixed, *map(str, arguments)], stdout=null)
-        _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, arguments
-    return usage.ru_maxrss / 1000
+    process = subprocess.Popen([*fixed, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    largest = 0
+    # Not ru_maxrss, which includes this program's memory before exec.
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+        largest = max([largest, *(int(line.split()[1]) for line in lines)])
+        time.sleep(0.02)
+    assert process.returncode == 0, arguments
+    return largest * 1024 / 1e6
 
 
 def check_memory(work: Path) -> None:
