@@ -94,7 +94,7 @@ impl InputFile {
     /// Returns the number of bytes on disk, before decompression. Streams have none.
     pub fn bytes(&self) -> Option<u64> {
         let metadata = std::fs::metadata(self.path()?).ok()?;
-        metadata.is_file().then(|| metadata.len())
+        metadata.is_file().then_some(metadata.len())
     }
 
     /// Passes the documents on to `take`, in their order, and counts everything else.

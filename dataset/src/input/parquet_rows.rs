@@ -23,8 +23,8 @@ use std::{
 /// Largest number of bytes of an unpacked page of Parquet. Files with larger pages are refused.
 pub const MAX_PAGE: usize = 1 << 30;
 
-/// Largest ratio of the unpacked size of a large page to its size on disk. No text is packed better,
-/// but a damaged header may claim it.
+/// Largest ratio of the unpacked size of a large page to its size on disk. No text is packed
+/// better, but a damaged header may claim it.
 const MAX_RATIO: usize = 1024;
 
 /// Largest unpacked size of a page for which the ratio does not matter.

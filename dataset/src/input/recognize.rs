@@ -91,7 +91,7 @@ pub(super) fn find_unsupported(start: &[u8]) -> Option<Unsupported> {
         });
     }
     // Text may begin with these words, so the bytes that follow have to be binary.
-    let is_binary = || start.iter().take(512).any(|&byte| byte < 8 || byte >= 0x80);
+    let is_binary = || start.iter().take(512).any(|byte| !(8..0x80).contains(byte));
     let matches = |magic: &[u8]| start.starts_with(magic) && (magic.len() > 4 || is_binary());
     SIGNATURES
         .iter()
