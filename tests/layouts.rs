@@ -21,7 +21,16 @@ fn config(folder: &Path, parallel: &Value, micro_batch: usize, moe: &Value) -> C
         "model": {"vocab_size": VOCAB, "hidden": 32, "layers": 3, "heads": 4, "kv_heads": 2,
         "ffn": 48, "dense_layers": 1,
                   "moe": moe, "init_std": 0.1},
-        "data": {"train": [{"path": folder.join("tokens")}], "sequence_length": 16},
+        "data": {
+            "train": [{"path": folder.join("tokens")}],
+            "validation": [
+                {"path": folder.join("tokens"), "weight": 2},
+                {"path": folder.join("others"), "weight": 1},
+            ],
+            "sequence_length": 16,
+        },
+        // No multiple of the microbatches of any layout.
+        "validation": {"every": 1000, "sequences": 7},
         "train": {"steps": STEPS, "global_batch": 8, "micro_batch": micro_batch, "grad_clip": 0.5},
         // A large eps: AdamW's first steps would otherwise turn the sign of rounding noise into a
         // step.

@@ -8,7 +8,7 @@ use dataset::tokens::TokenWriter;
 use parallel::run_on_threads;
 use serde_json::{Value, json};
 use std::path::Path;
-use trainer::{Progress, StepMetrics, Trainer, config::Config};
+use trainer::{Progress, StepMetrics, Trainer, ValidationMetrics, config::Config};
 
 const DOCUMENT: u32 = 12;
 const FIRST_TOKENS: u32 = 65;
@@ -63,7 +63,7 @@ fn documents(folder: &Path, eod_mask_loss: bool) -> Config {
         "optimizer": {"eps": 1e-6},
         "schedule": {"constant": {"lr": 3e-3}},
         "checkpoint": {"every": 0},
-        "validation": {"every": 200, "sequences": 9},
+        "validation": {"every": 200, "sequences": 9, "at_start": false},
     });
     serde_json::from_value(config).unwrap()
 }
@@ -74,7 +74,7 @@ struct Warnings(Vec<String>);
 
 impl Progress for Warnings {
     fn step(&mut self, _metrics: &StepMetrics, _steps: u64) {}
-    fn validation(&mut self, _step: u64, _loss: f64) {}
+    fn validation(&mut self, _metrics: &ValidationMetrics) {}
     fn note(&mut self, _message: &str) {}
     fn warn(&mut self, message: &str) {
         self.0.push(message.to_string());

@@ -10,6 +10,7 @@ mod benches;
 mod cli;
 mod configs;
 mod damaged_checkpoints;
+mod data_sources;
 mod defaults;
 mod device_variables;
 mod doctor;

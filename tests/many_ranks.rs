@@ -4,7 +4,7 @@ use crate::agreement::{TIMEOUT, VOCAB, softmax, trainer_on, write_data};
 use parallel::run_on_threads;
 use serde_json::{Value, json};
 use std::path::Path;
-use trainer::{Progress, StepMetrics, config::Config};
+use trainer::{Progress, StepMetrics, ValidationMetrics, config::Config};
 
 const STEPS: u64 = 5;
 
@@ -12,7 +12,7 @@ struct Silent;
 
 impl Progress for Silent {
     fn step(&mut self, _: &StepMetrics, _: u64) {}
-    fn validation(&mut self, _: u64, _: f64) {}
+    fn validation(&mut self, _: &ValidationMetrics) {}
     fn note(&mut self, _: &str) {}
     fn warn(&mut self, message: &str) {
         panic!("{message}");

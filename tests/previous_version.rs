@@ -83,6 +83,14 @@ fn its_configuration_is_refused_and_its_checkpoint_resumes() {
     let output = text(&resumed);
     assert!(resumed.status.success(), "{output}");
     assert!(output.contains("the checkpoint of step 2"), "{output}");
+    assert!(
+        output.contains("version 1 of the order, with which the run began"),
+        "{output}"
+    );
+    assert!(
+        !output.contains("changed since the saved state"),
+        "{output}"
+    );
     let log = std::fs::read_to_string(experiment.path("run/logs/rank-0.log")).unwrap();
     for text in [output, log] {
         assert!(!text.contains("differs from the checkpoint"), "{text}");

@@ -215,6 +215,7 @@ fn run_changes(folder: &Path) -> Vec<Change> {
         change("data.sequence_length", json!(16)),
         change("data.eod_token", json!(0)),
         change("data.eod_mask_loss", json!(true)).with("data.eod_token", json!(0)),
+        change("data.max_epochs", json!(2.0)),
         change("data.tokenizer", json!(folder.join("other.json"))),
         change("train.steps", json!(STEPS_BEFORE + STEPS_AFTER + 1)),
         change("train.global_batch", json!(16)),
@@ -251,6 +252,7 @@ fn durability_changes() -> Vec<Change> {
         change("restart.standby", json!(false)),
         change("validation.every", json!(50)),
         change("validation.sequences", json!(3)),
+        change("validation.at_start", json!(false)),
     ]
 }
 

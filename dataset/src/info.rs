@@ -1,9 +1,9 @@
 //! `dataset.json`: the record of how token files were made, which lies in their folder.
 
-use crate::input::InputCounts;
+use crate::{Error, input::InputCounts};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io::ErrorKind, path::Path};
 
 /// Name of the record in the folder of the token files.
 pub const INFO_FILE: &str = "dataset.json";
@@ -104,6 +104,51 @@ pub struct OptionsInfo {
     pub part: Option<String>,
 }
 
+impl DatasetInfo {
+    /// Reads the record in the folder of `tokens`, the path of token files. Returns None if there
+    /// is no record, or if it does not list these files.
+    ///
+    /// # Errors
+    /// If the record cannot be read.
+    pub fn of_tokens(tokens: &Path) -> Result<Option<DatasetInfo>, Error> {
+        let folder = tokens.parent().unwrap_or(Path::new(""));
+        let path = folder.join(INFO_FILE);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => return Err(Error::io("cannot read", &path)(error)),
+        };
+        let info: DatasetInfo = serde_json::from_slice(&bytes).map_err(|error| {
+            Error::Data(format!(
+                "{} is no record of a data set: {error}; repair it, or move it to another folder",
+                path.display()
+            ))
+        })?;
+        // Earlier versions did not list the files.
+        let applies = info.files.is_empty() || info.file(tokens).is_some();
+        Ok(applies.then_some(info))
+    }
+
+    /// Returns the record of the token files at `tokens`, if it lists them.
+    pub fn file(&self, tokens: &Path) -> Option<&FileInfo> {
+        self.files.get(tokens.file_name()?.to_str()?)
+    }
+
+    /// Returns the mean bytes of text per token of the files at `tokens`; None if there are no
+    /// tokens.
+    pub fn bytes_per_token(&self, tokens: &Path) -> Option<f64> {
+        let file = self.file(tokens);
+        let bytes = file.map_or(self.bytes, |file| file.bytes);
+        let all = self.train_tokens + self.validation_tokens;
+        let count = file.map_or(all, |file| file.tokens);
+        (bytes > 0 && count > 0).then(|| bytes as f64 / count as f64)
+    }
+}
+
 /// A special token.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SpecialToken {
@@ -134,4 +179,51 @@ pub struct InputInfo {
     pub bytes: u64,
     /// Documents of the file that have text.
     pub documents: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(bytes: u64, tokens: u64) -> FileInfo {
+        FileInfo {
+            documents: 1,
+            tokens,
+            bytes,
+            bin: String::new(),
+            idx: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_record_is_that_of_the_files_it_lists() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = |name: &str| DatasetInfo::of_tokens(&folder.path().join(name));
+        assert_eq!(read("train").unwrap(), None);
+        let mut info = DatasetInfo {
+            bytes: 300,
+            train_tokens: 80,
+            validation_tokens: 20,
+            ..DatasetInfo::default()
+        };
+        let write = |info: &DatasetInfo| {
+            let text = serde_json::to_string(info).unwrap();
+            std::fs::write(folder.path().join(INFO_FILE), text).unwrap();
+        };
+        write(&info);
+        let per_token = |name: &str| {
+            let info = read(name).unwrap();
+            info.and_then(|info| info.bytes_per_token(Path::new(name)))
+        };
+        assert_eq!(per_token("train"), Some(3.0));
+        info.files.insert("train".into(), file(100, 50));
+        info.files.insert("empty".into(), file(0, 0));
+        write(&info);
+        assert_eq!(per_token("train"), Some(2.0));
+        assert_eq!(per_token("empty"), None);
+        assert_eq!(read("other").unwrap(), None);
+        std::fs::write(folder.path().join(INFO_FILE), "{}").unwrap();
+        let refused = read("train").unwrap_err().to_string();
+        assert!(refused.contains("is no record of a data set"), "{refused}");
+    }
 }

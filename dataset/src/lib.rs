@@ -4,8 +4,10 @@
 
 pub mod argument_ranges;
 mod bench;
+mod checksums;
 pub mod cli;
 mod error;
+mod fingerprint;
 pub mod info;
 pub mod input;
 pub mod order;
@@ -15,4 +17,6 @@ mod progress;
 pub mod tokenizer;
 pub mod tokens;
 
+pub use checksums::{Checksums, checksum, verify_checksums};
 pub use error::Error;
+pub use fingerprint::Fingerprint;

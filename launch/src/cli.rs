@@ -5,7 +5,11 @@ use crate::argument_ranges::{
     weibull_shape, whole,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
-use dataset::cli::{BenchDataArgs, DataCommand};
+use dataset::{
+    cli::{BenchDataArgs, DataCommand},
+    tokens::{TokenDtype, TokenFormat},
+};
+use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 
 /// Train Mixture-of-Experts language models on many ranks
@@ -163,6 +167,9 @@ pub(crate) struct DoctorArgs {
     /// Port of the rendezvous; 0 takes any free port
     #[arg(long, default_value_t = 0, value_name = "PORT", alias = "master_port")]
     pub(crate) master_port: u16,
+    /// Read all data of the experiment and compare it with the checksums in dataset.json
+    #[arg(long, requires = "config")]
+    pub(crate) verify_data: bool,
 }
 
 #[derive(Args)]
@@ -715,12 +722,32 @@ impl TrainedModel {
 pub(crate) struct EvaluateArgs {
     #[command(flatten)]
     pub(crate) model: TrainedModel,
-    /// JSON lines with the keys `context` and `continuation`
-    #[arg(long, value_name = "FILE")]
-    pub(crate) requests: PathBuf,
+    /// JSON lines with the keys `context` and `continuation`: prints the log-likelihood of each
+    #[arg(long, value_name = "FILE", required_unless_present = "data")]
+    pub(crate) requests: Option<PathBuf>,
     /// Tokenizer to use instead of the model's
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "requests")]
     pub(crate) tokenizer: Option<PathBuf>,
+    /// Token files: prints the loss, the perplexity and the bits per byte of each
+    #[arg(long, value_name = "PATH", num_args = 1.., conflicts_with = "requests")]
+    pub(crate) data: Vec<PathBuf>,
+    /// Format of the token files: megatron, raw or datatrove; by default that of their names
+    #[arg(long, value_name = "FORMAT", requires = "data", value_parser = named::<TokenFormat>)]
+    pub(crate) format: Option<TokenFormat>,
+    /// Integer type of the tokens in raw files: u8, u16, u32 or u64
+    #[arg(long, value_name = "DTYPE", requires = "data", value_parser = named::<TokenDtype>)]
+    pub(crate) dtype: Option<TokenDtype>,
+    /// Sequences of each file, from its start; by default all
+    #[arg(long, value_name = "N", requires = "data", value_parser = whole(1..=u64::MAX))]
+    pub(crate) sequences: Option<usize>,
+    /// Tokens of a sequence; by default those of training
+    #[arg(long, value_name = "N", requires = "data", value_parser = whole(1..=1 << 20))]
+    pub(crate) sequence_length: Option<usize>,
+}
+
+/// Parses the name of a variant.
+fn named<T: DeserializeOwned>(name: &str) -> Result<T, serde_json::Error> {
+    serde_json::from_value(name.into())
 }
 
 #[derive(Subcommand)]

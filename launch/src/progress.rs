@@ -8,7 +8,7 @@ use std::{
     io::{IsTerminal, Result},
     time::{Duration, Instant},
 };
-use trainer::{Progress, StepMetrics};
+use trainer::{Progress, StepMetrics, ValidationMetrics};
 
 /// Frames per second of a bar, at most.
 const BAR_HZ: u8 = 20;
@@ -98,11 +98,10 @@ impl Progress for TrainingView {
         }
     }
 
-    fn validation(&mut self, step: u64, loss: f64) {
-        self.line(&format!(
-            "step {step}  validation loss {loss:.4}  perplexity {:.1}",
-            loss.exp()
-        ));
+    fn validation(&mut self, metrics: &ValidationMetrics) {
+        for line in validation_lines(metrics) {
+            self.line(&line);
+        }
     }
 
     fn note(&mut self, message: &str) {
@@ -112,6 +111,29 @@ impl Progress for TrainingView {
     fn warn(&mut self, message: &str) {
         self.line(&format!("warning: {message}"));
     }
+}
+
+/// Returns a line for each source of validation data if there are several, and one for the mean.
+fn validation_lines(metrics: &ValidationMetrics) -> Vec<String> {
+    let step = metrics.step;
+    let figures = |loss: f64, bits: Option<&f64>| {
+        let bits = bits.map_or(String::new(), |bits| format!("  bits per byte {bits:.4}"));
+        format!("loss {loss:.4}  perplexity {:.1}{bits}", loss.exp())
+    };
+    let of_source = |(name, &loss): (&String, &f64)| {
+        let figures = figures(loss, metrics.bits_per_byte.get(name));
+        format!("step {step}  validation of {name}: {figures}")
+    };
+    let sources = metrics.validation.iter();
+    let mut lines: Vec<String> = match metrics.validation.len() {
+        1 => Vec::new(),
+        _ => sources.map(of_source).collect(),
+    };
+    let only = metrics.bits_per_byte.values().next();
+    let bits = only.filter(|_| metrics.validation.len() == 1);
+    let mean = figures(metrics.validation_loss, bits);
+    lines.push(format!("step {step}  validation {mean}"));
+    lines
 }
 
 /// Draws the bar through [`terminal`], whose thread waits for a terminal that takes nothing.

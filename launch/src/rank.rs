@@ -378,6 +378,9 @@ impl JoinedRank<'_> {
             }
         }
         self.restore(&mut trainer, &dir, is_restart)?;
+        if self.is_rank0() && !is_restart {
+            self.report_data(&trainer);
+        }
         if trainer.step() >= steps {
             self.print(&format!(
                 "all {steps} steps are done\n\
@@ -505,6 +508,16 @@ impl JoinedRank<'_> {
             && let Err(error) = config_diff::record(trainer, dir)
         {
             self.warn(&format!("{error:#}"));
+        }
+    }
+
+    fn report_data(&self, trainer: &Trainer) {
+        let report = trainer.data_report();
+        for line in &report.lines {
+            self.print(line);
+        }
+        for warning in &report.warnings {
+            self.warn(warning);
         }
     }
 

@@ -19,10 +19,15 @@ pub(crate) const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Tokens that can be learned: each depends on the one before it, with pseudo-random noise.
 pub(crate) fn write_data(folder: &Path) {
-    let mut writer = TokenWriter::create(&folder.join("tokens"), VOCAB).unwrap();
-    let mut state = 1u64;
+    write_tokens(folder, "tokens", TOKENS, 1);
+    write_tokens(folder, "others", TOKENS / 8, 99);
+}
+
+fn write_tokens(folder: &Path, name: &str, count: u32, seed: u64) {
+    let mut writer = TokenWriter::create(&folder.join(name), VOCAB).unwrap();
+    let mut state = seed;
     let mut token = 0u64;
-    let tokens: Vec<u32> = (0..TOKENS)
+    let tokens: Vec<u32> = (0..count)
         .map(|_| {
             state = state
                 .wrapping_mul(6364136223846793005)
@@ -56,6 +61,8 @@ pub(crate) struct Trace {
     pub(crate) steps: Vec<[f64; 4]>,
     pub(crate) first_gradients: BTreeMap<String, Vec<f32>>,
     pub(crate) weights: BTreeMap<String, Vec<f32>>,
+    /// Validation loss of each source at the end, by its name.
+    pub(crate) validation: BTreeMap<String, f64>,
     /// Routed tokens that a helper computed.
     pub(crate) lent_tokens: u64,
     pub(crate) moved: u64,
@@ -79,6 +86,7 @@ struct RankTrace {
     steps: Vec<[f64; 4]>,
     first_gradients: Vec<(TensorSlice, Tensor)>,
     weights: Vec<(TensorSlice, Tensor)>,
+    validation: BTreeMap<String, f64>,
     lent_tokens: u64,
     moved: u64,
     largest_logits: Vec<f64>,
@@ -175,6 +183,8 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
             smallest_gap_during(|| (0..steps).map(step).collect());
         let smallest_gap = gap.min(first_gap);
         assert_eq!(first_norm, steps[0][3]);
+        let validation = trainer.validate().unwrap();
+        let validation = validation.map_or(BTreeMap::new(), |metrics| metrics.validation);
         let mut weights = Vec::new();
         for parameter in trainer.model().parameters.iter() {
             for (slice, part) in parameter.slices(&parameter.master) {
@@ -188,6 +198,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
             steps,
             first_gradients,
             weights,
+            validation,
             lent_tokens,
             moved,
             largest_logits,
@@ -203,6 +214,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
             rank.steps, first.steps,
             "every rank reports the same figures"
         );
+        assert_eq!(rank.validation, first.validation);
         for (slice, part) in &rank.first_gradients {
             gather(&mut first_gradients, slice, part);
         }
@@ -220,6 +232,7 @@ pub(crate) fn trace_of_biased(ranks: usize, config: Config, change: fn(&Trainer)
         steps: first.steps.clone(),
         first_gradients: by_name(first_gradients),
         weights: by_name(weights),
+        validation: first.validation.clone(),
         lent_tokens: first.lent_tokens,
         moved: first.moved,
         largest_logits: first.largest_logits.clone(),
@@ -252,6 +265,15 @@ pub(crate) fn assert_within(what: &str, trace: &Trace, single: &Trace, tolerance
                 step + 1
             );
         }
+    }
+    let sources = single.validation.keys();
+    assert!(trace.validation.keys().eq(sources), "{what}: other sources");
+    for (source, loss) in &trace.validation {
+        let reference = single.validation[source];
+        assert!(
+            (loss - reference).abs() <= tolerance * reference,
+            "{what}: validation of {source}: {loss} and {reference}"
+        );
     }
     for (kind, ours, reference) in [
         ("gradient", &trace.first_gradients, &single.first_gradients),

@@ -73,6 +73,7 @@ mod train;
 pub use bench::copy_timer::CopyTimer;
 pub use bench::import::{ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
+pub use data::{eod_token::recorded_eod_token, report::DataReport};
 pub use error::Error;
 pub use hub::{
     export::{DEFAULT_SHARD_BYTES, ExportOptions, ExportReport, export},
@@ -81,6 +82,7 @@ pub use hub::{
     section::{complete_section, contradictions, folder_model},
     upcycle::{UpcycleMethod, UpcycleOptions, upcycle},
 };
+pub use inference::evaluate::{EvaluateOptions, SourceLoss, evaluate};
 pub use inference::generate::{GenerateOptions, generate};
 pub use inference::routing::{RoutingSample, sample_routing};
 pub use inference::score::{Score, ScoreRequest, score};

@@ -46,11 +46,7 @@ fn of_a_hundred_million_documents_only_the_last_is_read() {
     let folder = tempfile::tempdir().unwrap();
     write_sparse(folder.path());
     let prefix = folder.path().join("text");
-    let source = SourceConfig {
-        path: prefix.clone(),
-        mask: None,
-        weight: 1.0,
-    };
+    let source = SourceConfig::new(&prefix);
     let read_before = bytes_read();
     let held_before = parallel::peak_resident().unwrap();
     let tokens = TokenFile::open(&prefix).unwrap();

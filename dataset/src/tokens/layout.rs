@@ -1,4 +1,4 @@
-//! Fields of Megatron-LM's indexed data sets that the reader and the writer share.
+//! Integer types of tokens, and the fields of Megatron-LM's indexed data sets.
 
 use std::path::{Path, PathBuf};
 
@@ -20,6 +20,8 @@ pub(super) enum Width {
     I32,
     I64,
     U16,
+    U32,
+    U64,
 }
 
 impl Width {
@@ -36,13 +38,14 @@ impl Width {
         })
     }
 
+    /// Returns the `DType` code of Megatron. Its files have no unsigned integers above 16 bits.
     pub(super) fn code(self) -> u8 {
         match self {
             Width::U8 => 1,
             Width::I8 => 2,
             Width::I16 => 3,
-            Width::I32 => 4,
-            Width::I64 => 5,
+            Width::I32 | Width::U32 => 4,
+            Width::I64 | Width::U64 => 5,
             Width::U16 => 8,
         }
     }
@@ -56,6 +59,8 @@ impl Width {
             Width::I32 => "int32",
             Width::I64 => "int64",
             Width::U16 => "uint16",
+            Width::U32 => "uint32",
+            Width::U64 => "uint64",
         }
     }
 
@@ -63,8 +68,8 @@ impl Width {
         match self {
             Width::U8 | Width::I8 => 1,
             Width::I16 | Width::U16 => 2,
-            Width::I32 => 4,
-            Width::I64 => 8,
+            Width::I32 | Width::U32 => 4,
+            Width::I64 | Width::U64 => 8,
         }
     }
 
@@ -83,7 +88,9 @@ impl Width {
             Width::I16 => each(bytes, |b| i64::from(i16::from_le_bytes(b))),
             Width::U16 => each(bytes, |b| i64::from(u16::from_le_bytes(b))),
             Width::I32 => each(bytes, |b| i64::from(i32::from_le_bytes(b))),
-            Width::I64 => each(bytes, i64::from_le_bytes),
+            Width::U32 => each(bytes, |b| i64::from(u32::from_le_bytes(b))),
+            // No token of 2^63 or more is in a vocabulary, nor is a negative one.
+            Width::I64 | Width::U64 => each(bytes, i64::from_le_bytes),
         }
     }
 }

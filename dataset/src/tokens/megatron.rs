@@ -1,5 +1,6 @@
-//! Reader of pairs of token files.
+//! Reader of Megatron-LM's indexed data sets: pairs of token files.
 
+use super::file::{TokenFile, damaged, file_len};
 use super::layout::{
     DOCUMENTS_OFFSET, DTYPE_OFFSET, HEADER, MAGIC, SEQUENCES_OFFSET, VERSION, VERSION_OFFSET,
     Width, with_extension,
@@ -23,11 +24,6 @@ const VERIFIED_AT_ONCE: u64 = 4096;
 
 /// Bytes of the index per document boundary.
 const DOCUMENT_ENTRY: u64 = 8;
-
-fn file_len(file: &File, path: &Path) -> Result<u64, Error> {
-    let metadata = file.metadata().map_err(Error::io("cannot read", path))?;
-    Ok(metadata.len())
-}
 
 /// The counts in the header of an index.
 struct IndexHeader {
@@ -147,8 +143,14 @@ impl Index {
         })
     }
 
-    /// Reads all sequences and checks that each begins where the one before ends.
+    /// Reads the whole index and checks it.
     fn verify(&self) -> Result<(), Error> {
+        self.verify_sequences()?;
+        self.verify_documents()
+    }
+
+    /// Reads all sequences and checks that each begins where the one before ends.
+    fn verify_sequences(&self) -> Result<(), Error> {
         let mut expected = 0;
         let mut number = 0;
         while number < self.header.sequences {
@@ -169,6 +171,55 @@ impl Index {
         }
         Ok(())
     }
+
+    /// Reads all document boundaries and checks that they divide the sequences: from 0 to their
+    /// number, in ascending order.
+    fn verify_documents(&self) -> Result<(), Error> {
+        let sequences = self.header.sequences;
+        let start = HEADER as u64 + sequences * (LENGTH_BYTES + OFFSET_BYTES);
+        let mut number = 0;
+        let mut last = 0;
+        while number < self.header.documents {
+            let count = (self.header.documents - number).min(VERIFIED_AT_ONCE);
+            let entries = self.read_at(start + number * DOCUMENT_ENTRY, count as usize)?;
+            for boundary in entries.into_iter().map(i64::from_le_bytes) {
+                let is_first_wrong = number == 0 && boundary != 0;
+                if is_first_wrong || boundary < last || boundary as u64 > sequences {
+                    let cause = format!(
+                        "document boundary {number} is at sequence {boundary}, after {last} and \
+                         with {sequences} sequences"
+                    );
+                    return Err(damaged(&self.path, cause));
+                }
+                last = boundary;
+                number += 1;
+            }
+        }
+        if last as u64 == sequences {
+            return Ok(());
+        }
+        let cause = format!("its documents end at sequence {last} of {sequences}");
+        Err(damaged(&self.path, cause))
+    }
+
+    /// Opens the tokens that the index describes.
+    fn open_tokens(&self, prefix: &Path) -> Result<TokenFile, Error> {
+        let path = with_extension(prefix, "bin");
+        let width = self.header.width;
+        let expected = self.bin_bytes()?;
+        let len = expected / width.bytes() as u64;
+        let opened = TokenFile::open_array(&path, width)?;
+        if opened.len() == len && opened.bytes() == expected {
+            return Ok(opened);
+        }
+        Err(Error::Data(format!(
+            "{} has {} bytes, but its index announces {len} tokens of {} bytes = {expected}: it \
+             is truncated or belongs to another index",
+            path.display(),
+            opened.bytes(),
+            width.bytes()
+        )))
+    }
 }
 
 /// A sequence in the index.
@@ -179,91 +230,19 @@ struct SequenceEntry {
     offset: i64,
 }
 
-fn damaged(path: &Path, cause: String) -> Error {
-    let path = path.display();
-    Error::Data(format!("{path} is damaged: {cause}"))
+/// Opens a pair and checks that both files belong together: by the header and the last sequence of
+/// the index, however many it has. Windows are read by the number of their tokens, so the other
+/// sequences matter to nothing that is read.
+pub(super) fn open(prefix: &Path) -> Result<TokenFile, Error> {
+    Index::open(prefix)?.open_tokens(prefix)
 }
 
-/// An open pair of token files.
-pub struct TokenFile {
-    path: PathBuf,
-    file: File,
-    width: Width,
-    len: u64,
-}
-
-impl TokenFile {
-    /// Opens `prefix.bin` and `prefix.idx` and checks that they belong together: by the header and
-    /// the last sequence of the index, however many it has. Windows are read by the number of their
-    /// tokens, so the other sequences matter to nothing that is read.
-    ///
-    /// # Errors
-    /// If one of them is missing, or damaged in what is checked.
-    pub fn open(prefix: &Path) -> Result<TokenFile, Error> {
-        TokenFile::of_index(&Index::open(prefix)?, prefix)
-    }
-
-    /// Opens the files as [`TokenFile::open`] does, and reads the whole index, a part at a time.
-    ///
-    /// # Errors
-    /// If one of them is missing or damaged; the message names the first damaged sequence.
-    pub fn open_verified(prefix: &Path) -> Result<TokenFile, Error> {
-        let index = Index::open(prefix)?;
-        let opened = TokenFile::of_index(&index, prefix)?;
-        index.verify()?;
-        Ok(opened)
-    }
-
-    fn of_index(index: &Index, prefix: &Path) -> Result<TokenFile, Error> {
-        let path = with_extension(prefix, "bin");
-        let width = index.header.width;
-        let expected = index.bin_bytes()?;
-        let len = expected / width.bytes() as u64;
-        let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
-        let bytes = file_len(&file, &path)?;
-        if bytes != expected {
-            return Err(Error::Data(format!(
-                "{} has {bytes} bytes, but its index announces {len} tokens of {} bytes = \
-                 {expected}: it is truncated or belongs to another index",
-                path.display(),
-                width.bytes()
-            )));
-        }
-        Ok(TokenFile {
-            path,
-            file,
-            width,
-            len,
-        })
-    }
-
-    /// Returns the number of tokens.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Returns true if there are no tokens.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Returns the path of the `.bin` file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Reads the tokens `start..start + count`.
-    ///
-    /// # Errors
-    /// If the file cannot be read there.
-    pub fn read(&self, start: u64, count: usize) -> Result<Vec<i64>, Error> {
-        let mut bytes = vec![0u8; count * self.width.bytes()];
-        let offset = start * self.width.bytes() as u64;
-        self.file
-            .read_exact_at(&mut bytes, offset)
-            .map_err(Error::io("cannot read", &self.path))?;
-        Ok(self.width.decode(&bytes))
-    }
+/// Opens a pair as [`open`] does, and reads and checks the whole index, a part at a time.
+pub(super) fn open_verified(prefix: &Path) -> Result<TokenFile, Error> {
+    let index = Index::open(prefix)?;
+    let opened = index.open_tokens(prefix)?;
+    index.verify()?;
+    Ok(opened)
 }
 
 #[cfg(test)]
@@ -286,7 +265,7 @@ mod tests {
     fn what_is_written_is_read() {
         for vocab in [1 << 16, 100_000] {
             let (_folder, prefix) = written(vocab);
-            let file = TokenFile::open(&prefix).unwrap();
+            let file = open(&prefix).unwrap();
             assert_eq!(file.len(), 5);
             assert_eq!(file.read(0, 5).unwrap(), [1, 2, 3, vocab as i64 - 1, 5]);
             assert_eq!(file.read(2, 2).unwrap(), [3, vocab as i64 - 1]);
@@ -299,7 +278,7 @@ mod tests {
         let (_folder, prefix) = written(1000);
         let bin = with_extension(&prefix, "bin");
         let idx = with_extension(&prefix, "idx");
-        let message = |prefix: &Path| TokenFile::open(prefix).err().unwrap().to_string();
+        let message = |prefix: &Path| open(prefix).err().unwrap().to_string();
         let good = (std::fs::read(&bin).unwrap(), std::fs::read(&idx).unwrap());
         std::fs::write(&bin, &good.0[..9]).unwrap();
         assert!(
@@ -307,7 +286,7 @@ mod tests {
         );
         std::fs::write(&bin, &good.0).unwrap();
         // Lengths are at 34, 38 and 42, offsets at 46, 54 and 62.
-        let verified = |prefix: &Path| TokenFile::open_verified(prefix).map(|file| file.len());
+        let verified = |prefix: &Path| open_verified(prefix).map(|file| file.len());
         assert_eq!(verified(&prefix).unwrap(), 5);
         for (at, byte, found_at_once, cause) in [
             (
@@ -336,6 +315,32 @@ mod tests {
                 false,
                 "sequence 1 begins at byte 4, and the one before ends at 6",
             ),
+            // Document boundaries are at 70, 78, 86 and 94.
+            (
+                70,
+                1,
+                false,
+                "document boundary 0 is at sequence 1, after 0 and with 3 sequences",
+            ),
+            (
+                78,
+                9,
+                false,
+                "document boundary 1 is at sequence 9, after 0 and with 3 sequences",
+            ),
+            (
+                86,
+                0,
+                false,
+                "document boundary 2 is at sequence 0, after 1 and with 3 sequences",
+            ),
+            (
+                101,
+                0x80,
+                false,
+                "document boundary 3 is at sequence -9223372036854775805, after 2",
+            ),
+            (94, 2, false, "its documents end at sequence 2 of 3"),
         ] {
             let mut index = good.1.clone();
             index[at] = byte;
@@ -343,7 +348,7 @@ mod tests {
             let found = verified(&prefix).unwrap_err().to_string();
             let expected = format!("text.v1.idx is damaged: {cause}");
             assert!(found.contains(&expected), "{found}");
-            let opened = TokenFile::open(&prefix);
+            let opened = open(&prefix);
             assert_eq!(opened.is_err(), found_at_once, "{cause}");
             if let Ok(tokens) = opened {
                 assert_eq!(tokens.read(0, 5).unwrap(), [1, 2, 3, 999, 5], "{cause}");

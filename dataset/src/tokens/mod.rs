@@ -1,7 +1,8 @@
-//! Token files in the format of Megatron-LM's `IndexedDataset`.
+//! Token files: pairs of Megatron-LM, headerless arrays of OLMo, and files of datatrove.
 //!
-//! `PREFIX.bin` holds the tokens of all documents one after another. `PREFIX.idx` holds the
-//! beginning of each document. The fields of the index, little-endian:
+//! moerun writes pairs in the format of Megatron-LM's `IndexedDataset`. `PREFIX.bin` holds the
+//! tokens of all documents one after another. `PREFIX.idx` holds the beginning of each document.
+//! The fields of the index, little-endian:
 //!
 //! - magic `MMIDIDX\0\0`
 //! - u64 version, which is 1
@@ -16,11 +17,16 @@
 //! of this size both are equally fast, and a file that shrinks during a run causes an error instead
 //! of a signal.
 
+mod datatrove;
+mod file;
+mod format;
 mod layout;
 mod megatron;
 mod pair;
+mod raw;
 mod writer;
 
-pub use megatron::TokenFile;
+pub use file::TokenFile;
+pub use format::{TokenDtype, TokenFormat, TokenPath};
 pub use pair::{TokenPair, TokenPart, hash_file};
 pub use writer::{TokenWriter, WrittenPair};

@@ -13,6 +13,7 @@ mod suggest;
 mod tls_files;
 mod value;
 
+pub(crate) use data_files::{data_file_problems, verify_data};
 pub(crate) use suggest::nearest;
 
 use crate::{
@@ -20,7 +21,6 @@ use crate::{
     hint::one_line,
 };
 use anyhow::{Context, Result, anyhow, bail};
-use data_files::data_file_problems;
 use draft::{Draft, FinishedDraft};
 use std::process::ExitCode;
 use tls_files::tls_file_problems;
@@ -170,7 +170,7 @@ train: {steps: 10, global_batch: 4, micro_batch: 2}
         ];
         let config = with(SMALL, &changes).unwrap();
         assert_eq!(config.train.steps, 7);
-        assert_eq!(config.data.train[0].weight, 2.5);
+        assert_eq!(config.data.train[0].weight, Some(2.5));
         let changes = [
             "model.moe={experts: 4, top_k: 2, ffn: 8}",
             "parallel.data=auto",

@@ -1,5 +1,6 @@
 //! `moerun doctor`: finds problems of a machine and of an experiment before a run, with fixes.
 
+mod data;
 mod finding;
 mod machine;
 mod ranks;
@@ -123,5 +124,9 @@ fn check_machine(
     findings.extend(machine::npus(config));
     findings.push(machine::mpi(config, mpi_launch));
     findings.extend(config.map(machine::disk));
+    findings.extend(config.map(data::files));
+    if args.verify_data {
+        findings.extend(config.map(data::checksums));
+    }
     findings
 }

@@ -20,6 +20,7 @@ mod renamed;
 mod resume_keys;
 mod schedule;
 mod snapshot;
+mod source;
 mod warnings;
 mod words;
 
@@ -46,6 +47,7 @@ pub use snapshot::{
     OnDivergence, ParityConfig, RedundancyConfig, RestartConfig, SnapshotConfig, SnapshotEvery,
     WithoutSpare,
 };
+pub use source::{source_names, source_weights};
 pub use words::{Auto, AxisSize, MeasuredKeyword, NoneOrAll};
 
 pub use crate::{
@@ -69,6 +71,7 @@ pub use crate::{
     },
 };
 use config_derive::ResumeKeys;
+use dataset::tokens::{TokenDtype, TokenFormat};
 use limits::{MAX_CHECKPOINTS, MAX_SECONDS, MAX_SEQUENCES, MAX_TOKENS};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -241,10 +244,12 @@ impl TlsConfig {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema, ResumeKeys)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Sources of training data, mixed by weight.
+    /// Sources of training data, mixed by weight, or without weights in proportion to their size.
+    /// In an epoch of a source, each of its sequences is drawn once.
     #[on_resume(reported)]
     pub train: Vec<SourceConfig>,
-    /// Sources of validation data. Needed if there is a `validation` section.
+    /// Sources of validation data, each with a loss of its own. Needed if there is a `validation`
+    /// section.
     #[on_resume(reported)]
     #[serde(default)]
     pub validation: Vec<SourceConfig>,
@@ -258,7 +263,8 @@ pub struct DataConfig {
     #[serde(default)]
     pub eod_token: Option<u32>,
     /// Leaves the token after `eod_token` out of the loss, in training and validation: the first
-    /// token of a document cannot be predicted from the document before it. Needs `eod_token`.
+    /// token of a document cannot be predicted from the document before it. Without `eod_token`,
+    /// the token is the one that `dataset.json` records for all sources.
     ///
     /// The cross-entropy is the mean over the counted tokens of the step, on all ranks. The
     /// load-balancing and z losses remain means over all tokens, because every token is routed.
@@ -271,32 +277,52 @@ pub struct DataConfig {
     #[schemars(extend("format" = "path"))]
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
+    /// Epochs of a source in the whole run above which a warning is printed.
+    #[on_resume(free)]
+    #[schemars(range(max = 1e12), extend("exclusiveMinimum" = 0))]
+    #[serde(default = "default_max_epochs")]
+    pub max_epochs: f64,
 }
 
 impl DataConfig {
-    /// Returns the token after which a label does not count in the loss.
+    /// Returns the given token after which a label does not count in the loss.
     pub fn masked_after(&self) -> Option<u32> {
         self.eod_token.filter(|_| self.eod_mask_loss)
     }
 }
 
-/// One source of data: a pair of token files.
+/// One source of data: token files.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SourceConfig {
-    /// Path of the `.bin` and `.idx` files, without the extension.
+    /// Path of the token files: of a pair of `.bin` and `.idx` files without the extension, of
+    /// other formats with it.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
+    /// Name in reports. By default the file's name, with the folder's if several sources have the
+    /// same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Format of the files: `megatron`, `raw` (an array without header, such as OLMo's) or
+    /// `datatrove`. By default `raw` for `.npy`, `datatrove` for `.ds`, and otherwise `megatron`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<TokenFormat>,
+    /// Integer type of the tokens: `u8`, `u16`, `u32` or `u64`. Needed with `raw`; the other
+    /// formats record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<TokenDtype>,
     /// Path of a second pair of `.bin` and `.idx` files, without the extension, with one value per
     /// token of the source. The model is not trained to predict a token whose value is 0. The
     /// losses are normalized as `data.eod_mask_loss` describes.
     #[schemars(extend("format" = "path"))]
     #[serde(default)]
     pub mask: Option<PathBuf>,
-    /// Relative share of the sequences that are drawn from this source.
+    /// Relative share of the sequences that are drawn from this source; all sources of a list have
+    /// a weight, or none has. Without weights, sources of training data are drawn in proportion to
+    /// their size, and those of validation data equally.
     #[schemars(range(max = 1e12), extend("exclusiveMinimum" = 0))]
-    #[serde(default = "unit")]
-    pub weight: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
 }
 
 /// Number of steps, batch sizes and precision.
@@ -365,10 +391,15 @@ pub struct ValidationConfig {
     #[on_resume(free)]
     #[schemars(range(min = 1))]
     pub every: u64,
-    /// Number of sequences, the same ones each time.
+    /// Number of sequences over all sources, the same ones each time: from the start of each
+    /// source, in proportion to the weights, and at least one.
     #[on_resume(reported)]
     #[schemars(range(min = 1))]
     pub sequences: usize,
+    /// Validates a new run before its first step as well.
+    #[on_resume(free)]
+    #[serde(default = "yes")]
+    pub at_start: bool,
 }
 
 fn default_seed() -> u64 {
@@ -387,8 +418,16 @@ fn default_timeout_s() -> u64 {
     300
 }
 
+fn default_max_epochs() -> f64 {
+    4.0
+}
+
 fn unit() -> f64 {
     1.0
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn auto() -> String {

@@ -1,8 +1,17 @@
 //! Samples of training data as tensors.
 
-use crate::{Error, config::SourceConfig, model::IGNORED};
+pub(crate) mod eod_token;
+pub(crate) mod fingerprints;
+pub(crate) mod report;
+pub(crate) mod validation;
+
+use crate::{
+    Error,
+    config::{SourceConfig, source_weights},
+    model::IGNORED,
+};
 use dataset::{
-    order::{Draw, Sampler},
+    order::{Draw, OrderVersion, Sampler},
     tokens::TokenFile,
 };
 use tch::{Kind, Tensor};
@@ -16,7 +25,7 @@ struct Source {
 
 impl Source {
     fn open(config: &SourceConfig) -> Result<Source, Error> {
-        let tokens = TokenFile::open(&config.path)?;
+        let tokens = TokenFile::open_path(&config.tokens())?;
         let mask = config.mask.as_deref().map(TokenFile::open).transpose()?;
         if let Some(mask) = &mask
             && mask.len() != tokens.len()
@@ -40,6 +49,8 @@ pub struct Dataset {
     /// The token after which a label is ignored.
     masked_after: Option<i64>,
     sampler: Sampler,
+    weights: Option<Vec<f64>>,
+    seed: u64,
     sequence_length: usize,
     vocab_size: usize,
 }
@@ -56,7 +67,7 @@ impl Dataset {
         vocab_size: usize,
         seed: u64,
     ) -> Result<Dataset, Error> {
-        let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
+        let weights = source_weights(sources);
         let sources = sources
             .iter()
             .map(Source::open)
@@ -74,11 +85,14 @@ impl Dataset {
             }
             windows.push(count);
         }
-        let sampler = Sampler::new(&windows, &weights, seed).map_err(Error::Config)?;
+        let order = OrderVersion::default();
+        let sampler = Sampler::new(&windows, weights.as_deref(), seed, order);
         Ok(Dataset {
             sources,
             masked_after: None,
-            sampler,
+            sampler: sampler.map_err(Error::Config)?,
+            weights,
+            seed,
             sequence_length,
             vocab_size,
         })
@@ -88,6 +102,22 @@ impl Dataset {
     pub fn masked_after(mut self, end: Option<u32>) -> Dataset {
         self.masked_after = end.map(i64::from);
         self
+    }
+
+    /// Draws samples in the order of this version from now on.
+    ///
+    /// # Errors
+    /// If the order cannot mix sources with these weights.
+    pub(crate) fn use_order(&mut self, order: OrderVersion) -> Result<(), Error> {
+        let windows = self.sampler.windows().to_vec();
+        let sampler = Sampler::new(&windows, self.weights.as_deref(), self.seed, order);
+        self.sampler = sampler.map_err(Error::Config)?;
+        Ok(())
+    }
+
+    /// Returns the order of the samples.
+    pub fn sampler(&self) -> &Sampler {
+        &self.sampler
     }
 
     /// True if some labels may be ignored.
@@ -204,9 +234,8 @@ mod tests {
 
     fn source(path: PathBuf, mask: Option<PathBuf>) -> SourceConfig {
         SourceConfig {
-            path,
             mask,
-            weight: 1.0,
+            ..SourceConfig::new(path)
         }
     }
 

@@ -10,6 +10,7 @@ use crate::{
     },
 };
 use checkpoint::{Shard, Staging, TensorSlice};
+use dataset::order::OrderVersion;
 use parallel::{Accelerator, Cpu};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -122,6 +123,8 @@ fn state_of(source: &ModelFolder, output: &Path) -> Result<RunState, Error> {
         placement: None,
         counted_from: Some(CountedFrom::default()),
         state_starts: Default::default(),
+        order: Some(OrderVersion::default()),
+        data: None,
         config,
     })
 }

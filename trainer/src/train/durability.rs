@@ -393,6 +393,8 @@ impl Trainer {
             placement: placement.map(|placement| placement.state().clone()),
             counted_from: Some(position.counted_from),
             state_starts: self.optimizer.state_starts().clone(),
+            order: Some(self.data.order),
+            data: Some(self.data.fingerprints.clone()),
             config: serde_json::to_value(&self.config).expect("plain data"),
         }
     }

@@ -7,12 +7,13 @@ use super::{
 };
 use crate::{
     Error,
-    config::{Config, KeyChange, ResumeEffect, ValidationConfig},
-    data::{Dataset, count_labels},
+    config::{Config, KeyChange, ResumeEffect},
+    data::validation::ValidationSource,
     scalars::fetch_scalars,
 };
 use moe::balance::BatchTotals;
 use parallel::agreement::sum_over_ranks;
+use std::collections::BTreeMap;
 
 /// True if a validation is due after step `step`, which may be the last of the run.
 pub(super) fn is_due(config: &Config, step: u64, is_last: bool) -> bool {
@@ -48,27 +49,8 @@ fn changes_value(change: &KeyChange) -> bool {
     }
 }
 
-/// Refuses validation data of whose sequences no token counts.
-pub(super) fn check_validation(data: &Dataset, config: &ValidationConfig) -> Result<(), Error> {
-    if !data.has_masks() {
-        return Ok(());
-    }
-    let windows = (config.sequences as u64).min(data.num_windows());
-    for window in 0..windows {
-        let (_, labels) = data.windows(window..window + 1)?;
-        if count_labels(&labels) > 0 {
-            return Ok(());
-        }
-    }
-    Err(Error::Data(format!(
-        "no token of the {windows} validation sequences counts: the masks of data.validation \
-         leave none"
-    )))
-}
-
 impl Trainer {
-    /// Returns the mean loss over the counted tokens of the validation sequences, or `None` without
-    /// validation data.
+    /// Returns the loss of each source of validation data, or `None` without validation data.
     ///
     /// # Collective
     /// All ranks.
@@ -76,13 +58,52 @@ impl Trainer {
     /// # Errors
     /// If data cannot be read or a collective fails.
     pub fn validate(&self) -> Result<Option<ValidationMetrics>, Error> {
-        let Some(config) = &self.config.validation else {
+        if self.data.validation.is_empty() {
             return Ok(None);
+        }
+        let mut own_losses = Vec::new();
+        let mut counted_tokens = Vec::new();
+        for source in &self.data.validation {
+            let own = self.validate_on(source, source.windows)?;
+            own_losses.push(own.loss);
+            counted_tokens.push(own.counted_tokens);
+        }
+        let losses = sum_over_ranks(&self.rank.world, &own_losses)?;
+        let total: u64 = counted_tokens.iter().sum();
+        let mut metrics = ValidationMetrics {
+            step: self.step(),
+            validation_loss: mean_loss(&losses, &counted_tokens),
+            counted_tokens: total,
+            validation: BTreeMap::new(),
+            bits_per_byte: BTreeMap::new(),
         };
-        let Some(data) = &self.data.validation else {
-            return Ok(None);
-        };
-        let windows = (config.sequences as u64).min(data.num_windows());
+        for (source, loss) in self.data.validation.iter().zip(losses) {
+            let name = || source.name.clone();
+            metrics.validation.insert(name(), loss);
+            if let Some(bits) = source.bits_per_byte(loss) {
+                metrics.bits_per_byte.insert(name(), bits);
+            }
+        }
+        Ok(Some(metrics))
+    }
+
+    /// Runs the operations of a validation on one sequence, if there is validation data.
+    ///
+    /// # Collective
+    /// All ranks.
+    ///
+    /// # Errors
+    /// If data cannot be read or a collective fails.
+    pub(super) fn rehearse_validation(&self) -> Result<(), Error> {
+        if let Some(source) = self.data.validation.first() {
+            let own = self.validate_on(source, 1)?;
+            sum_over_ranks(&self.rank.world, &[own.loss])?;
+        }
+        Ok(())
+    }
+
+    /// Runs the model on the first `windows` sequences of a source.
+    fn validate_on(&self, source: &ValidationSource, windows: u64) -> Result<OwnLoss, Error> {
         let tokens = windows * self.config.data.sequence_length as u64;
         let size = self.config.train.micro_batch as u64;
         let ranks = self.rank.mesh.shape().data as u64;
@@ -96,14 +117,14 @@ impl Trainer {
                 size,
                 windows,
             };
-            HostMicrobatches::of_validation(data, range)
+            HostMicrobatches::of_validation(&source.data, range)
         };
         // A rank may have too many sequences to keep them from here to the forward passes.
         let count = || {
             let counts = rounds.clone().map(|round| batch(round).counted_labels());
             counts.sum()
         };
-        let counted_tokens = self.counted_tokens(data, tokens, count)?;
+        let counted_tokens = self.counted_tokens(&source.data, tokens, count)?;
         let mut losses = Vec::new();
         for round in rounds.clone() {
             if let Some(snapshots) = &self.durability.snapshots {
@@ -120,14 +141,27 @@ impl Trainer {
             losses.extend(sums.losses.cross_entropy);
         }
         let [losses] = fetch_scalars([&losses])?;
-        let loss = losses.into_iter().fold(0.0, |sum, loss| sum + loss);
-        let summed = sum_over_ranks(&self.rank.world, &[loss])?;
-        Ok(Some(ValidationMetrics {
-            step: self.step(),
-            validation_loss: summed[0],
+        Ok(OwnLoss {
+            loss: losses.into_iter().fold(0.0, |sum, loss| sum + loss),
             counted_tokens,
-        }))
+        })
     }
+}
+
+/// A rank's part of a validation loss.
+struct OwnLoss {
+    /// The part of the mean that this rank adds.
+    loss: f64,
+    /// Counted tokens of all ranks.
+    counted_tokens: u64,
+}
+
+/// Returns the mean over all counted tokens, of the means over those of each source.
+fn mean_loss(losses: &[f64], counted_tokens: &[u64]) -> f64 {
+    let total: u64 = counted_tokens.iter().sum();
+    let parts = losses.iter().zip(counted_tokens);
+    let parts = parts.map(|(loss, &tokens)| loss * (tokens as f64 / total as f64));
+    parts.fold(0.0, |sum, part| sum + part)
 }
 
 #[cfg(test)]
@@ -142,7 +176,11 @@ mod tests {
         let mut config = config("steps: 100, global_batch: 4 | constant: {lr: 1.0}");
         config.data.validation = config.data.train.clone();
         let sequences = 8;
-        config.validation = Some(ValidationConfig { every, sequences });
+        config.validation = Some(ValidationConfig {
+            every,
+            sequences,
+            at_start: true,
+        });
         config
     }
 
@@ -169,7 +207,7 @@ mod tests {
             change(&mut now);
             is_repeated(&now, &saved, 20)
         };
-        let other_data = |config: &mut Config| config.data.validation[0].weight = 2.0;
+        let other_data = |config: &mut Config| config.data.validation[0].weight = Some(2.0);
         let changes: [&dyn Fn(&mut Config); 5] = [
             &other_data,
             &|config| config.validation.as_mut().unwrap().sequences = 9,
@@ -182,7 +220,15 @@ mod tests {
         }
         assert!(repeated_after(&|config| config.train.steps = 200));
         assert!(repeated_after(&|config| config.train.grad_clip = 0.5));
-        assert!(repeated_after(&|config| config.data.train[0].weight = 2.0));
+        assert!(repeated_after(
+            &|config| config.data.train[0].weight = Some(2.0)
+        ));
         assert!(repeated_after(&|config| config.run.dir = "other".into()));
+    }
+
+    #[test]
+    fn the_mean_is_over_tokens() {
+        assert_eq!(mean_loss(&[0.1], &[7]), 0.1);
+        assert_eq!(mean_loss(&[0.0, 3.0], &[100, 200]), 2.0);
     }
 }

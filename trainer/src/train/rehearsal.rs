@@ -77,7 +77,7 @@ impl Trainer {
             moe_layers: self.config.model.num_moe_layers(),
             experts: moe.map_or(0, |moe| moe.experts),
         }));
-        self.validate()?;
+        self.rehearse_validation()?;
         Ok(self.rank.device.synchronize()?)
     }
 
@@ -106,9 +106,6 @@ fn shortened(config: &Config, mesh: &Mesh) -> Config {
     short.run.trace_step = None;
     // Values that are drawn do as well as those of a folder.
     short.model.from = None;
-    if let Some(validation) = &mut short.validation {
-        validation.sequences = 1;
-    }
     short
 }
 

@@ -4,7 +4,7 @@ use super::{
     Trainer,
     checkpointing::{self, Restored},
     evaluation,
-    resume_rules::ResumeRules,
+    resume_rules::{AllowedChanges, ResumeRules},
     run_state::{CountedFrom, RunState},
     saved_config::config_in,
     snapshot_resume,
@@ -12,9 +12,11 @@ use super::{
 use crate::{
     Error,
     config::{Config, KeyChange},
+    data::{eod_token::recorded_eod_token, report::DataReport},
     optim::rate_jump::rate_jump,
 };
 use checkpoint::folder::{self, Depth, Leftover};
+use dataset::order::OrderVersion;
 use parallel::agreement::agree;
 use std::path::Path;
 
@@ -84,7 +86,7 @@ impl Trainer {
         let Restored {
             state,
             saved,
-            changes,
+            mut changes,
         } = restored;
         if let (Some(current), Some(saved)) = (&mut self.experts.placement, &state.placement) {
             current.resume(saved);
@@ -113,15 +115,61 @@ impl Trainer {
                 self.step() + 1
             ));
         }
+        let notes = self.resume_data(&state, &mut changes, warn)?;
         let starts = state.state_starts;
         self.optimizer
             .set_state_starts(starts, &self.model.parameters);
         self.resumption.repeats_validation = repeats_validation;
         self.resumption.report = ResumeReport {
             changes: changes.reported,
-            notes: changes.notes,
+            notes: changes.notes.into_iter().chain(notes).collect(),
         };
         Ok(source)
+    }
+
+    /// Continues in the saved order of samples, and compares the contents of the data. Returns what
+    /// the user should know about the order.
+    fn resume_data(
+        &mut self,
+        state: &RunState,
+        changes: &mut AllowedChanges,
+        warn: &mut dyn FnMut(&str),
+    ) -> Result<Option<String>, Error> {
+        let order = state.order();
+        self.data.order = order;
+        self.data.train.use_order(order)?;
+        if let Some(saved) = &state.data {
+            let now = &self.data.fingerprints;
+            for warning in now.changes_since(saved, &self.config) {
+                warn(&warning);
+            }
+            changes
+                .reported
+                .retain(|change| !now.only_moved(saved, change));
+        }
+        Ok((order != OrderVersion::default()).then(|| {
+            format!(
+                "samples are drawn in version {} of the order, with which the run began; new runs \
+                 use version {}",
+                u32::from(order),
+                u32::from(OrderVersion::default())
+            )
+        }))
+    }
+
+    /// Describes the sources of training data over the whole run, in the order that the run has
+    /// after [`Trainer::resume`].
+    pub fn data_report(&self) -> DataReport {
+        let samples = self.data.position.samples_at_end(&self.config);
+        let mut report = DataReport::new(&self.config, &self.data.train, samples);
+        // The records could be read when the data was opened.
+        if let Ok(Some(token)) = recorded_eod_token(&self.config) {
+            report.lines.push(format!(
+                "data.eod_token is {} ({}), as dataset.json records it",
+                token.id, token.text
+            ));
+        }
+        report
     }
 
     /// Copies a snapshot or a checkpoint into model and optimizer.

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     Error,
+    data::report::epochs_line,
     lines::{Limits, ResumePoint},
 };
 
@@ -69,7 +70,8 @@ impl Trainer {
     ) -> Result<Outcome, Error> {
         let point = ResumePoint {
             step: self.step(),
-            repeats_validation: std::mem::take(&mut self.resumption.repeats_validation),
+            repeats_validation: std::mem::take(&mut self.resumption.repeats_validation)
+                || self.validates_at_start(),
         };
         if self.rank.is_first() {
             let limits = Limits::of_mib(self.config.run.line_buffer_mib);
@@ -121,10 +123,20 @@ impl Trainer {
         Ok(outcome)
     }
 
+    /// True if the run begins with a validation of its initial weights.
+    fn validates_at_start(&self) -> bool {
+        let section = self.config.validation.as_ref();
+        self.step() == 0 && section.is_some_and(|section| section.at_start)
+    }
+
     fn report_step(&self, metrics: &StepMetrics, progress: &mut dyn Progress) {
         self.reports.files.write_step(metrics);
         self.reports.files.report(progress);
         progress.step(metrics, self.config.train.steps);
+        if self.is_logged(metrics.step) {
+            let samples = self.data.position.samples;
+            tracing::info!("{}", epochs_line(&self.config, &self.data.train, samples));
+        }
         if metrics.counted_tokens == 0 {
             progress.warn(&format!(
                 "no token of step {} counts in the loss, because the masks of the data leave none",
@@ -146,7 +158,7 @@ impl Trainer {
         };
         if self.rank.is_first() {
             self.reports.files.write_validation(&line);
-            progress.validation(line.step, line.validation_loss);
+            progress.validation(&line);
         }
         Ok(Some(line.validation_loss))
     }

@@ -1,15 +1,31 @@
 //! The data of a run, and how far the run has come in it.
 
 use super::run_state::CountedFrom;
-use crate::{config::Config, data::Dataset, optim::schedule::Position};
+use crate::{
+    config::Config,
+    data::{Dataset, fingerprints::DataFingerprints, validation::ValidationSource},
+    optim::schedule::Position,
+};
+use dataset::order::OrderVersion;
 use parallel::Accelerator;
 use std::collections::BTreeMap;
 
 /// Data sets of a run, and its position.
 pub(super) struct RunData {
     pub(super) train: Dataset,
-    pub(super) validation: Option<Dataset>,
+    pub(super) validation: Vec<ValidationSource>,
     pub(super) position: DataPosition,
+    /// The version of the order in which `train` is drawn.
+    pub(super) order: OrderVersion,
+    pub(super) fingerprints: DataFingerprints,
+}
+
+impl RunData {
+    /// Returns the epochs so far of the source that has most.
+    pub(super) fn most_epochs(&self) -> f64 {
+        let epochs = self.train.sampler().epochs(self.position.samples);
+        epochs.into_iter().fold(0.0, f64::max)
+    }
 }
 
 /// Data and device of a trainer, besides its configuration and its world.
@@ -62,6 +78,13 @@ impl DataPosition {
         self.counted_from.skipped += skipped;
     }
 
+    /// Returns the samples that have been drawn at the end of the run.
+    pub(super) fn samples_at_end(&self, config: &Config) -> u64 {
+        let steps = config.train.steps.saturating_sub(self.step);
+        let tokens = config.tokens_after(self.tokens, steps) - self.tokens;
+        self.samples + tokens / config.data.sequence_length as u64
+    }
+
     /// Counts the next step as completed.
     pub(super) fn complete_step(&mut self, config: &Config) {
         self.step += 1;
@@ -101,6 +124,8 @@ mod tests {
             expected.tokens += sequences * length;
             expected.counted_from.skipped += skipped;
             assert_eq!(position, expected);
+            let at_end = position.samples_at_end(&config);
+            assert_eq!(at_end, position.samples + (100 - step) * 4);
         }
     }
 }

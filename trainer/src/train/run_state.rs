@@ -1,6 +1,7 @@
 //! The part of a run's state that is no tensor: a checkpoint's manifest contains it.
 
-use crate::{config::Config, optim::StateStarts};
+use crate::{config::Config, data::fingerprints::DataFingerprints, optim::StateStarts};
+use dataset::order::OrderVersion;
 use serde::{Deserialize, Serialize};
 
 /// Position of a run, expert placement and configuration.
@@ -25,6 +26,12 @@ pub(crate) struct RunState {
     /// Steps after which the optimizer's state of some parameters began.
     #[serde(default, skip_serializing_if = "StateStarts::is_empty")]
     pub(crate) state_starts: StateStarts,
+    /// The order of the samples. Earlier versions lack it: theirs is the first.
+    #[serde(default)]
+    pub(crate) order: Option<OrderVersion>,
+    /// Fingerprints of the data. Earlier versions lack them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) data: Option<DataFingerprints>,
     pub(crate) config: serde_json::Value,
 }
 
@@ -50,6 +57,15 @@ impl CountedFrom {
 }
 
 impl RunState {
+    /// Returns the order in which the run draws its samples.
+    pub(crate) fn order(&self) -> OrderVersion {
+        let drawn = match self.samples {
+            0 => OrderVersion::default(),
+            _ => OrderVersion::Blocks,
+        };
+        self.order.unwrap_or(drawn)
+    }
+
     /// Returns the reason why steps, samples and tokens contradict each other under `config`, the
     /// configuration of the state.
     pub(crate) fn position_problem(&self, config: &Config) -> Option<String> {
@@ -128,6 +144,8 @@ mod tests {
             placement: None,
             counted_from: from,
             state_starts: StateStarts::new(),
+            order: None,
+            data: None,
             config: serde_json::Value::Null,
         }
     }
@@ -170,6 +188,18 @@ mod tests {
             ..CountedFrom::default()
         });
         assert!(problem(20, 80, 80 * length, huge).is_some());
+    }
+
+    #[test]
+    fn a_state_without_an_order_has_the_first_one() {
+        let order = |samples, order| {
+            let state = state(1, samples, 0, None);
+            RunState { order, ..state }.order()
+        };
+        assert_eq!(order(8, None), OrderVersion::Blocks);
+        assert_eq!(order(8, Some(OrderVersion::Exact)), OrderVersion::Exact);
+        // Nothing was drawn yet.
+        assert_eq!(order(0, None), OrderVersion::Exact);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Error,
-    config::{Config, rename_old_keys},
+    config::{Config, DataConfig, rename_old_keys},
 };
 use checkpoint::Checkpoint;
 use std::path::{Path, PathBuf};
@@ -83,8 +83,23 @@ pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<
 /// # Errors
 /// If it cannot be read.
 pub(crate) fn parse_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
-    serde_json::from_value(state.config.clone())
-        .map_err(|error| unusable(checkpoint, &error.to_string()))
+    let mut config: Config = serde_json::from_value(state.config.clone())
+        .map_err(|error| unusable(checkpoint, &error.to_string()))?;
+    if state.order.is_none() {
+        forget_default_weights(&mut config.data);
+    }
+    Ok(config)
+}
+
+/// Removes the weights that earlier versions set by default, so that they are no change.
+fn forget_default_weights(data: &mut DataConfig) {
+    for sources in [&mut data.train, &mut data.validation] {
+        if sources.iter().all(|source| source.weight == Some(1.0)) {
+            for source in sources {
+                source.weight = None;
+            }
+        }
+    }
 }
 
 fn unusable(checkpoint: &Checkpoint, reason: &str) -> Error {

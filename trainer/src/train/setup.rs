@@ -3,9 +3,9 @@
 use super::{
     ThisRank, Trainer,
     durability::Durability,
-    evaluation::check_validation,
     expert_balance::ExpertBalance,
     expert_placement::{ExpertPlacement, ExpertRows},
+    handed_on::from_rank_0,
     passes::{Passes, step_plans},
     rehearsal::rehearse,
     resume::Resumption,
@@ -14,20 +14,25 @@ use super::{
 };
 use crate::{
     Error,
-    config::{Config, MinTokens, PipelinePlan, RecomputedPart, SourceConfig},
-    data::Dataset,
+    config::{Config, MinTokens, PipelinePlan, RecomputedPart},
+    data::{
+        Dataset, eod_token::masked_after, fingerprints::DataFingerprints,
+        validation::open_validation,
+    },
     join_groups::join_groups,
     model::{BuildContext, Model, ModelPart, PipelineSplit, parameters::Parameters},
     optim::{Optimizer, StageRanks, groups::Groups},
     process_groups::ProcessGroups,
     stage_layout::StageLayout,
 };
+use dataset::order::OrderVersion;
 use moe::{
     experts::{Fp8Weights, GemmPrecision},
     lending::calibrate::{ExpertSize, agree_on_break_even, break_even},
 };
 use parallel::{
     Accelerator, Communicator, GradientBuckets, GroupKind, Mesh, Weight, World,
+    agreement::{agree, decode_peer_message},
     pipeline::{CollectiveKind, Executor, Vocabulary},
 };
 use std::sync::Arc;
@@ -52,23 +57,12 @@ impl Trainer {
         if let Some(problem) = config.device_problem(device.compute_capability()?) {
             return Err(Error::Config(format!("{}: {problem}", device.name())));
         }
-        let train = open_data(&config, &config.data.train)?;
-        let validation = match &config.validation {
-            Some(validation) => {
-                let data = open_data(&config, &config.data.validation)?;
-                check_validation(&data, validation)?;
-                Some(data)
-            }
-            None => None,
-        };
-        let data = RunData {
-            train,
-            validation,
-            position: DataPosition::default(),
-        };
+        let data = open_data(&config)?;
         let resources = Resources { device, data };
         let resources = rehearse(&config, world, resources)?;
-        Trainer::assemble(config, world, resources, |part| part)
+        let mut trainer = Trainer::assemble(config, world, resources, |part| part)?;
+        trainer.data.fingerprints = read_fingerprints(&trainer.config, &trainer.rank.world)?;
+        Ok(trainer)
     }
 
     /// Creates the process groups, and of the model what `select` leaves of this rank's part.
@@ -164,10 +158,37 @@ fn build_context<'a>(
     }
 }
 
-fn open_data(config: &Config, sources: &[SourceConfig]) -> Result<Dataset, Error> {
+fn open_data(config: &Config) -> Result<RunData, Error> {
     let length = config.data.sequence_length;
-    let data = Dataset::open(sources, length, config.model.vocab_size, config.run.seed)?;
-    Ok(data.masked_after(config.data.masked_after()))
+    let vocab_size = config.model.vocab_size;
+    let masked_after = masked_after(config)?;
+    let train = Dataset::open(&config.data.train, length, vocab_size, config.run.seed)?;
+    Ok(RunData {
+        train: train.masked_after(masked_after),
+        validation: match &config.validation {
+            Some(section) => open_validation(config, section, masked_after)?,
+            None => Vec::new(),
+        },
+        position: DataPosition::default(),
+        order: OrderVersion::default(),
+        fingerprints: DataFingerprints::default(),
+    })
+}
+
+/// Reads parts of the data on rank 0, for all ranks.
+fn read_fingerprints(
+    config: &Config,
+    world: &Arc<dyn Communicator>,
+) -> Result<DataFingerprints, Error> {
+    let read = || -> Result<Vec<u8>, Error> {
+        if world.rank() != 0 {
+            return Ok(Vec::new());
+        }
+        let read = DataFingerprints::read(config)?;
+        Ok(serde_json::to_vec(&read).expect("fingerprints are plain data"))
+    };
+    let bytes = from_rank_0(world, agree(world, read())?)?;
+    Ok(decode_peer_message(&bytes)?)
 }
 
 fn pipeline_split<'a>(mesh: &Mesh, plan: &'a PipelinePlan) -> PipelineSplit<'a> {

@@ -96,6 +96,7 @@ impl Trainer {
             grad_norm,
             step_tokens,
             tokens: self.data.position.tokens,
+            epochs: self.data.most_epochs(),
             seconds,
             moved_experts: update.moved_experts,
             qk_clip: update.qk_clip,

@@ -27,12 +27,7 @@ impl Config {
                 "data.eod_token {token} is outside of model.vocab_size {vocab_size}"
             ));
         }
-        if data.eod_mask_loss && data.eod_token.is_none() {
-            problems.add(
-                "data.eod_mask_loss needs data.eod_token, the token that ends a document: give \
-                 it, or leave eod_mask_loss out",
-            );
-        }
+        data.check_sources(problems);
         if self.validation.is_some() && data.validation.is_empty() {
             problems.add("there is a validation section, but data.validation lists no source");
         }

@@ -25,6 +25,8 @@ pub struct StepMetrics {
     pub grad_norm: f64,
     /// Tokens trained on so far.
     pub tokens: u64,
+    /// Epochs so far of the source of training data that has most.
+    pub epochs: f64,
     /// Tokens per second of the step.
     pub tokens_per_s: f64,
     /// Duration of the step in milliseconds.
@@ -241,6 +243,11 @@ pub struct ValidationMetrics {
     pub validation_loss: f64,
     /// Tokens of the validation sequences whose loss counts.
     pub counted_tokens: u64,
+    /// Mean cross-entropy of each source, by its name, in nats per token.
+    pub validation: BTreeMap<String, f64>,
+    /// Cross-entropy per byte of text in bits, for sources whose `dataset.json` records bytes.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub bits_per_byte: BTreeMap<String, f64>,
 }
 
 /// Figures of each MoE layer and expert in the first, the last and every `run.log_every`-th step.
@@ -294,8 +301,8 @@ pub struct DroppedLines {
 pub trait Progress {
     /// Reports a completed step of `steps`.
     fn step(&mut self, metrics: &StepMetrics, steps: u64);
-    /// Reports a validation loss in nats per token.
-    fn validation(&mut self, step: u64, loss: f64);
+    /// Reports the losses of a validation.
+    fn validation(&mut self, metrics: &ValidationMetrics);
     /// Reports an event for information.
     fn note(&mut self, message: &str);
     /// Reports a problem that does not end the run.

@@ -26,6 +26,8 @@ pub(crate) struct StepResults {
     pub(crate) step_tokens: u64,
     /// Tokens of all steps so far.
     pub(crate) tokens: u64,
+    /// Epochs so far of the source that has most.
+    pub(crate) epochs: f64,
     pub(crate) seconds: f64,
     pub(crate) moved_experts: Option<u64>,
     pub(crate) qk_clip: Option<QkClipMetrics>,
@@ -54,6 +56,7 @@ impl SummedFigures {
             lr: results.lr,
             grad_norm: results.grad_norm,
             tokens: results.tokens,
+            epochs: results.epochs,
             tokens_per_s: results.step_tokens as f64 / results.seconds,
             step_ms: results.seconds * 1e3,
             moe: moe_metrics(&layers, &figures.moe_layers),
@@ -209,6 +212,7 @@ mod tests {
             grad_norm: 1.0 / 3.0,
             step_tokens: 16_777_216,
             tokens: 15_000_000_000_000,
+            epochs: 4.0 / 3.0,
             seconds: 10.0 / 3.0,
             moved_experts: Some(14_848),
             qk_clip: Some(QkClipMetrics {

@@ -1,0 +1,369 @@
+//! Sources of data: their formats, order, validation and identity.
+
+use crate::{
+    agreement::{TIMEOUT, trainer_on},
+    fixture::{Experiment, finish, text},
+};
+use dataset::tokens::TokenWriter;
+use parallel::run_on_threads;
+use serde_json::{Value, json};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    process::Command,
+};
+use trainer::{
+    config::{Config, SourceConfig},
+    data::Dataset,
+};
+
+const VOCAB: usize = 100;
+const LENGTH: usize = 16;
+
+fn write(prefix: &Path, tokens: &[u32]) {
+    std::fs::create_dir_all(prefix.parent().unwrap()).unwrap();
+    let mut writer = TokenWriter::create(prefix, 1 << 17).unwrap();
+    writer.push(tokens).unwrap();
+    writer.finish().unwrap();
+}
+
+/// A repeated cycle, which is easily learned.
+fn easy(count: u32) -> Vec<u32> {
+    (0..count).map(|position| position % 10).collect()
+}
+
+/// Pseudo-random tokens, which cannot be learned.
+fn hard(count: u32, seed: u64) -> Vec<u32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 40) as u32 % VOCAB as u32
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// Returns a run on sources of `folder`.
+fn run(folder: &Path, data: Value, validation: Value) -> Config {
+    let config = json!({
+        "run": {"dir": folder.join("run"), "device": "cpu"},
+        "model": {"vocab_size": VOCAB, "hidden": 32, "layers": 1, "heads": 2, "ffn": 32},
+        "data": data,
+        "train": {"steps": 60, "global_batch": 8, "micro_batch": 4},
+        "schedule": {"constant": {"lr": 1e-2}},
+        "checkpoint": {"every": 0},
+        "validation": validation,
+    });
+    serde_json::from_value(config).unwrap()
+}
+
+/// Trains to the end and returns the validation: losses by source, and the mean.
+fn validate(config: Config) -> (BTreeMap<String, f64>, f64) {
+    tch::set_num_threads(1);
+    let results = run_on_threads(1, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, config.clone());
+        for _ in 0..config.train.steps {
+            trainer.train_step(false).unwrap();
+        }
+        let metrics = trainer.validate().unwrap().unwrap();
+        (metrics.validation, metrics.validation_loss)
+    });
+    results.into_iter().next().unwrap()
+}
+
+#[test]
+fn every_source_of_validation_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    write(&path("easy"), &easy(4000));
+    write(&path("hard"), &hard(4000, 1));
+    let losses = |validation: Value| {
+        let data = json!({
+            "train": [{"path": path("easy")}],
+            "validation": validation,
+            "sequence_length": LENGTH,
+        });
+        validate(run(
+            folder.path(),
+            data,
+            json!({"every": 100, "sequences": 20}),
+        ))
+    };
+    let easy = json!({"path": path("easy"), "weight": 1});
+    let hard = json!({"path": path("hard"), "weight": 1});
+    let (both, mean) = losses(json!([easy, hard]));
+    assert!(both["easy"] < 0.1 && both["hard"] > 5.0, "{both:?}");
+    assert!((mean - (both["easy"] + both["hard"]) / 2.0).abs() < 1e-9);
+    let (swapped, swapped_mean) = losses(json!([hard, easy]));
+    assert_eq!(swapped, both);
+    assert!((swapped_mean - mean).abs() < 1e-9);
+    let (_, hard_mean) = losses(json!([
+        {"path": path("easy"), "weight": 1},
+        {"path": path("hard"), "weight": 3},
+    ]));
+    assert!(hard_mean > 1.4 * mean, "{hard_mean} {mean}");
+}
+
+#[test]
+fn an_epoch_reads_every_token_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let prefix = folder.path().join("train");
+    let windows = 1000;
+    let count = windows * LENGTH as u32 + 1;
+    write(&prefix, &(0..count).collect::<Vec<_>>());
+    let data = Dataset::open(&[SourceConfig::new(&prefix)], LENGTH, 1 << 17, 1).unwrap();
+    for epoch in 0..3 {
+        let first = epoch * u64::from(windows);
+        let (inputs, _) = data.batch(first..first + u64::from(windows)).unwrap();
+        let read: Vec<i64> = Vec::try_from(inputs.flatten(0, -1)).unwrap();
+        assert_eq!(read.len(), count as usize - 1);
+        let different: BTreeSet<i64> = read.into_iter().collect();
+        assert_eq!(different.len(), count as usize - 1);
+    }
+}
+
+#[test]
+fn a_small_weight_has_its_exact_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let weights = [("a", 0.99964, 1), ("b", 0.00036, 2)];
+    let sources: Vec<SourceConfig> = weights
+        .iter()
+        .map(|&(name, weight, token)| {
+            let prefix = folder.path().join(name);
+            write(&prefix, &[token; 801]);
+            SourceConfig {
+                weight: Some(weight),
+                ..SourceConfig::new(prefix)
+            }
+        })
+        .collect();
+    let data = Dataset::open(&sources, 8, VOCAB, 1).unwrap();
+    let (inputs, _) = data.batch(0..16384).unwrap();
+    let of_b = inputs.select(1, 0).eq(2).sum(tch::Kind::Int64);
+    assert_eq!(of_b.int64_value(&[]), 6);
+}
+
+/// A format does not change what is read, nor the losses.
+#[test]
+fn formats_give_the_same_losses() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let tokens = hard(2000, 7);
+    write(&path("pair"), &tokens);
+    let bytes: Vec<u8> = tokens
+        .iter()
+        .flat_map(|&token| (token as u16).to_le_bytes())
+        .collect();
+    std::fs::write(path("part-0.npy"), &bytes).unwrap();
+    std::fs::write(path("00000.ds"), &bytes).unwrap();
+    std::fs::write(path("00000.ds.metadata"), "gpt2|2\n2000\n2 K").unwrap();
+    std::fs::write(path("00000.ds.index"), 2000u64.to_le_bytes()).unwrap();
+    let losses = |source: Value| {
+        let data = json!({
+            "train": [source.clone()],
+            "validation": [source],
+            "sequence_length": LENGTH,
+        });
+        let mut config = run(folder.path(), data, json!({"every": 100, "sequences": 20}));
+        config.train.steps = 5;
+        validate(config).1
+    };
+    let pair = losses(json!({"path": path("pair")}));
+    assert_eq!(
+        losses(json!({"path": path("part-0.npy"), "dtype": "u16"})),
+        pair
+    );
+    assert_eq!(losses(json!({"path": path("00000.ds")})), pair);
+}
+
+/// Runs a command of the experiment, which fails with a message that has all `parts`.
+fn refused(mut command: Command, parts: &[&str]) {
+    let output = finish(&mut command);
+    let said = text(&output);
+    assert!(!output.status.success(), "{said}");
+    for part in parts {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+}
+
+#[test]
+fn data_that_does_not_fit_is_refused_before_the_run() {
+    let experiment = Experiment::new();
+    let names = [&["config", "check"][..], &["train"], &["doctor"]];
+    let refused_by = |names: &[&[&str]], changes: &[&str], parts: &[&str]| {
+        for command in names {
+            let mut command = experiment.moerun(command);
+            command.args(["small.yaml", "-n", "2"]);
+            for change in changes {
+                command.args(["--set", change]);
+            }
+            refused(command, parts);
+        }
+    };
+    let commands = |changes: &[&str], parts: &[&str]| refused_by(&names, changes, parts);
+    commands(
+        &["model.vocab_size=500"],
+        &["model.vocab_size 500 is less than the"],
+    );
+    commands(&["data.train.0.path=data/none"], &["data/none.idx"]);
+    commands(&["data.validation.0.path=data/none"], &["data/none.idx"]);
+    commands(
+        &["data.sequence_length=1000000"],
+        &["fewer than one sample"],
+    );
+    refused_by(
+        &names[..2],
+        &["data.train=[{path: data/train, weight: 1}, {path: data/valid}]"],
+        &["data.train[1] (data/valid) has none"],
+    );
+
+    // A record of another tokenizer, with a copy of the data.
+    std::fs::create_dir(experiment.path("other")).unwrap();
+    for file in ["train.bin", "train.idx"] {
+        let from = experiment.path("data").join(file);
+        std::fs::copy(from, experiment.path("other").join(file)).unwrap();
+    }
+    let record = |hash: &str| {
+        json!({"documents": 1, "bytes": 1, "train_tokens": 1, "validation_tokens": 0,
+            "vocab_size": 512, "unigram_entropy": 1.0, "tokenizer_hash": hash})
+    };
+    let write = |folder: &str, hash: &str| {
+        let path = experiment.path(folder).join("dataset.json");
+        std::fs::write(path, record(hash).to_string()).unwrap();
+    };
+    write("other", "one");
+    write("data", "two");
+    let both = "data.train=[{path: data/train}, {path: other/train}]";
+    commands(&[both], &["data.train[1] was made with another tokenizer"]);
+}
+
+#[test]
+fn changed_contents_are_reported_and_a_moved_folder_is_not() {
+    let experiment = Experiment::new();
+    let train = |changes: &[&str]| {
+        let output = finish(&mut experiment.train(2, changes));
+        let said = text(&output);
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    train(&["train.steps=5"]);
+    std::fs::rename(experiment.path("data"), experiment.path("moved")).unwrap();
+    let moved = [
+        "data.train.0.path=moved/train",
+        "data.validation.0.path=moved/valid",
+    ];
+    let said = train(&[&moved[..], &["train.steps=10"]].concat());
+    assert!(!said.contains("data.train"), "{said}");
+    assert!(!said.contains("data.validation"), "{said}");
+
+    // Other contents of the same size in the same place.
+    let path = experiment.path("moved/train.bin");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes.rotate_left(2);
+    std::fs::write(&path, bytes).unwrap();
+    let said = train(&[&moved[..], &["train.steps=15"]].concat());
+    assert!(
+        said.contains("the contents of data.train[0] (moved/train) are not those of the saved"),
+        "{said}"
+    );
+}
+
+#[test]
+fn sources_are_described_and_validated_from_the_start() {
+    let experiment = Experiment::new();
+    let changes = [
+        "validation.at_start=true",
+        "data.validation=[{path: data/valid}, {path: data/train, name: seen}]",
+    ];
+    let output = finish(&mut experiment.train(2, &changes));
+    let said = text(&output);
+    assert!(output.status.success(), "{said}");
+    for part in [
+        "data train: ",
+        "100.0000% of the samples",
+        "epochs in this run",
+        "step 0  validation of valid: loss",
+        "step 0  validation of seen: loss",
+        "step 0  validation loss",
+        "bits per byte",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let lines = std::fs::read_to_string(experiment.path("run/metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines[0]["step"], 0);
+    let last = lines.last().unwrap();
+    assert_eq!(last["step"], 20);
+    for source in ["valid", "seen"] {
+        let first = lines[0]["validation"][source].as_f64().unwrap();
+        let loss = last["validation"][source].as_f64().unwrap();
+        assert!(loss < first, "{source}: {first} {loss}");
+        assert!(last["bits_per_byte"][source].as_f64().unwrap() > 0.0);
+    }
+    assert!(lines[1]["epochs"].as_f64().unwrap() > 0.0);
+
+    // The command computes what the run did: the same windows from the start of each file.
+    let mut evaluate = experiment.moerun(&["evaluate", "--checkpoint", "run"]);
+    evaluate.args(["--data", "data/valid", "data/train", "--sequences", "4"]);
+    let output = finish(&mut evaluate);
+    let said = text(&output);
+    assert!(output.status.success(), "{said}");
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let evaluated: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    for (line, source) in evaluated.iter().zip(["valid", "seen"]) {
+        for (ours, theirs) in [
+            (&line["loss"], &last["validation"][source]),
+            (&line["bits_per_byte"], &last["bits_per_byte"][source]),
+        ] {
+            let ours = ours.as_f64().unwrap();
+            let theirs = theirs.as_f64().unwrap();
+            assert!((ours - theirs).abs() < 1e-4 * theirs, "{ours} {theirs}");
+        }
+        let loss = line["loss"].as_f64().unwrap();
+        let perplexity = line["perplexity"].as_f64().unwrap();
+        assert!((perplexity / loss.exp() - 1.0).abs() < 1e-9);
+        assert_eq!(line["sequences"], 4);
+    }
+    assert_eq!(evaluated.len(), 2);
+}
+
+#[test]
+fn doctor_compares_checksums() {
+    let experiment = Experiment::new();
+    let doctor = || {
+        let mut command = experiment.moerun(&["doctor", "small.yaml", "--verify-data"]);
+        finish(command.args(["-n", "1", "--set", "parallel.expert=1"]))
+    };
+    let bin = experiment.path("data/train.bin");
+    let record = experiment.path("data/dataset.json");
+    let mut info: Value = serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    let mut files = serde_json::Map::new();
+    for name in ["train", "valid"] {
+        let hash = |extension: &str| {
+            let path = experiment.path("data").join(format!("{name}.{extension}"));
+            dataset::checksum(&path).unwrap()
+        };
+        let file = json!({"documents": 1, "tokens": 1, "bytes": 1,
+            "bin": hash("bin"), "idx": hash("idx")});
+        files.insert(name.to_string(), file);
+    }
+    info["files"] = files.into();
+    std::fs::write(&record, info.to_string()).unwrap();
+    let said = text(&doctor());
+    assert!(said.contains("2 files match their checksums"), "{said}");
+    let mut bytes = std::fs::read(&bin).unwrap();
+    bytes[10] ^= 1;
+    std::fs::write(&bin, bytes).unwrap();
+    let said = text(&doctor());
+    assert!(
+        said.contains("train.bin is not the file that dataset.json records"),
+        "{said}"
+    );
+}

@@ -1,0 +1,108 @@
+//! The token that ends a document: given, or recorded by the data.
+
+use crate::{Error, config::Config};
+use dataset::info::{DatasetInfo, SpecialToken};
+
+/// Returns the token that ends documents by the records of all sources, if the run needs one and
+/// `data.eod_token` does not give it.
+///
+/// # Errors
+/// If a source has no record, or sources record different tokens.
+pub fn recorded_eod_token(config: &Config) -> Result<Option<SpecialToken>, Error> {
+    if !config.data.eod_mask_loss || config.data.eod_token.is_some() {
+        return Ok(None);
+    }
+    let mut found: Option<(String, SpecialToken)> = None;
+    for (key, source) in config.sources() {
+        let info = DatasetInfo::of_tokens(&source.path)?;
+        let Some(recorded) = info.and_then(|info| info.eos) else {
+            return Err(Error::Config(format!(
+                "data.eod_mask_loss needs data.eod_token, the token that ends a document, because \
+                 no dataset.json records that of {key} ({}): give it, or leave eod_mask_loss out",
+                source.path.display()
+            )));
+        };
+        match &found {
+            Some((first, token)) if token.id != recorded.id => {
+                return Err(Error::Config(format!(
+                    "{key} ends documents with token {}, and {first} with {}: the sources were \
+                     made with different tokenizers",
+                    recorded.id, token.id
+                )));
+            }
+            Some(_) => {}
+            None => found = Some((key, recorded)),
+        }
+    }
+    Ok(found.map(|(_, token)| token))
+}
+
+/// Returns the token after which a label does not count in the loss, given or recorded.
+///
+/// # Errors
+/// If `data.eod_mask_loss` needs a token that is neither given nor recorded.
+pub(crate) fn masked_after(config: &Config) -> Result<Option<u32>, Error> {
+    let recorded = recorded_eod_token(config)?;
+    let given = config.data.masked_after();
+    Ok(given.or(recorded.map(|token| token.id)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::schedule::tests::config;
+    use std::path::Path;
+
+    fn config_of(folder: &Path, extra: &str) -> Config {
+        let mut config = config("steps: 1, global_batch: 4 | constant: {lr: 1.0}");
+        let source = |name: &str| folder.join(name).display().to_string();
+        let text = format!(
+            "{{train: [{{path: {}}}, {{path: {}}}], sequence_length: 8{extra}}}",
+            source("a/train"),
+            source("b/train")
+        );
+        config.data = serde_saphyr::from_str(&text).unwrap();
+        config
+    }
+
+    fn record(folder: &Path, id: u32) {
+        std::fs::create_dir_all(folder).unwrap();
+        let eos = SpecialToken {
+            id,
+            text: "</s>".into(),
+        };
+        let info = DatasetInfo {
+            eos: Some(eos),
+            ..DatasetInfo::default()
+        };
+        let text = serde_json::to_string(&info).unwrap();
+        std::fs::write(folder.join("dataset.json"), text).unwrap();
+    }
+
+    #[test]
+    fn the_recorded_token_is_used_where_one_is_needed() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let needed = |extra: &str| recorded_eod_token(&config_of(folder, extra));
+        let id = |extra: &str| needed(extra).unwrap().map(|token| token.id);
+        let masked = |extra: &str| masked_after(&config_of(folder, extra)).unwrap();
+        assert_eq!(id(""), None);
+        let refused = needed(", eod_mask_loss: true").unwrap_err().to_string();
+        assert!(
+            refused.contains("data.eod_mask_loss needs data.eod_token"),
+            "{refused}"
+        );
+        record(&folder.join("a"), 7);
+        assert!(needed(", eod_mask_loss: true").is_err());
+        record(&folder.join("b"), 7);
+        assert_eq!(id(", eod_mask_loss: true"), Some(7));
+        assert_eq!(masked(", eod_mask_loss: true"), Some(7));
+        assert_eq!(id(", eod_mask_loss: true, eod_token: 3"), None);
+        assert_eq!(masked(", eod_mask_loss: true, eod_token: 3"), Some(3));
+        assert_eq!(masked(", eod_token: 3"), None);
+        assert_eq!(id(""), None);
+        record(&folder.join("b"), 8);
+        let refused = needed(", eod_mask_loss: true").unwrap_err().to_string();
+        assert!(refused.contains("different tokenizers"), "{refused}");
+    }
+}
