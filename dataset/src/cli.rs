@@ -34,7 +34,7 @@ pub enum DataCommand {
     ///
     /// Interrupted, the same command continues. An existing data set stays as it is until the new
     /// one is complete.
-    Prepare(PrepareArgs),
+    Prepare(Box<PrepareArgs>),
     /// Join data sets, parts of one, or pairs of token files
     Merge(MergeArgs),
     /// Check token files: checksums, index, document boundaries, token ids, counts
@@ -196,7 +196,7 @@ pub struct BenchDataArgs {
 /// Those of the command.
 pub fn run(command: DataCommand) -> Result<(), Error> {
     match command {
-        DataCommand::Prepare(args) => run_prepare(args),
+        DataCommand::Prepare(args) => run_prepare(*args),
         DataCommand::Merge(args) => {
             let info = prepare::merge(&args.output, &args.inputs, args.force)?;
             print(&summary(&args.output, &info))

@@ -499,7 +499,7 @@ impl Preparation<'_> {
                 Ok(())
             }
             Item::FileEnd(end) => {
-                self.file_end(&counted, end);
+                self.file_end(&counted, *end);
                 Ok(())
             }
         })?;

@@ -49,7 +49,7 @@ pub(super) struct Pipeline<'a> {
 /// Results, in the order of the work.
 pub(super) enum Item {
     Tokens(Encoded),
-    FileEnd(FileEnd),
+    FileEnd(Box<FileEnd>),
 }
 
 /// The tokens of a batch, and the documents that they belong to.
@@ -95,7 +95,7 @@ struct TextPart {
 /// A promise of a batch, or the end of a file.
 enum Ticket {
     Batch(Receiver<Result<Encoded, Error>>),
-    End(Result<FileEnd, Error>),
+    End(Result<Box<FileEnd>, Error>),
 }
 
 type Job = (Batch, Sender<Result<Encoded, Error>>);
@@ -235,7 +235,7 @@ fn read(
         Err(Error::Data(cause))
     });
     // Without a receiver the run has failed.
-    let _ = tickets.send(Ticket::End(end));
+    let _ = tickets.send(Ticket::End(end.map(Box::new)));
 }
 
 /// Cuts a file into batches.

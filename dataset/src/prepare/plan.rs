@@ -233,9 +233,12 @@ mod tests {
         files.iter().map(|sizes| FileCount::of(sizes)).collect()
     }
 
+    /// Shards by the file and the number of a document.
+    type Assigned = BTreeMap<(usize, u64), Vec<usize>>;
+
     /// Returns the shard of each document, and the number of parts that account for each file.
-    fn assigned(plans: &[Plan]) -> (BTreeMap<(usize, u64), Vec<usize>>, BTreeMap<usize, usize>) {
-        let mut shards: BTreeMap<(usize, u64), Vec<usize>> = BTreeMap::new();
+    fn assigned(plans: &[Plan]) -> (Assigned, BTreeMap<usize, usize>) {
+        let mut shards = Assigned::new();
         let mut counting = BTreeMap::new();
         for (part, plan) in plans.iter().enumerate() {
             for work in &plan.work {

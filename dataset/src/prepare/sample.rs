@@ -51,8 +51,7 @@ pub(super) fn sample(
         let mut is_full = false;
         let mut counts = InputCounts::default();
         let read = file.read(options, &mut counts, &mut |piece| {
-            let end = piece.text.floor_char_boundary(size.each);
-            let text = &piece.text[..end];
+            let text = beginning(piece.text, size.each);
             taken += text.len() as u64;
             if !text.trim().is_empty() {
                 texts.push(text.to_string());
@@ -65,6 +64,14 @@ pub(super) fn sample(
         }
     }
     Ok(texts)
+}
+
+/// Returns the first `bytes` bytes of a text, or a few less: a whole number of characters.
+fn beginning(text: &str, bytes: usize) -> &str {
+    let end = (0..=bytes.min(text.len()))
+        .rev()
+        .find(|&end| text.is_char_boundary(end));
+    &text[..end.unwrap_or(0)]
 }
 
 /// Returns for each file the bytes of text that it and the files before it may give.
@@ -81,12 +88,18 @@ fn quotas(sizes: &[u64], sample: u64) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::quotas;
+    use super::{beginning, quotas};
 
     #[test]
     fn each_file_gives_its_share() {
         assert_eq!(quotas(&[10, 30, 0, 60], 50), [5, 20, 20, 50]);
         assert_eq!(quotas(&[1, 1], 1000), [500, 1000]);
         assert_eq!(quotas(&[0, 0], 1000), [0, 0]);
+    }
+
+    #[test]
+    fn characters_stay_whole() {
+        let texts = [0, 1, 2, 3, 4, usize::MAX].map(|bytes| beginning("aéb", bytes));
+        assert_eq!(texts, ["", "a", "a", "aé", "aéb", "aéb"]);
     }
 }

@@ -7,10 +7,7 @@ use crate::{
     tokens::{TokenPair, TokenWriter, WrittenPair},
 };
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, path::Path};
 
 /// Documents and bytes of text that came from a file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -181,12 +178,7 @@ pub(super) fn file_info(written: WrittenPair, bytes: u64) -> FileInfo {
 impl ShardRecord {
     /// Reads the finished files again. True if they are as they were written; then their training
     /// tokens are added to `counts`.
-    pub(super) fn verify(
-        &self,
-        train: &PathBuf,
-        valid: &PathBuf,
-        counts: &mut TokenCounts,
-    ) -> bool {
+    pub(super) fn verify(&self, train: &Path, valid: &Path, counts: &mut TokenCounts) -> bool {
         let mut own = TokenCounts::default();
         let is_train = matches(&self.train, train, &mut own);
         let mut ignored = TokenCounts::default();
