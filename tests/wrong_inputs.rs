@@ -598,7 +598,7 @@ fn corpora() {
     refused(
         &experiment,
         prepare("small.yaml").args(["--tokenizer", "small.yaml"]),
-        &["cannot read the tokenizer"],
+        &["cannot use the tokenizer"],
     );
     refused(
         &experiment,
