@@ -3,9 +3,9 @@
 //! After a change of the output, `INSTA_UPDATE=always cargo test -p launch --test system cli`
 //! writes the files in `tests/snapshots/` again.
 
-use crate::fixture::{Experiment, finish};
+use crate::fixture::{Experiment, finish, text};
 use insta::{Settings, assert_snapshot};
-use std::path::Path;
+use std::{fs::Permissions, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
 /// Returns a command and what it prints.
 fn run(experiment: &Experiment, args: &[&str]) -> String {
@@ -102,4 +102,33 @@ fn the_findings_of_the_doctor_are_printed() {
         ),
     ];
     assert_prints("doctor", &experiment, &["doctor", "-n", "2"], &filters);
+}
+
+#[test]
+fn commands_about_data_become_a_program_of_their_own() {
+    let experiment = Experiment::without_data();
+    let moerun = experiment.path("moerun");
+    std::fs::copy(env!("CARGO_BIN_EXE_moerun"), &moerun).unwrap();
+    // Prints its arguments; the signals of `moerun-core` must not stay blocked in it.
+    let program = experiment.path("moerun-data");
+    let script = "#!/bin/sh\necho \"data: $*\"\ngrep SigBlk /proc/self/status\n";
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    for (args, expected) in [
+        (
+            &["data", "prepare", "x"][..],
+            "data: data prepare x\nSigBlk:\t0000000000000000",
+        ),
+        (
+            &["bench", "data"],
+            "data: bench data\nSigBlk:\t0000000000000000",
+        ),
+        // There is no core to run others.
+        (&["bench", "step"], "moerun-core is missing"),
+        (&["config", "data"], "moerun-core is missing"),
+    ] {
+        let output = finish(Command::new(&moerun).args(args));
+        let printed = text(&output);
+        assert!(printed.contains(expected), "{args:?}: {printed}");
+    }
 }

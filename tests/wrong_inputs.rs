@@ -588,7 +588,7 @@ fn corpora() {
     refused(
         &experiment,
         &mut prepare("empty"),
-        &["empty: no text (0 files with the extensions txt, md"],
+        &["empty: no files to read"],
     );
     refused(
         &experiment,
@@ -598,27 +598,23 @@ fn corpora() {
     refused(
         &experiment,
         prepare("small.yaml").args(["--tokenizer", "small.yaml"]),
-        &["cannot read the tokenizer"],
+        &["cannot use the tokenizer"],
     );
     refused(
         &experiment,
         prepare("small.yaml").args(["--vocab-size", "9"]),
         &["--vocab-size 9 is less than the 256 bytes"],
     );
-    std::fs::write(
-        experiment.path("bad.jsonl"),
-        "{\"text\": \"fine\"}\nnot json\n",
-    )
-    .unwrap();
+    std::fs::write(experiment.path("bad.jsonl"), "not json\n").unwrap();
     refused(
         &experiment,
         &mut prepare("bad.jsonl"),
-        &["bad.jsonl:2: not JSON"],
+        &["bad.jsonl:1: not JSON"],
     );
     std::fs::write(experiment.path("bad.parquet"), "PAR0").unwrap();
     refused(
         &experiment,
         &mut prepare("bad.parquet"),
-        &["bad.parquet: not a Parquet file"],
+        &["bad.parquet: it is not a Parquet file"],
     );
 }

@@ -1,6 +1,6 @@
 //! `dataset.json`: the record of how token files were made, which lies in their folder.
 
-use crate::Error;
+use crate::{Error, input::InputCounts};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, io::ErrorKind, path::Path};
@@ -36,9 +36,72 @@ pub struct DatasetInfo {
     /// The pairs of token files, by their name without ending.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub files: BTreeMap<String, FileInfo>,
+    /// Integer type of the tokens, such as `uint16`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
+    /// The encoder of the tokenizer that was used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoder: Option<String>,
     /// The files that were read, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub inputs: Vec<InputInfo>,
+    /// Everything that reading left out, replaced or noticed.
+    #[serde(default)]
+    pub counts: InputCounts,
+    /// Documents whose text is a single token.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub one_token_documents: u64,
+    /// Documents with text of which the tokenizer leaves no token. They were not written.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub documents_without_tokens: u64,
+    /// Options of the command that made the data set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub options: Option<OptionsInfo>,
+    /// Version of this record. Files of earlier versions have none.
+    #[serde(default)]
+    pub version: u32,
+}
+
+/// Version of the record that this program writes.
+pub const INFO_VERSION: u32 = 1;
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
+/// Options of `moerun data prepare` that decide on the tokens.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct OptionsInfo {
+    /// Fields or columns of the text.
+    pub text_key: String,
+    /// Separation of the documents in text files: `file`, `line`, `blank-line` or `separator`.
+    pub split: String,
+    /// The text that separates documents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub separator: Option<String>,
+    /// Extensions of the files from folders. Without them: all that are known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub extensions: Option<Vec<String>>,
+    /// True if invalid text was an error.
+    pub strict: bool,
+    /// True if hidden files were read.
+    pub hidden: bool,
+    /// True if special tokens in the text of documents were read as such.
+    pub special_tokens: bool,
+    /// Vocabulary size that was asked of a trained tokenizer; none for a given tokenizer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trained_vocab_size: Option<usize>,
+    /// Fraction of documents for validation.
+    pub validation_fraction: f64,
+    /// Limit of the text, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<u64>,
+    /// Number of shards, or `input` for one per input.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shards: Option<String>,
+    /// This part of the work among machines, such as `0/2`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<String>,
 }
 
 impl DatasetInfo {

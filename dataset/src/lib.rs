@@ -2,13 +2,19 @@
 //!
 //! Nothing here needs libtorch, so data can be prepared on machines without it.
 
+pub mod argument_ranges;
+mod bench;
 mod checksums;
-mod documents;
+pub mod cli;
 mod error;
 mod fingerprint;
 pub mod info;
+pub mod input;
 pub mod order;
 pub mod prepare;
+pub mod printable;
+mod progress;
+pub mod tokenizer;
 pub mod tokens;
 
 pub use checksums::{Checksums, checksum, verify_checksums};

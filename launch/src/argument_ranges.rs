@@ -1,7 +1,7 @@
 //! Ranges of numbers on the command line.
 
-use clap::builder::RangedU64ValueParser;
-use std::ops::RangeInclusive;
+use dataset::argument_ranges::float;
+pub(crate) use dataset::argument_ranges::{megabytes, whole};
 
 /// Most ranks of a machine: each is a process.
 pub(crate) const MAX_LOCAL_RANKS: u64 = 4096;
@@ -9,11 +9,6 @@ pub(crate) const MAX_LOCAL_RANKS: u64 = 4096;
 pub(crate) const MAX_RANKS: u64 = 65_536;
 /// Largest number of seconds, hours or days.
 const MAX_TIME: f64 = 1e9;
-
-/// Accepts whole numbers of a range.
-pub(crate) fn whole(range: RangeInclusive<u64>) -> RangedU64ValueParser<usize> {
-    RangedU64ValueParser::new().range(range)
-}
 
 /// Accepts times above 0.
 pub(crate) fn positive_time(text: &str) -> Result<f64, String> {
@@ -50,40 +45,13 @@ pub(crate) fn temperature(text: &str) -> Result<f64, String> {
     })
 }
 
-/// Accepts the share of something, but not all of it.
-pub(crate) fn fraction(text: &str) -> Result<f64, String> {
-    float(text, "from 0 to below 1", |value| {
-        (0.0..1.0).contains(&value)
-    })
-}
-
-/// Accepts numbers of MB or MiB.
-pub(crate) fn megabytes(text: &str) -> Result<f64, String> {
-    float(text, "above 0 and at most 1e12", |size| {
-        size > 0.0 && size <= 1e12
-    })
-}
-
-fn float(text: &str, range: &str, is_inside: fn(f64) -> bool) -> Result<f64, String> {
-    let number = text.parse().ok().filter(|&number| is_inside(number));
-    number.ok_or_else(|| format!("it must be a number {range}"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn numbers_outside_of_their_range_are_refused() {
-        for accepts in [
-            positive_time,
-            time,
-            weibull_shape,
-            pass_time,
-            temperature,
-            fraction,
-            megabytes,
-        ] {
+        for accepts in [positive_time, time, weibull_shape, pass_time, temperature] {
             for wrong in ["nan", "inf", "-inf", "-1", "1e308", "", "x"] {
                 let error = accepts(wrong).unwrap_err();
                 assert!(

@@ -1,11 +1,14 @@
 //! The command line: every command, argument and option.
 
 use crate::argument_ranges::{
-    MAX_LOCAL_RANKS, MAX_RANKS, fraction, megabytes, pass_time, positive_time, temperature, time,
+    MAX_LOCAL_RANKS, MAX_RANKS, megabytes, pass_time, positive_time, temperature, time,
     weibull_shape, whole,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
-use dataset::tokens::{TokenDtype, TokenFormat};
+use dataset::{
+    cli::{BenchDataArgs, DataCommand},
+    tokens::{TokenDtype, TokenFormat},
+};
 use serde::de::DeserializeOwned;
 use std::path::PathBuf;
 
@@ -391,6 +394,8 @@ pub(crate) enum BenchCommand {
     Scale(ScaleArgs),
     /// Measure reading and writing the folder of a Hugging Face model
     Import(ImportArgs),
+    /// Measure data preparation, compared with Hugging Face's tokenizers and other programs
+    Data(BenchDataArgs),
 }
 
 #[derive(Args)]
@@ -591,12 +596,6 @@ pub(crate) struct PipelineArgs {
     /// Size of the vocabulary
     #[arg(long, default_value_t = 32768, value_name = "N", value_parser = whole(1..=16_777_216))]
     pub(crate) vocab: usize,
-}
-
-#[derive(Subcommand)]
-pub(crate) enum DataCommand {
-    /// Tokenize text, JSONL and Parquet into files that moerun and Megatron-LM read
-    Prepare(PrepareArgs),
 }
 
 #[derive(Subcommand)]
@@ -869,39 +868,6 @@ pub(crate) struct GenerateArgs {
     /// Tokenizer to use instead of the run's
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-}
-
-#[derive(Args)]
-pub(crate) struct PrepareArgs {
-    /// Files and folders of text, .jsonl or .parquet
-    #[arg(required = true, value_name = "PATH")]
-    pub(crate) inputs: Vec<PathBuf>,
-    /// Folder for train.bin/.idx, valid.bin/.idx, tokenizer.json and dataset.json
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) output: PathBuf,
-    /// Hugging Face tokenizer.json to use instead of training a byte-level BPE
-    #[arg(long, value_name = "FILE")]
-    pub(crate) tokenizer: Option<PathBuf>,
-    /// Vocabulary size of the trained tokenizer
-    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = whole(1..=2_147_483_648))]
-    pub(crate) vocab_size: usize,
-    /// Fraction of documents kept for validation
-    #[arg(long, default_value_t = 0.02, value_name = "FRACTION", value_parser = fraction)]
-    pub(crate) validation_fraction: f64,
-    /// Extensions of the files to read from folders, comma separated
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "txt,md,jsonl,parquet",
-        value_name = "EXT"
-    )]
-    pub(crate) extensions: Vec<String>,
-    /// Field of JSONL objects or column of Parquet tables that holds the text
-    #[arg(long, default_value = "text", value_name = "NAME")]
-    pub(crate) text_key: String,
-    /// Most text to use
-    #[arg(long, value_name = "MB", value_parser = megabytes)]
-    pub(crate) max_mb: Option<f64>,
 }
 
 #[derive(Args)]

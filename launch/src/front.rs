@@ -1,10 +1,12 @@
 //! The `moerun` command: checks that the real program finds its libraries, then becomes it.
 //!
-//! The loader's own message would not say how to fix a missing library.
+//! The loader's own message would not say how to fix a missing library. Commands about data are in
+//! a program of their own, `moerun-data`, which needs no libraries.
 
 mod held_signals;
 
 use std::{
+    ffi::OsString,
     os::unix::process::CommandExt,
     path::Path,
     process::{Command, ExitCode},
@@ -15,8 +17,6 @@ use std::{
 const UCX_SIGNAL: &str = "UCX_DEBUG_SIGNO";
 
 fn main() -> ExitCode {
-    // `moerun-core` handles them. Best effort: a signal during the start may kill the process.
-    let _ = held_signals::hold();
     let own = match std::env::current_exe() {
         Ok(own) => own,
         Err(error) => {
@@ -24,6 +24,13 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    let data_program = own.with_file_name("moerun-data");
+    if is_about_data() && data_program.exists() {
+        let mut data = Command::new(&data_program);
+        return become_program(data.arg0("moerun").args(std::env::args_os().skip(1)));
+    }
+    // `moerun-core` handles them. Best effort: a signal during the start may kill the process.
+    let _ = held_signals::hold();
     let program = own.with_file_name("moerun-core");
     if !program.exists() {
         eprintln!(
@@ -46,15 +53,25 @@ fn main() -> ExitCode {
     if std::env::var_os(UCX_SIGNAL).is_none() {
         core.env(UCX_SIGNAL, "0");
     }
-    let error = core
-        .arg0("moerun")
-        .args(std::env::args_os().skip(1))
-        .env(
-            held_signals::IGNORED,
-            held_signals::ignored_mask().to_string(),
-        )
-        .exec();
-    eprintln!("error: cannot start {}: {error}", program.display());
+    core.arg0("moerun").args(std::env::args_os().skip(1)).env(
+        held_signals::IGNORED,
+        held_signals::ignored_mask().to_string(),
+    );
+    become_program(&mut core)
+}
+
+/// True for the commands that `moerun-data` has, which need no libtorch.
+fn is_about_data() -> bool {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).take(2).collect();
+    let is = |index: usize, name: &str| arguments.get(index).is_some_and(|word| word == name);
+    is(0, "data") || (is(0, "bench") && is(1, "data"))
+}
+
+/// Returns only if the program cannot be started.
+fn become_program(command: &mut Command) -> ExitCode {
+    let error = command.exec();
+    let program = command.get_program().display();
+    eprintln!("error: cannot start {program}: {error}");
     ExitCode::FAILURE
 }
 

@@ -32,7 +32,6 @@ mod model;
 mod mutated;
 mod open_files;
 mod plan;
-mod prepare;
 mod progress;
 mod protocol;
 mod rank;
@@ -51,8 +50,8 @@ mod survival;
 use anyhow::anyhow;
 use clap::Parser;
 use cli::{
-    BenchCommand, Cli, Command, ConfigCommand, DataCommand, InspectCommand, KeeperCommand,
-    ModelCommand, PlanCommand, SnapshotCommand,
+    BenchCommand, Cli, Command, ConfigCommand, InspectCommand, KeeperCommand, ModelCommand,
+    PlanCommand, SnapshotCommand,
 };
 use environment::DetectedRank;
 use fork_server::Served;
@@ -83,7 +82,7 @@ fn main() -> ExitCode {
         Command::Model(ModelCommand::Export(args)) => model::export::run(args),
         Command::Model(ModelCommand::Import(args)) => model::import::run(&args),
         Command::Model(ModelCommand::Upcycle(args)) => model::upcycle::run(args),
-        Command::Data(DataCommand::Prepare(args)) => prepare::run(args),
+        Command::Data(command) => data(dataset::cli::run(command)),
         Command::Config(ConfigCommand::Check(args)) => config_file::check(&args),
         Command::Config(ConfigCommand::Diff(args)) => config_diff::run(&args),
         Command::Config(ConfigCommand::Schema) => config_file::print_schema(),
@@ -109,6 +108,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchCommand::Snapshot(args)) => bench::snapshot::run(&args),
         Command::Bench(BenchCommand::Scale(args)) => bench::scale::run(&args),
         Command::Bench(BenchCommand::Import(args)) => bench::import::run(&args),
+        Command::Bench(BenchCommand::Data(args)) => data(dataset::cli::bench(&args)),
     };
     let code = result.unwrap_or_else(|error| {
         eprintln!("error: {}", hint::message(&error));
@@ -116,6 +116,13 @@ fn main() -> ExitCode {
     });
     terminal::flush();
     code
+}
+
+/// Returns the result of a command about data. `moerun` runs those in `moerun-data`, if that is
+/// installed, so that libtorch is not loaded.
+fn data(result: Result<(), dataset::Error>) -> anyhow::Result<ExitCode> {
+    result?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// True if the command starts no process and is not a rank.

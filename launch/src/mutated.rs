@@ -66,7 +66,9 @@ mod tests {
     };
     use checkpoint::keeper::Secret;
     use dataset::{
-        prepare::{PrepareOptions, prepare},
+        input::InputOptions,
+        prepare::{PrepareOptions, Shards, prepare},
+        tokenizer::TokenizerOptions,
         tokens::{TokenFile, TokenWriter},
     };
     use std::{collections::BTreeMap, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path};
@@ -139,20 +141,24 @@ ranks:
         std::fs::write(&text, "one two three, one two.\n\u{e9}\u{1f980}\n").unwrap();
         let tokenizer = folder.join("tokenizer.json");
         PrepareOptions {
-            inputs: vec![text],
-            extensions: vec!["txt".into()],
-            text_key: "text".into(),
+            inputs: vec![text.display().to_string()],
+            input: InputOptions::default(),
             output: folder.join("out"),
             tokenizer: tokenizer.exists().then_some(tokenizer),
+            tokenizing: TokenizerOptions::default(),
             vocab_size: 260,
             validation_fraction: 0.0,
             max_bytes: None,
+            shards: Shards::One,
+            part: None,
+            threads: 1,
+            force: true,
         }
     }
 
     fn tokenizer() -> Vec<u8> {
         let folder = tempfile::tempdir().unwrap();
-        prepare(&words_in(folder.path()), &|_, _, _| ()).unwrap();
+        prepare(&words_in(folder.path()), &mut |_| ()).unwrap();
         std::fs::read(folder.path().join("out/tokenizer.json")).unwrap()
     }
 
@@ -178,7 +184,7 @@ ranks:
         fn tokenizers(text in mutated(tokenizer())) {
             let folder = tempfile::tempdir().unwrap();
             std::fs::write(folder.path().join("tokenizer.json"), text).unwrap();
-            let _ = prepare(&words_in(folder.path()), &|_, _, _| ());
+            let _ = prepare(&words_in(folder.path()), &mut |_| ());
         }
 
         #[test]

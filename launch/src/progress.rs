@@ -270,39 +270,3 @@ impl Transfer {
         }
     }
 }
-
-/// Shows the progress of data preparation.
-pub(crate) struct Preparation {
-    bar: Option<ProgressBar>,
-}
-
-impl Preparation {
-    pub(crate) fn new() -> Preparation {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(0);
-            bar.set_style(
-                ProgressStyle::with_template("{bar:24.cyan/blue} {msg}").expect("a fixed template"),
-            );
-            bar
-        });
-        Preparation { bar }
-    }
-
-    pub(crate) fn show(&self, stage: &str, done: u64, total: u64) {
-        match &self.bar {
-            Some(bar) => {
-                bar.set_length(total);
-                bar.set_position(done);
-                bar.set_message(format!("{stage} {done}/{total}"));
-            }
-            None if done == total => eprintln!("{stage}: {done} of {total}"),
-            None => {}
-        }
-    }
-
-    pub(crate) fn clear(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
-}

@@ -50,6 +50,20 @@ impl Width {
         }
     }
 
+    /// Returns the name of the type in `dataset.json`.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Width::U8 => "uint8",
+            Width::I8 => "int8",
+            Width::I16 => "int16",
+            Width::I32 => "int32",
+            Width::I64 => "int64",
+            Width::U16 => "uint16",
+            Width::U32 => "uint32",
+            Width::U64 => "uint64",
+        }
+    }
+
     pub(super) fn bytes(self) -> usize {
         match self {
             Width::U8 | Width::I8 => 1,

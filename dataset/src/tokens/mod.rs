@@ -22,9 +22,11 @@ mod file;
 mod format;
 mod layout;
 mod megatron;
+mod pair;
 mod raw;
 mod writer;
 
 pub use file::TokenFile;
 pub use format::{TokenDtype, TokenFormat, TokenPath};
-pub use writer::TokenWriter;
+pub use pair::{TokenPair, TokenPart, hash_file};
+pub use writer::{TokenWriter, WrittenPair};

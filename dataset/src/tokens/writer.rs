@@ -4,17 +4,39 @@ use super::layout::{HEADER, MAGIC, VERSION, Width, with_extension};
 use crate::Error;
 use std::{
     fs::File,
-    io::{BufWriter, Write},
+    io::{BufReader, BufWriter, Read, Seek, Write},
     path::{Path, PathBuf},
 };
 
+/// Largest number of token ids: longer documents do not fit the index.
+const MAX_DOCUMENT: u64 = i32::MAX as u64;
+
+/// Contents of a finished pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WrittenPair {
+    pub documents: u64,
+    pub tokens: u64,
+    /// BLAKE3 hash of the `.bin` file, in hexadecimal digits.
+    pub bin: String,
+    /// BLAKE3 hash of the `.idx` file, in hexadecimal digits.
+    pub idx: String,
+}
+
 /// Writes a pair of token files, document by document.
+///
+/// Memory does not depend on the number or the length of documents: lengths wait in the file
+/// `PREFIX.lengths`, which [`TokenWriter::finish`] removes.
 pub struct TokenWriter {
     prefix: PathBuf,
-    bin: BufWriter<File>,
+    bin: HashedFile,
+    lengths: BufWriter<File>,
     width: Width,
     vocab_size: usize,
-    lengths: Vec<i32>,
+    documents: u64,
+    tokens: u64,
+    /// Tokens of the document that has not ended.
+    open: u64,
+    encoded: Vec<u8>,
 }
 
 impl TokenWriter {
@@ -23,19 +45,37 @@ impl TokenWriter {
     /// # Errors
     /// If the file cannot be created.
     pub fn create(prefix: &Path, vocab_size: usize) -> Result<TokenWriter, Error> {
-        let path = with_extension(prefix, "bin");
-        let bin = BufWriter::new(File::create(&path).map_err(Error::io("cannot write", &path))?);
         let width = if vocab_size <= 1 << 16 {
             Width::U16
         } else {
             Width::I32
         };
+        TokenWriter::with_width(prefix, width, vocab_size)
+    }
+
+    pub(super) fn with_width(
+        prefix: &Path,
+        width: Width,
+        vocab_size: usize,
+    ) -> Result<TokenWriter, Error> {
+        let path = with_extension(prefix, "lengths");
+        let lengths = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(Error::io("cannot write", &path))?;
         Ok(TokenWriter {
             prefix: prefix.to_path_buf(),
-            bin,
+            bin: HashedFile::create(with_extension(prefix, "bin"))?,
+            lengths: BufWriter::new(lengths),
             width,
             vocab_size,
-            lengths: Vec::new(),
+            documents: 0,
+            tokens: 0,
+            open: 0,
+            encoded: Vec::new(),
         })
     }
 
@@ -44,74 +84,187 @@ impl TokenWriter {
     /// # Errors
     /// If the disk is full, the document has 2^31 tokens or more, or one is not in the vocabulary.
     pub fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
-        let path = with_extension(&self.prefix, "bin");
+        self.append(tokens)?;
+        self.end_document()
+    }
+
+    /// Appends tokens to the current document, which [`TokenWriter::end_document`] ends.
+    ///
+    /// # Errors
+    /// If the disk is full, the document has 2^31 tokens or more, or one is not in the vocabulary.
+    pub fn append(&mut self, tokens: &[u32]) -> Result<(), Error> {
         if let Some(token) = tokens
             .iter()
             .find(|&&token| token as usize >= self.vocab_size)
         {
             return Err(Error::Data(format!(
                 "token {token} for {} is not in the vocabulary of {}",
-                path.display(),
+                self.bin.path.display(),
                 self.vocab_size
             )));
         }
-        let length = i32::try_from(tokens.len()).map_err(|_| {
-            Error::Data(format!(
-                "a document of {} tokens is too long for {}",
-                tokens.len(),
-                path.display()
-            ))
-        })?;
-        let bytes: Vec<u8> = match self.width {
-            Width::U16 => tokens
-                .iter()
-                .flat_map(|&token| (token as u16).to_le_bytes())
-                .collect(),
-            _ => tokens
-                .iter()
-                .flat_map(|&token| token.to_le_bytes())
-                .collect(),
-        };
-        self.bin
-            .write_all(&bytes)
-            .map_err(Error::io("cannot write", &path))?;
-        self.lengths.push(length);
+        let mut encoded = std::mem::take(&mut self.encoded);
+        encoded.clear();
+        match self.width {
+            Width::U16 => {
+                encoded.extend(
+                    tokens
+                        .iter()
+                        .flat_map(|&token| (token as u16).to_le_bytes()),
+                );
+            }
+            _ => encoded.extend(tokens.iter().flat_map(|token| token.to_le_bytes())),
+        }
+        let appended = self.append_encoded(&encoded);
+        self.encoded = encoded;
+        appended
+    }
+
+    /// Appends tokens of the file's own width.
+    pub(super) fn append_encoded(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.open += (bytes.len() / self.width.bytes()) as u64;
+        if self.open > MAX_DOCUMENT {
+            return Err(Error::Data(format!(
+                "a document of {} tokens is too long for {}: split it",
+                self.open,
+                self.bin.path.display()
+            )));
+        }
+        self.bin.write(bytes)
+    }
+
+    /// Ends the current document, which may be empty.
+    ///
+    /// # Errors
+    /// If the disk is full.
+    pub fn end_document(&mut self) -> Result<(), Error> {
+        let length = (self.open as i32).to_le_bytes();
+        self.lengths
+            .write_all(&length)
+            .map_err(|cause| self.lengths_failed(cause))?;
+        self.documents += 1;
+        self.tokens += self.open;
+        self.open = 0;
         Ok(())
+    }
+
+    fn lengths_failed(&self, cause: std::io::Error) -> Error {
+        Error::io("cannot write", &with_extension(&self.prefix, "lengths"))(cause)
     }
 
     /// Writes the index and syncs both files to disk.
     ///
     /// # Errors
     /// If the disk is full.
-    pub fn finish(self) -> Result<(), Error> {
-        let path = with_extension(&self.prefix, "bin");
-        let bin = self
-            .bin
-            .into_inner()
-            .map_err(|e| Error::io("cannot write", &path)(e.into_error()))?;
-        bin.sync_all().map_err(Error::io("cannot write", &path))?;
-        let path = with_extension(&self.prefix, "idx");
-        let mut index = Vec::with_capacity(HEADER + self.lengths.len() * 20);
-        index.extend_from_slice(MAGIC);
-        index.extend_from_slice(&VERSION.to_le_bytes());
-        index.push(self.width.code());
-        index.extend_from_slice(&(self.lengths.len() as u64).to_le_bytes());
-        index.extend_from_slice(&(self.lengths.len() as u64 + 1).to_le_bytes());
-        for length in &self.lengths {
-            index.extend_from_slice(&length.to_le_bytes());
-        }
+    pub fn finish(mut self) -> Result<WrittenPair, Error> {
+        debug_assert_eq!(self.open, 0, "the last document has not ended");
+        self.lengths
+            .flush()
+            .map_err(|cause| self.lengths_failed(cause))?;
+        let mut index = HashedFile::create(with_extension(&self.prefix, "idx"))?;
+        index.write(MAGIC)?;
+        index.write(&VERSION.to_le_bytes())?;
+        index.write(&[self.width.code()])?;
+        index.write(&self.documents.to_le_bytes())?;
+        index.write(&(self.documents + 1).to_le_bytes())?;
+        debug_assert_eq!(index.len, HEADER as u64);
+        self.each_length(&mut |length| index.write(&length.to_le_bytes()))?;
+        let width = self.width.bytes() as i64;
         let mut offset = 0i64;
-        for &length in &self.lengths {
-            index.extend_from_slice(&offset.to_le_bytes());
-            offset += i64::from(length) * self.width.bytes() as i64;
+        self.each_length(&mut |length| {
+            let written = index.write(&offset.to_le_bytes());
+            offset += i64::from(length) * width;
+            written
+        })?;
+        for document in 0..=self.documents as i64 {
+            index.write(&document.to_le_bytes())?;
         }
-        for document in 0..=self.lengths.len() as i64 {
-            index.extend_from_slice(&document.to_le_bytes());
+        let written = WrittenPair {
+            documents: self.documents,
+            tokens: self.tokens,
+            bin: self.bin.finish()?,
+            idx: index.finish()?,
+        };
+        let path = with_extension(&self.prefix, "lengths");
+        std::fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?;
+        Ok(written)
+    }
+
+    fn each_length(&mut self, take: &mut dyn FnMut(i32) -> Result<(), Error>) -> Result<(), Error> {
+        let path = with_extension(&self.prefix, "lengths");
+        let file = self.lengths.get_mut();
+        file.rewind().map_err(Error::io("cannot read", &path))?;
+        let mut reader = BufReader::new(file);
+        let mut length = [0u8; 4];
+        for _ in 0..self.documents {
+            reader
+                .read_exact(&mut length)
+                .map_err(Error::io("cannot read", &path))?;
+            take(i32::from_le_bytes(length))?;
         }
-        let mut file = File::create(&path).map_err(Error::io("cannot write", &path))?;
-        file.write_all(&index)
-            .and_then(|()| file.sync_all())
-            .map_err(Error::io("cannot write", &path))
+        Ok(())
+    }
+}
+
+/// A file that is hashed as it is written.
+struct HashedFile {
+    path: PathBuf,
+    file: File,
+    hasher: blake3::Hasher,
+    buffer: Vec<u8>,
+    len: u64,
+}
+
+impl HashedFile {
+    /// Bytes that are hashed and written at once.
+    const BUFFER: usize = 256 << 10;
+
+    fn create(path: PathBuf) -> Result<HashedFile, Error> {
+        let file = File::create(&path).map_err(Error::io("cannot write", &path))?;
+        Ok(HashedFile {
+            path,
+            file,
+            hasher: blake3::Hasher::new(),
+            buffer: Vec::with_capacity(HashedFile::BUFFER),
+            len: 0,
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.len += bytes.len() as u64;
+        if self.buffer.len() + bytes.len() > HashedFile::BUFFER {
+            self.flush()?;
+        }
+        if bytes.len() > HashedFile::BUFFER {
+            self.hasher.update(bytes);
+            return self.write_through(bytes);
+        }
+        self.buffer.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        let buffer = std::mem::take(&mut self.buffer);
+        self.hasher.update(&buffer);
+        self.write_through(&buffer)?;
+        self.buffer = buffer;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    fn write_through(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.file
+            .write_all(bytes)
+            .map_err(Error::io("cannot write", &self.path))
+    }
+
+    /// Syncs the file to disk and returns its hash.
+    fn finish(mut self) -> Result<String, Error> {
+        self.flush()?;
+        self.file
+            .sync_all()
+            .map_err(Error::io("cannot write", &self.path))?;
+        Ok(self.hasher.finalize().to_hex().to_string())
     }
 }
 
@@ -127,7 +280,8 @@ mod tests {
         for document in [&[1, 2, 3][..], &[], &[999, 5]] {
             writer.push(document).unwrap();
         }
-        writer.finish().unwrap();
+        let written = writer.finish().unwrap();
+        assert!(!with_extension(&prefix, "lengths").exists());
         let index = std::fs::read(with_extension(&prefix, "idx")).unwrap();
         let mut expected = b"MMIDIDX\x00\x00".to_vec();
         expected.extend([1, 0, 0, 0, 0, 0, 0, 0, 8]);
@@ -137,5 +291,31 @@ mod tests {
             expected.extend(value.to_le_bytes());
         }
         assert_eq!(index, expected);
+        let hash = |bytes: &[u8]| blake3::hash(bytes).to_hex().to_string();
+        let bin = std::fs::read(with_extension(&prefix, "bin")).unwrap();
+        let expected = WrittenPair {
+            documents: 3,
+            tokens: 5,
+            bin: hash(&bin),
+            idx: hash(&index),
+        };
+        assert_eq!(written, expected);
+    }
+
+    #[test]
+    fn a_document_may_come_in_parts() {
+        let folder = tempfile::tempdir().unwrap();
+        let tokens: Vec<u32> = (0..200_000).collect();
+        let whole = folder.path().join("whole");
+        let mut writer = TokenWriter::create(&whole, 200_000).unwrap();
+        writer.push(&tokens).unwrap();
+        let whole = writer.finish().unwrap();
+        let parts = folder.path().join("parts");
+        let mut writer = TokenWriter::create(&parts, 200_000).unwrap();
+        for part in tokens.chunks(7_001) {
+            writer.append(part).unwrap();
+        }
+        writer.end_document().unwrap();
+        assert_eq!(writer.finish().unwrap(), whole);
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     inference::loaded::{FoundCheckpoint, find_checkpoint, find_tokenizer, tokenizers_of},
     train::saved_config::{read_run_state, saved_config},
 };
-use dataset::prepare::{END_OF_DOCUMENT, load_tokenizer};
+use dataset::tokenizer::{END_OF_DOCUMENT, load_tokenizer};
 use safetensors::Dtype as StoredDtype;
 use serde_json::json;
 use std::{

@@ -2,7 +2,7 @@
 
 use super::loaded::{LoadedModel, find_tokenizer};
 use crate::Error;
-use dataset::prepare::{END_OF_DOCUMENT, load_tokenizer};
+use dataset::tokenizer::{END_OF_DOCUMENT, load_tokenizer};
 use parallel::{Accelerator, Cpu};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};

@@ -1,0 +1,326 @@
+//! `moerun data merge`: joins data sets, or pairs of token files.
+
+use super::{
+    read_info,
+    shard_writer::file_info,
+    staging::{Begun, Staging, TOKENIZER_FILE},
+    token_counts::TokenCounts,
+    write_info,
+};
+use crate::{
+    Error,
+    info::{DatasetInfo, FileInfo, INFO_FILE, INFO_VERSION, InputInfo, OptionsInfo},
+    tokens::{TokenPair, WrittenPair},
+};
+use std::path::{Path, PathBuf};
+
+/// Joins data sets into the folder `output`, or pairs of token files into the pair `output`, in the
+/// order of `inputs`. Every input is checked as it is read.
+///
+/// All training documents come into one pair and all validation documents into another. The parts
+/// of a corpus that was prepared with `--part` give the same bytes as the whole.
+///
+/// # Errors
+/// If an input is missing or damaged, inputs differ in their tokens, parts are missing or in the
+/// wrong order, or the output exists (without `force`) or cannot be written.
+pub fn merge(output: &Path, inputs: &[PathBuf], force: bool) -> Result<DatasetInfo, Error> {
+    let are_folders = inputs.iter().filter(|input| input.is_dir()).count();
+    if are_folders == 0 {
+        return merge_pairs(output, inputs, force);
+    }
+    if are_folders < inputs.len() {
+        return Err(Error::Options(
+            "some inputs are folders and some are not: merge data sets or pairs".into(),
+        ));
+    }
+    let sets: Vec<Set> = inputs
+        .iter()
+        .map(|input| Set::open(input))
+        .collect::<Result<_, _>>()?;
+    check_same(&sets)?;
+    check_parts(&sets)?;
+    let hashes: Vec<String> = sets.iter().map(Set::identity).collect();
+    let command = blake3::hash(hashes.join("\n").as_bytes())
+        .to_hex()
+        .to_string();
+    let Begun::Open { staging, .. } = Staging::begin::<()>(output, &command, force)? else {
+        return read_info(output);
+    };
+    match merge_sets(&sets, &staging) {
+        Ok(info) => {
+            staging.complete(&super::preparation_files(&info))?;
+            Ok(info)
+        }
+        Err(error) => {
+            staging.discard();
+            Err(error)
+        }
+    }
+}
+
+/// A data set to merge, with its record.
+struct Set {
+    folder: PathBuf,
+    info: DatasetInfo,
+}
+
+impl Set {
+    fn open(folder: &Path) -> Result<Set, Error> {
+        let set = Set {
+            folder: folder.to_path_buf(),
+            info: read_info(folder)?,
+        };
+        if set.info.files.is_empty() {
+            return Err(Error::Data(format!(
+                "{} is of an earlier version and does not list the files: merge the pairs \
+                 instead, such as {}",
+                folder.join(INFO_FILE).display(),
+                folder.join("train").display()
+            )));
+        }
+        Ok(set)
+    }
+
+    fn identity(&self) -> String {
+        serde_json::to_string(&self.info).expect("plain data")
+    }
+
+    /// Returns the names of the training or the validation pairs, in order.
+    fn pairs(&self, kind: &str) -> Vec<&str> {
+        let names = self.info.files.keys().map(String::as_str);
+        let mut names: Vec<&str> = names.filter(|name| name.starts_with(kind)).collect();
+        // Numbers have at least five digits, and more if need be.
+        names.sort_by_key(|name| (name.len(), *name));
+        names
+    }
+}
+
+fn check_same(sets: &[Set]) -> Result<(), Error> {
+    let first = &sets[0];
+    for set in &sets[1..] {
+        let own = (&set.info, &first.info);
+        let checks = [
+            ("tokenizers", own.0.tokenizer_hash != own.1.tokenizer_hash),
+            ("vocabulary sizes", own.0.vocab_size != own.1.vocab_size),
+            ("types of tokens", own.0.dtype != own.1.dtype),
+            ("tokens that end documents", own.0.eos != own.1.eos),
+            ("tokens that begin documents", own.0.bos != own.1.bos),
+        ];
+        if let Some((property, _)) = checks.iter().find(|(_, differs)| *differs) {
+            return Err(Error::Data(format!(
+                "{} and {} have different {property}",
+                first.folder.display(),
+                set.folder.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the parts of a corpus are all there, each once and in order.
+fn check_parts(sets: &[Set]) -> Result<(), Error> {
+    let part = |set: &Set| set.info.options.as_ref()?.part.clone();
+    let parts: Vec<String> = sets.iter().filter_map(part).collect();
+    if parts.is_empty() {
+        return Ok(());
+    }
+    let count = parts[0]
+        .split('/')
+        .nth(1)
+        .and_then(|count| count.parse::<usize>().ok());
+    let count = count.unwrap_or(0);
+    let expected: Vec<String> = (0..count).map(|index| format!("{index}/{count}")).collect();
+    if parts == expected && parts.len() == sets.len() {
+        return Ok(());
+    }
+    let shown = expected
+        .iter()
+        .take(4)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    let more = if expected.len() > 4 { ", ..." } else { "" };
+    Err(Error::Options(format!(
+        "the inputs are the parts {}; merge all parts in order: {shown}{more}",
+        parts.join(", ")
+    )))
+}
+
+fn merge_sets(sets: &[Set], staging: &Staging) -> Result<DatasetInfo, Error> {
+    let mut info = DatasetInfo {
+        vocab_size: sets[0].info.vocab_size,
+        eos: sets[0].info.eos.clone(),
+        bos: sets[0].info.bos.clone(),
+        tokenizer_hash: sets[0].info.tokenizer_hash.clone(),
+        dtype: sets[0].info.dtype.clone(),
+        encoder: common(sets, |info| info.encoder.clone()),
+        options: common(sets, |info| info.options.clone().map(without_part)),
+        version: INFO_VERSION,
+        ..DatasetInfo::default()
+    };
+    for set in sets {
+        info.documents += set.info.documents;
+        info.bytes += set.info.bytes;
+        info.train_tokens += set.info.train_tokens;
+        info.validation_tokens += set.info.validation_tokens;
+        info.one_token_documents += set.info.one_token_documents;
+        info.documents_without_tokens += set.info.documents_without_tokens;
+        info.counts.add(&set.info.counts);
+        for input in &set.info.inputs {
+            add_input(&mut info.inputs, input);
+        }
+    }
+    let mut counts = TokenCounts::default();
+    for kind in ["train", "valid"] {
+        let pairs = sets.iter().flat_map(|set| {
+            let recorded = |name| (set.folder.join(name), Some(&set.info.files[name]));
+            set.pairs(kind).into_iter().map(recorded)
+        });
+        let pairs: Vec<(PathBuf, Option<&FileInfo>)> = pairs.collect();
+        if pairs.is_empty() {
+            continue;
+        }
+        let mut ignored = TokenCounts::default();
+        let counted = if kind == "train" {
+            &mut counts
+        } else {
+            &mut ignored
+        };
+        let merged = join(&staging.path(kind), &pairs, counted)?;
+        info.files.insert(kind.into(), merged);
+    }
+    info.unigram_entropy = counts.entropy();
+    let from = sets[0].folder.join(TOKENIZER_FILE);
+    let to = staging.path(TOKENIZER_FILE);
+    std::fs::copy(&from, &to).map_err(Error::io("cannot copy", &from))?;
+    write_info(&staging.path(INFO_FILE), &info)?;
+    Ok(info)
+}
+
+/// Adds an input, or the rest of one whose beginning is in an earlier part.
+fn add_input(inputs: &mut Vec<InputInfo>, input: &InputInfo) {
+    match inputs.last_mut().filter(|last| last.path == input.path) {
+        Some(last) => {
+            last.bytes += input.bytes;
+            last.documents += input.documents;
+        }
+        None => inputs.push(input.clone()),
+    }
+}
+
+fn without_part(options: OptionsInfo) -> OptionsInfo {
+    OptionsInfo {
+        part: None,
+        ..options
+    }
+}
+
+/// Returns a value that all data sets share.
+fn common<T: PartialEq>(sets: &[Set], value: fn(&DatasetInfo) -> Option<T>) -> Option<T> {
+    let first = value(&sets[0].info);
+    let is_common = sets.iter().all(|set| value(&set.info) == first);
+    first.filter(|_| is_common)
+}
+
+/// Writes the documents of all pairs into one.
+fn join(
+    output: &Path,
+    pairs: &[(PathBuf, Option<&FileInfo>)],
+    counts: &mut TokenCounts,
+) -> Result<FileInfo, Error> {
+    let opened = pairs.iter().map(|(prefix, _)| TokenPair::open(prefix));
+    let opened: Vec<TokenPair> = opened.collect::<Result<_, _>>()?;
+    let first = &opened[0];
+    if let Some(other) = opened.iter().position(|pair| pair.dtype() != first.dtype()) {
+        return Err(Error::Data(format!(
+            "{} has tokens of the type {}, {} of the type {}",
+            pairs[0].0.display(),
+            first.dtype(),
+            pairs[other].0.display(),
+            opened[other].dtype()
+        )));
+    }
+    let mut writer = first.writer_like(output)?;
+    let mut bytes = 0;
+    for (pair, (prefix, recorded)) in opened.iter().zip(pairs) {
+        let read = pair.append_to(&mut writer, &mut |part| counts.add(part.tokens))?;
+        if let Some(recorded) = recorded {
+            check_recorded(&read, recorded, prefix)?;
+            bytes += recorded.bytes;
+        }
+    }
+    Ok(file_info(writer.finish()?, bytes))
+}
+
+/// Compares a pair that was read with its record.
+pub(super) fn check_recorded(
+    written: &WrittenPair,
+    recorded: &FileInfo,
+    prefix: &Path,
+) -> Result<(), Error> {
+    let failed = |file: &str, cause: String| {
+        let prefix = prefix.display();
+        Err(Error::Data(format!("{prefix}{file} is damaged: {cause}")))
+    };
+    let differs = "its checksum is not that of dataset.json".to_string();
+    if written.documents != recorded.documents {
+        let cause = format!(
+            "it has {} documents; dataset.json records {}",
+            written.documents, recorded.documents
+        );
+        return failed(".idx", cause);
+    }
+    if written.tokens != recorded.tokens {
+        let cause = format!(
+            "it has {} tokens; dataset.json records {}",
+            written.tokens, recorded.tokens
+        );
+        return failed(".bin", cause);
+    }
+    if written.idx != recorded.idx {
+        return failed(".idx", differs);
+    }
+    if written.bin != recorded.bin {
+        return failed(".bin", differs);
+    }
+    Ok(())
+}
+
+fn merge_pairs(output: &Path, inputs: &[PathBuf], force: bool) -> Result<DatasetInfo, Error> {
+    let pairs: Vec<(PathBuf, Option<&FileInfo>)> =
+        inputs.iter().map(|input| (input.clone(), None)).collect();
+    let file = |prefix: &Path, extension: &str| {
+        let mut path = prefix.as_os_str().to_owned();
+        path.push(extension);
+        PathBuf::from(path)
+    };
+    for extension in [".bin", ".idx"] {
+        let path = file(output, extension);
+        if path.exists() && !force {
+            return Err(Error::Options(format!(
+                "{} exists; choose another name, or replace it with --force",
+                path.display()
+            )));
+        }
+    }
+    let new = file(output, ".unfinished");
+    let mut counts = TokenCounts::default();
+    let merged = join(&new, &pairs, &mut counts).inspect_err(|_| {
+        for extension in [".bin", ".idx", ".lengths"] {
+            // Best effort: the error that led here matters more.
+            let _ = std::fs::remove_file(file(&new, extension));
+        }
+    })?;
+    for extension in [".bin", ".idx"] {
+        let from = file(&new, extension);
+        std::fs::rename(&from, file(output, extension))
+            .map_err(Error::io("cannot rename", &from))?;
+    }
+    Ok(DatasetInfo {
+        documents: merged.documents,
+        train_tokens: merged.tokens,
+        unigram_entropy: counts.entropy(),
+        version: INFO_VERSION,
+        ..DatasetInfo::default()
+    })
+}
