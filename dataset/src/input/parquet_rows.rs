@@ -12,12 +12,16 @@ use parquet::{
     column::reader::{ColumnReader, ColumnReaderImpl},
     data_type::{ByteArray, ByteArrayType},
     errors::{ParquetError, Result as ParquetResult},
-    file::reader::{ChunkReader, FileReader, Length, RowGroupReader, SerializedFileReader},
+    file::{
+        metadata::{ParquetMetaData, RowGroupMetaData},
+        reader::{ChunkReader, FileReader, Length, RowGroupReader, SerializedFileReader},
+    },
     schema::types::{ColumnDescriptor, SchemaDescriptor},
 };
 use std::{
     fs::File,
     io::{BufRead, BufReader},
+    panic::{AssertUnwindSafe, catch_unwind},
 };
 
 /// Largest number of bytes of an unpacked page of Parquet. Files with larger pages are refused.
@@ -41,16 +45,52 @@ struct Table {
 
 impl Table {
     fn open(file: File, key: &TextKey) -> Result<Self, String> {
-        let reader = SerializedFileReader::new(Pages(file)).map_err(damaged)?;
+        let reader = catch_panic(|| SerializedFileReader::new(Pages(file))).map_err(damaged)?;
         let schema = reader.metadata().file_metadata().schema_descr();
         let columns = key.paths().iter().map(|path| find_column(schema, path));
-        let columns = columns.collect::<Result<_, _>>()?;
+        let columns: Vec<usize> = columns.collect::<Result<_, _>>()?;
+        if !has_valid_extents(reader.metadata(), &columns) {
+            return Err("the Parquet data is damaged: a row group has an invalid size".into());
+        }
         Ok(Self { reader, columns })
     }
 }
 
+/// Calls the library, which panics at some damage, and returns an error instead.
+fn catch_panic<T>(call: impl FnOnce() -> ParquetResult<T>) -> ParquetResult<T> {
+    // Nothing that the call changed is used after a panic.
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
+        Err(ParquetError::General(
+            "its contents are inconsistent".into(),
+        ))
+    })
+}
+
 fn damaged(error: ParquetError) -> String {
     format!("the Parquet data is damaged: {error}")
+}
+
+/// True if no size or offset is negative, and the row groups have the rows of the file.
+///
+/// The library panics at negative offsets.
+fn has_valid_extents(metadata: &ParquetMetaData, columns: &[usize]) -> bool {
+    let groups = metadata.row_groups();
+    let is_valid = |group: &RowGroupMetaData| {
+        let mut chunks = columns.iter().map(|&column| group.columns().get(column));
+        group.num_rows() >= 0
+            && chunks.all(|chunk| {
+                chunk.is_some_and(|chunk| {
+                    let start = chunk.dictionary_page_offset();
+                    start.unwrap_or(chunk.data_page_offset()) >= 0 && chunk.compressed_size() >= 0
+                })
+            })
+    };
+    let rows = groups
+        .iter()
+        .map(RowGroupMetaData::num_rows)
+        .map(i128::from)
+        .sum::<i128>();
+    groups.iter().all(is_valid) && rows == metadata.file_metadata().num_rows().into()
 }
 
 /// Checks that a file can be opened and has the columns. Returns the cause if not.
@@ -172,9 +212,8 @@ impl Cells {
         self.levels.clear();
         self.values.clear();
         let levels = (self.max_level > 0).then_some(&mut self.levels);
-        let read = self
-            .reader
-            .read_records(1, levels, None, &mut self.values)?;
+        let values = &mut self.values;
+        let read = catch_panic(|| self.reader.read_records(1, levels, None, values))?;
         if read.0 == 1 {
             Ok(())
         } else {
