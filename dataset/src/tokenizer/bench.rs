@@ -8,9 +8,9 @@ use std::time::Instant;
 /// Seconds of both encoders for the same documents, one number per round.
 #[derive(Debug, Clone, Default)]
 pub struct Speed {
-    /// Bytes of text.
+    /// Bytes of all documents together.
     pub bytes: u64,
-    /// Tokens of the text.
+    /// Tokens of all documents together.
     pub tokens: u64,
     /// Seconds of the encoder in use, on the threads of the current rayon pool.
     pub ours: Vec<f64>,

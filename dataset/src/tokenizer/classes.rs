@@ -3,24 +3,18 @@
 use regex_syntax::hir::{Class, HirKind};
 use std::sync::LazyLock;
 
-/// `\p{Lu}` and `\p{Lt}`.
-pub(super) const UPPER: u8 = 1;
-/// `\p{Ll}`.
-pub(super) const LOWER: u8 = 1 << 1;
-/// `\p{Lm}` and `\p{Lo}`.
-pub(super) const UNCASED: u8 = 1 << 2;
-/// `\p{M}`.
-pub(super) const MARK: u8 = 1 << 3;
-/// `\p{N}`.
-pub(super) const NUMBER: u8 = 1 << 4;
-/// `\s`.
+// Bits of a class: Unicode's general categories by their initials, and `\s`.
+pub(super) const UPPER: u8 = 1; // Lu, Lt
+pub(super) const LOWER: u8 = 1 << 1; // Ll
+pub(super) const UNCASED: u8 = 1 << 2; // Lm, Lo
+pub(super) const MARK: u8 = 1 << 3; // M
+pub(super) const NUMBER: u8 = 1 << 4; // N
 pub(super) const SPACE: u8 = 1 << 5;
-/// `\p{P}` and `\p{S}`.
-pub(super) const SYMBOL: u8 = 1 << 6;
+pub(super) const SYMBOL: u8 = 1 << 6; // P, S
+pub(super) const LETTER: u8 = UPPER | LOWER | UNCASED;
+
 /// `[一-龥぀-ゟ゠-ヿ]`, as in DeepSeek's tokenizers.
 pub(super) const KANA_OR_HAN: u8 = 1 << 7;
-/// `\p{L}`.
-pub(super) const LETTER: u8 = UPPER | LOWER | UNCASED;
 
 const CODE_POINTS: usize = 0x11_0000;
 

@@ -328,7 +328,8 @@ fn pattern_of(step: &Value) -> Result<Pattern, String> {
 
 fn vocabulary_of(model: &ModelPart) -> Result<Vocabulary, String> {
     let kind = model.kind.as_deref().unwrap_or("BPE");
-    let (Some(Ids(ids)), Some(merges), "BPE") = (&model.vocab, &model.merges, kind) else {
+    let parts = model.vocab.as_ref().zip(model.merges.as_ref());
+    let Some((Ids(ids), merges)) = parts.filter(|_| kind == "BPE") else {
         return Err(format!("the model is {kind}"));
     };
     if model.dropout.is_some_and(|dropout| dropout != 0.0) {

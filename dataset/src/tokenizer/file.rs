@@ -64,7 +64,7 @@ impl MergeText {
     }
 }
 
-/// Ids by token.
+/// Tokens and their ids, of which each is below [`MAX_VOCABULARY`].
 pub(super) struct Ids(pub(super) HashMap<String, u32>);
 
 impl<'de> Deserialize<'de> for Ids {

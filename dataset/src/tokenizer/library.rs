@@ -19,7 +19,7 @@ use tokenizers::Tokenizer;
 const PART: usize = 1 << 18;
 
 /// Bytes of text on each side of a cut that are encoded to check it.
-const CONTEXT: usize = 1 << 10;
+const CONTEXTS: [usize; 4] = [1024, 801, 443, 150];
 
 /// Places that are tried for a cut, per kind of place.
 const TRIES: usize = 16;
@@ -113,9 +113,9 @@ impl Library {
             .find(|&cut| cut.end > 0 && cut.start < text.len() && self.is_safe(text, cut))
     }
 
+    /// Encodes the neighbourhood of a cut in both ways. Several contexts are tried: in a long run of
+    /// one character, tokens depend on where the run starts, and one context can hide that.
     fn is_safe(&self, text: &str, cut: Cut) -> bool {
-        let start = text.floor_char_boundary(cut.end.saturating_sub(CONTEXT));
-        let end = text.ceil_char_boundary((cut.start + CONTEXT).min(text.len()));
         let ids = |parts: &[&str]| {
             let mut ids = Vec::new();
             let encoded = parts
@@ -123,8 +123,12 @@ impl Library {
                 .try_for_each(|part| self.encode_part(part, &mut ids));
             encoded.ok().map(|()| ids)
         };
-        let whole = ids(&[&text[start..end]]);
-        whole.is_some() && whole == ids(&[&text[start..cut.end], &text[cut.start..end]])
+        CONTEXTS.iter().all(|context| {
+            let start = text.floor_char_boundary(cut.end.saturating_sub(*context));
+            let end = text.ceil_char_boundary((cut.start + context).min(text.len()));
+            let whole = ids(&[&text[start..end]]);
+            whole.is_some() && whole == ids(&[&text[start..cut.end], &text[cut.start..end]])
+        })
     }
 
     fn encode_part(&self, text: &str, into: &mut Vec<u32>) -> Result<(), Error> {
@@ -172,7 +176,11 @@ fn uncovered(text: &str, offsets: &[(usize, usize)]) -> Option<char> {
 
 fn loses_unknown(model: &ModelPart, byte_level: bool) -> bool {
     let is_bpe = model.kind.as_deref().unwrap_or("BPE") == "BPE";
-    let (true, None, Some(Ids(ids))) = (is_bpe, &model.unk_token, &model.vocab) else {
+    let Some(Ids(ids)) = model
+        .vocab
+        .as_ref()
+        .filter(|_| is_bpe && model.unk_token.is_none())
+    else {
         return false;
     };
     let has_bytes = (0..=255u8)

@@ -28,16 +28,16 @@ pub(super) enum Pattern {
         /// True if English contractions stay with their word.
         contractions: bool,
     },
-    /// DeepSeek's third expression.
+    /// DeepSeek's third expression, which leaves numbers unmatched.
     DeepSeek,
-    /// `\p{N}{1,digits}`.
+    /// DeepSeek's first expression: numbers of at most `digits` digits.
     Numbers {
         /// Largest number of digits of a piece.
         digits: usize,
     },
     /// DeepSeek's second expression: runs of kana and Han.
     KanaOrHan,
-    /// The pre-tokenizer `Digits`.
+    /// The pre-tokenizer `Digits`, which has no expression.
     Digits {
         /// True if each digit is a piece.
         each: bool,
@@ -186,8 +186,8 @@ pub(super) fn split<F: FnMut(&[u8])>(patterns: &[Pattern], text: Text, take: &mu
     }
 }
 
-/// Returns the last position of a text at which it may be cut: the pieces of both parts are those of
-/// the whole, with every pattern and whatever follows the text.
+/// Returns the last position of a text at which it may be cut: the pieces of both parts are those
+/// of the whole, with every pattern and whatever follows the text.
 ///
 /// A letter or number and a following space or punctuation mark are in different pieces, and
 /// neither decides about pieces of the other side. `allowed` can refuse a position.
@@ -364,7 +364,7 @@ fn lower_word(text: Text, start: usize) -> Option<usize> {
     }
 }
 
-/// Matches `upper+lower*`.
+/// Matches `upper+lower*` greedily, without any need to backtrack.
 fn upper_word(text: Text, start: usize) -> Option<usize> {
     let end = text.run(start, UPPER_OR_OTHER);
     (end > start).then(|| text.run(end, LOWER_OR_OTHER))
@@ -527,7 +527,10 @@ mod tests {
             assert_eq!(Pattern::of_expression(&expression), Some(pattern));
             assert_eq!(Pattern::of_expression(&format!("{expression}|a")), None);
         }
-        let qwen = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+        let qwen = concat!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        );
         let pattern = Pattern::Cl100k {
             digits: 1,
             marks: false,

@@ -6,9 +6,9 @@
 /// A token that ends or begins documents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Special {
-    /// The token's id.
+    /// The id that token files have.
     pub id: u32,
-    /// The token's text.
+    /// The text as in the vocabulary.
     pub text: String,
 }
 

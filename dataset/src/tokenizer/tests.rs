@@ -197,7 +197,7 @@ fn documents_in_pieces_have_the_ids_of_the_whole() {
     });
     let slow = load(&word, &Default::default()).unwrap();
     assert!(
-        slow.encoder().contains("the model is WordLevel"),
+        slow.encoder().contains("not byte-level"),
         "{}",
         slow.encoder()
     );
@@ -301,7 +301,7 @@ fn damaged_files_are_errors() {
             "choose it with --eos; its special tokens are <|custom|>",
         ),
         (merge, "missing"),
-        (kind, "Unheard"),
+        (kind, "PreTokenizer"),
         (json!({"model": 3}), "3"),
         (json!([]), "invalid"),
     ];
@@ -380,20 +380,21 @@ fn text_that_defeats_regular_expressions_is_not_lost() {
         assert!(decoded == text, "{}", tokenizer.encoder());
     }
     let mut file = trained();
-    // Unknown to the fast encoder, and of quadratic time.
-    file["pre_tokenizer"] =
-        sequence(&[split(r"(\s+)+(?!\S)|x", "Removed", true), byte_level(false)]);
+    file["normalizer"] = json!({"type": "NFD"});
     let slow = load(&file, &Default::default()).unwrap();
-    assert!(
-        slow.encoder().contains("splitting by"),
-        "{}",
-        slow.encoder()
-    );
+    assert!(slow.fast.is_none(), "{}", slow.encoder());
+    let mut found = Vec::new();
+    match slow.encode(&text, &mut found) {
+        Ok(()) => assert!(found == ids(&LOADED[0], &text)),
+        Err(error) => assert!(error.to_string().contains("cannot be cut"), "{error}"),
+    }
+    // Exponential time, which the library takes for the end of all matches.
+    let expression = split(r"(?:\s|\s\s)+(?=!)|\S+", "Removed", true);
+    file["pre_tokenizer"] = sequence(&[expression, byte_level(false)]);
+    let slow = load(&file, &Default::default()).unwrap();
+    let text = format!("before{}after", " ".repeat(100));
     let error = slow.encode(&text, &mut Vec::new()).unwrap_err().to_string();
-    assert!(
-        error.contains("regular expression fails") || error.contains("cannot be cut"),
-        "{error}"
-    );
+    assert!(error.contains("regular expression fails"), "{error}");
 }
 
 #[test]
