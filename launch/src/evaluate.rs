@@ -1,6 +1,6 @@
 //! `moerun evaluate`: log-likelihoods of texts.
 
-use crate::cli::EvaluateArgs;
+use crate::{cli::EvaluateArgs, progress::Transfer};
 use anyhow::{Context, Result};
 use std::{io::Write, process::ExitCode};
 use trainer::{ScoreRequest, score};
@@ -20,7 +20,9 @@ pub(crate) fn run(args: EvaluateArgs) -> Result<ExitCode> {
     let requests: Vec<ScoreRequest> = lines.map(parse).collect::<Result<_>>()?;
     let model = args.model.path();
     let mut out = std::io::stdout().lock();
-    score(&model, args.tokenizer, &requests, &mut |score| {
+    let bar = Transfer::new("loading");
+    let progress = |done, total| bar.show(done, total);
+    score(&model, args.tokenizer, &requests, &progress, &mut |score| {
         let line = serde_json::to_string(&score).expect("a score is plain data");
         // Printing fails if the reader has closed the pipe.
         let _ = writeln!(out, "{line}");

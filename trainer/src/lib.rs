@@ -71,10 +71,11 @@ mod stage_layout;
 mod train;
 
 pub use bench::copy_timer::CopyTimer;
-pub use bench::import::{ReadPart, read_part, rewrite_folder, write_synthetic_folder};
+pub use bench::import::{PartAction, ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use error::Error;
 pub use hub::{
+    ByteProgress,
     export::{DEFAULT_SHARD_BYTES, ExportOptions, ExportReport, export},
     import::{ImportReport, import},
     model_folder::ModelFolder,

@@ -30,7 +30,7 @@ const MIN_READ_BYTES: u64 = 64 << 10;
 pub(crate) type WriteBytes<'a> = dyn Fn(&[u8], u64) -> Result<(), Error> + 'a;
 
 /// Bytes that are copied at once.
-const COPY_BYTES: usize = 8 << 20;
+const COPY_BYTES: usize = 1 << 20;
 
 /// The form of a tensor's values in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -325,6 +325,22 @@ impl LogicalTensor {
         match self.encoding {
             Encoding::Plain(_) | Encoding::Other => Some(self.data.dtype),
             Encoding::Fp8Blocks { .. } | Encoding::Mxfp4 { .. } => None,
+        }
+    }
+
+    /// Returns the dtype of the values, if the tensor is not quantized.
+    pub(crate) fn plain_kind(&self) -> Option<Kind> {
+        match self.encoding {
+            Encoding::Plain(kind) => Some(kind),
+            Encoding::Fp8Blocks { .. } | Encoding::Mxfp4 { .. } | Encoding::Other => None,
+        }
+    }
+
+    /// Returns the bits of a value in the file, without scales.
+    pub(crate) fn bits(&self) -> u64 {
+        match self.encoding {
+            Encoding::Mxfp4 { .. } => 4,
+            _ => self.data.dtype.bitsize() as u64,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Writing a model as a folder that transformers and inference servers load.
 
 use super::{
+    ByteProgress,
     config_json::{CONFIG_FILE, ConfigJson},
     encoding::LogicalTensor,
     folder::INDEX_FILE,
@@ -78,10 +79,7 @@ pub struct ExportReport {
 /// # Errors
 /// If there is no usable checkpoint, no family can express the model, or a file cannot be read or
 /// written. The output does not exist then.
-pub fn export(
-    options: &ExportOptions,
-    progress: &(dyn Fn(u64, u64) + Sync),
-) -> Result<ExportReport, Error> {
+pub fn export(options: &ExportOptions, progress: &ByteProgress) -> Result<ExportReport, Error> {
     let FoundCheckpoint {
         checkpoint,
         mut notes,
@@ -337,7 +335,7 @@ pub(crate) fn write_folder(
     model: &ModelConfig,
     source: Option<&ModelFolder>,
     form: &Form,
-    progress: &(dyn Fn(u64, u64) + Sync),
+    progress: &ByteProgress,
 ) -> Result<ExportReport, Error> {
     let named = |name: &str| match source {
         Some(source) => source.reader.table.tensors.contains_key(name),

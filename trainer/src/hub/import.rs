@@ -1,6 +1,6 @@
 //! A checkpoint with the weights of a folder, from which a run starts at step 0.
 
-use super::{export::refuse_files, mapping::MappedTensor, model_folder::ModelFolder};
+use super::{ByteProgress, export::refuse_files, mapping::MappedTensor, model_folder::ModelFolder};
 use crate::{
     Error,
     config::Config,
@@ -38,7 +38,7 @@ pub struct ImportReport {
 pub fn import(
     folder: &Path,
     output: &Path,
-    progress: &dyn Fn(u64, u64),
+    progress: &ByteProgress,
 ) -> Result<ImportReport, Error> {
     let source = ModelFolder::open(folder)?;
     source.check_repeated()?;

@@ -1,6 +1,7 @@
 //! The folder of a Hugging Face model whose tensors are all accounted for.
 
 use super::{
+    ByteProgress,
     config_json::ConfigJson,
     encoding::LogicalTable,
     folder::TensorTable,
@@ -11,7 +12,11 @@ use crate::{Error, config::ModelConfig, families::Family, model::Model};
 use checkpoint::TensorSlice;
 use rayon::prelude::*;
 use serde::Deserialize;
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 use tch::Tensor;
 
 /// A token, or several.
@@ -154,15 +159,15 @@ impl ModelFolder {
         notes
     }
 
-    /// Copies the weights to a whole model.
+    /// Copies the weights to a whole model. Calls `progress` as [`ModelFolder::read`] does.
     ///
     /// # Errors
     /// If the model is another one, or a file cannot be read.
-    pub fn load(&self, model: &Model) -> Result<(), Error> {
+    pub fn load(&self, model: &Model, progress: &ByteProgress) -> Result<(), Error> {
         self.check_repeated()?;
         let parameters = model.parameters.iter();
         let slices = parameters.flat_map(|parameter| parameter.slices(&parameter.master));
-        self.read(slices.chain(bias_slices(model)).collect())?;
+        self.read(slices.chain(bias_slices(model)).collect(), progress)?;
         for parameter in model.parameters.iter() {
             parameter.sync_from_master();
         }
@@ -170,15 +175,27 @@ impl ModelFolder {
         Ok(())
     }
 
-    /// Copies slices of tensors to their targets.
+    /// Copies slices of tensors to their targets. Calls `progress` with the bytes of the files that
+    /// are done and all.
     ///
     /// # Errors
     /// If the folder has no such tensor, or a file cannot be read.
-    pub(crate) fn read(&self, mut targets: Vec<(TensorSlice, Tensor)>) -> Result<(), Error> {
+    pub(crate) fn read(
+        &self,
+        mut targets: Vec<(TensorSlice, Tensor)>,
+        progress: &ByteProgress,
+    ) -> Result<(), Error> {
         // In the order of the files, which each thread reads forward.
         targets.sort_by_cached_key(|(slice, _)| self.reader.position(&slice.name));
-        let read = |(slice, into): (TensorSlice, Tensor)| self.reader.read_into(&slice, &into);
-        targets.into_par_iter().try_for_each(read)
+        let stored = |(slice, _): &(TensorSlice, Tensor)| self.reader.stored_bytes(slice);
+        let total = targets.iter().map(stored).sum();
+        let done = AtomicU64::new(0);
+        targets.into_par_iter().try_for_each(|(slice, into)| {
+            self.reader.read_into(&slice, &into)?;
+            let bytes = self.reader.stored_bytes(&slice);
+            progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+            Ok(())
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! An MoE model made from a dense one: the dense network of each layer becomes experts.
 
 use super::{
+    ByteProgress,
     config_json::ConfigJson,
     export::{ExportOptions, ExportReport, Form, write_folder},
     model_folder::ModelFolder,
@@ -64,10 +65,7 @@ pub struct UpcycleOptions {
 /// # Errors
 /// If the numbers do not fit, no MoE family can express the model, or a file cannot be read or
 /// written.
-pub fn upcycle(
-    options: &UpcycleOptions,
-    progress: &(dyn Fn(u64, u64) + Sync),
-) -> Result<ExportReport, Error> {
+pub fn upcycle(options: &UpcycleOptions, progress: &ByteProgress) -> Result<ExportReport, Error> {
     let dense = ModelFolder::open(&options.dense)?;
     let model = sparse_model(options, &dense)?;
     let (family, config) = sparse_config(&dense, &model)?;
@@ -283,7 +281,7 @@ impl Upcycled<'_> {
         dense.name = format!("{}.down", matrix.dense);
         dense.global_shape[1] = self.dense_ffn;
         dense.offset[1] = self.first_inner(matrix.expert);
-        let values = self.dense.values(&dense, false)? * self.options.granularity as f64;
+        let values = self.dense_values(&dense)? * self.options.granularity as f64;
         if let UpcycleMethod::Drop(share) = self.options.method {
             let hidden = slice.global_shape[0];
             let spread = self.spread(matrix, "down", share, hidden)?;
@@ -310,7 +308,12 @@ impl Upcycled<'_> {
         dense.global_shape[0] = 2 * self.dense_ffn;
         dense.offset[0] = first;
         dense.shape[0] = count;
-        self.dense.values(&dense, false)
+        self.dense_values(&dense)
+    }
+
+    /// Returns a slice of the dense network in fp32, in which it is scaled and drawn anew.
+    fn dense_values(&self, slice: &TensorSlice) -> Result<Tensor, Error> {
+        Ok(self.dense.values(slice, false)?.to_kind(Kind::Float))
     }
 
     /// Returns the inner elements of an expert that are drawn anew, the same in all matrices, in
@@ -354,7 +357,7 @@ impl Upcycled<'_> {
             "down" => {
                 let whole = [hidden, self.dense_ffn];
                 let slice = TensorSlice::whole(format!("{}.down", matrix.dense), &whole);
-                self.dense.values(&slice, false)?.index_select(1, &dropped)
+                self.dense_values(&slice)?.index_select(1, &dropped)
             }
             _ => {
                 let whole = [2 * self.dense_ffn, hidden];
@@ -410,7 +413,7 @@ mod tests {
         let ctx = BuildContext::single_rank(16, Dtype::Fp32, &Cpu, &groups);
         let config = folder.model();
         let model = Model::new(config, ModelPart::whole(config.layers), &ctx);
-        folder.load(&model).unwrap();
+        folder.load(&model, &|_, _| ()).unwrap();
         let tokens: Vec<i64> = (0..32).map(|number| number * number % 48).collect();
         let tokens = Tensor::from_slice(&tokens).view([2, 16]);
         let output = tch::no_grad(|| model.forward(&tokens)).unwrap();

@@ -1,7 +1,7 @@
 //! Text generation from a checkpoint.
 
 use super::loaded::{LoadedModel, find_tokenizer};
-use crate::{Error, data::END_OF_DOCUMENT, model::Model};
+use crate::{Error, data::END_OF_DOCUMENT, hub::ByteProgress, model::Model};
 use parallel::{Accelerator, Cpu};
 use std::path::PathBuf;
 use tch::{Kind, Tensor};
@@ -33,6 +33,7 @@ pub struct GenerateOptions {
 /// If there is no usable checkpoint or tokenizer.
 pub fn generate(
     options: &GenerateOptions,
+    progress: &ByteProgress,
     warn: &mut dyn FnMut(&str),
     write: &mut dyn FnMut(&str),
 ) -> Result<(), Error> {
@@ -42,7 +43,7 @@ pub fn generate(
         model,
         notes,
         ..
-    } = LoadedModel::open(&options.checkpoint)?;
+    } = LoadedModel::open(&options.checkpoint, progress)?;
     for note in notes {
         warn(&note);
     }

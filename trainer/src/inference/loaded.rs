@@ -3,7 +3,7 @@
 use crate::{
     Error,
     config::{Config, Dtype},
-    hub::{config_json::CONFIG_FILE, model_folder::ModelFolder},
+    hub::{ByteProgress, config_json::CONFIG_FILE, model_folder::ModelFolder},
     model::{BuildContext, Model, ModelPart},
     process_groups::ProcessGroups,
     train::{
@@ -47,15 +47,16 @@ pub(crate) struct TrainedBy {
 
 impl LoadedModel {
     /// Loads the folder of a Hugging Face model, or a checkpoint as [`LoadedModel::of_run`] does.
-    pub(crate) fn open(path: &Path) -> Result<LoadedModel, Error> {
+    /// Calls `progress` with the bytes of the folder's files that are done and all.
+    pub(crate) fn open(path: &Path, progress: &ByteProgress) -> Result<LoadedModel, Error> {
         if path.join(CONFIG_FILE).is_file() {
-            LoadedModel::of_folder(path)
+            LoadedModel::of_folder(path, progress)
         } else {
             LoadedModel::of_run(path)
         }
     }
 
-    fn of_folder(path: &Path) -> Result<LoadedModel, Error> {
+    fn of_folder(path: &Path, progress: &ByteProgress) -> Result<LoadedModel, Error> {
         let folder = ModelFolder::open(path)?;
         let context = folder
             .longest_sequence()?
@@ -63,9 +64,12 @@ impl LoadedModel {
             .min(MAX_CONTEXT);
         let config = folder.model();
         let groups = ProcessGroups::single_rank();
-        let ctx = BuildContext::single_rank(context, Dtype::Fp32, &Cpu, &groups);
+        let ctx = BuildContext {
+            draws_values: false,
+            ..BuildContext::single_rank(context, Dtype::Fp32, &Cpu, &groups)
+        };
         let model = Model::new(config, ModelPart::whole(config.layers), &ctx);
-        folder.load(&model)?;
+        folder.load(&model, progress)?;
         Ok(LoadedModel {
             context,
             start_token: folder.start_token()?,
@@ -88,7 +92,10 @@ impl LoadedModel {
         let config = saved_config(&checkpoint, &state)?;
         let groups = ProcessGroups::single_rank();
         let sequence_length = config.data.sequence_length;
-        let ctx = BuildContext::single_rank(sequence_length, config.train.dtype, &Cpu, &groups);
+        let ctx = BuildContext {
+            draws_values: false,
+            ..BuildContext::single_rank(sequence_length, config.train.dtype, &Cpu, &groups)
+        };
         let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &ctx);
         restore_model(&mut checkpoint, &model)?;
         Ok(LoadedModel {

@@ -1,7 +1,7 @@
 //! Log-likelihoods of texts under a model.
 
 use super::loaded::{LoadedModel, find_tokenizer};
-use crate::{Error, data::END_OF_DOCUMENT};
+use crate::{Error, data::END_OF_DOCUMENT, hub::ByteProgress};
 use parallel::{Accelerator, Cpu};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -41,6 +41,7 @@ pub fn score(
     model: &Path,
     tokenizer: Option<PathBuf>,
     requests: &[ScoreRequest],
+    progress: &ByteProgress,
     write: &mut dyn FnMut(Score),
 ) -> Result<(), Error> {
     let LoadedModel {
@@ -49,7 +50,7 @@ pub fn score(
         tokenizers,
         model,
         ..
-    } = LoadedModel::open(model)?;
+    } = LoadedModel::open(model, progress)?;
     let path = find_tokenizer(&tokenizer.map_or(tokenizers, |given| vec![given]))?;
     let tokenizer = crate::data::load_tokenizer(&path)?;
     let failed = |error| Error::Tokenizer(format!("the tokenizer failed: {error}"));

@@ -48,7 +48,12 @@ impl Trainer {
             parameter.slices_of_rows(&rows)
         });
         let targets = own_shares.chain(bias_slices(&self.model)).collect();
-        agree(world, folder.read(targets))?;
+        let progress = |done, total| {
+            if let Some(show) = &self.resumption.loading {
+                show(done, total);
+            }
+        };
+        agree(world, folder.read(targets, &progress))?;
         // Ranks of two stages share a tied embedding, so both send it first.
         let is_tied = |parameter: &&Parameter| parameter.replicas == Replicas::TiedEmbedding;
         let (tied, others): (Vec<_>, Vec<_>) = self.model.parameters.iter().partition(is_tied);
