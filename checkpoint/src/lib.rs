@@ -80,7 +80,7 @@ pub use folder::list;
 pub use format::{ImageHeader, Shard, TensorIndex};
 pub use image::ImageLayout;
 pub use manifest::{FileEntry, Manifest, TensorEntry};
-pub use memory::{Region, with_tensor_bytes};
+pub use memory::{Region, advise_huge_pages, with_tensor_bytes};
 pub use own_parts::{OwnParts, PartSource};
 pub use read::{Checkpoint, PartOpener};
 pub use retention::retain;

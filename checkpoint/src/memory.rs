@@ -7,6 +7,7 @@ use nix::{
     fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl},
     sys::{
         memfd::{MFdFlags, memfd_create},
+        mman::{MmapAdvise, madvise},
         socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
     },
 };
@@ -17,8 +18,12 @@ use std::{
         fd::{AsRawFd, FromRawFd, RawFd},
         unix::net::UnixStream,
     },
+    ptr::NonNull,
 };
 use tch::{Device, Tensor};
+
+/// Bytes of a huge page on x86-64, and on Arm with pages of 4 KiB.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Calls `write` with the bytes of a tensor, which is contiguous and in host memory.
 ///
@@ -37,6 +42,28 @@ pub fn with_tensor_bytes<T>(tensor: &Tensor, write: impl FnOnce(&mut [u8]) -> T)
     // as the tensor. Its values are numbers, for which any bits are valid. Tensors are written
     // through shared references throughout, so the caller may write this one.
     write(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), len) })
+}
+
+/// Asks the system to back a large tensor in host memory with huge pages when it is first written:
+/// it takes them one by one, and would take 512 times as many small ones. This is advice, so that
+/// nothing is lost where it has no effect.
+pub fn advise_huge_pages(tensor: &Tensor) {
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if tensor.device() != Device::Cpu || !tensor.is_contiguous() || len < 2 * HUGE_PAGE {
+        return;
+    }
+    let start = tensor.data_ptr().addr();
+    let first = start.next_multiple_of(HUGE_PAGE);
+    let end = (start + len) / HUGE_PAGE * HUGE_PAGE;
+    let Some(address) = NonNull::new(tensor.data_ptr().with_addr(first)) else {
+        return;
+    };
+    // SAFETY: the pages from `first` to `end` are inside the tensor, and the advice changes no
+    // values.
+    let advised = unsafe { madvise(address, end - first, MmapAdvise::MADV_HUGEPAGE) };
+    if let Err(error) = advised {
+        tracing::debug!("no huge pages: {error}");
+    }
 }
 
 /// A piece of memory that two processes map.

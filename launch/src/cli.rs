@@ -403,6 +403,9 @@ pub(crate) struct ImportArgs {
     /// Size of the folder that is made, in GiB of bf16
     #[arg(long, default_value_t = 8.0, value_name = "GIB", value_parser = megabytes)]
     pub(crate) gib: f64,
+    /// Dtype of the weights in memory: bf16 as in the folder, or fp32 as in training
+    #[arg(long, value_enum, default_value_t = WeightDtype::Bf16)]
+    pub(crate) dtype: WeightDtype,
     /// Command that loads the folder that is appended to it, and prints `seconds` as JSON, such as
     /// "python3 scripts/peers/from_pretrained.py"
     #[arg(long, value_name = "COMMAND")]
@@ -413,6 +416,9 @@ pub(crate) struct ImportArgs {
     /// The folder that a rank reads
     #[arg(long, hide = true)]
     pub(crate) folder: Option<PathBuf>,
+    /// Only write zeros to the memory of the weights
+    #[arg(long, hide = true, requires = "folder")]
+    pub(crate) fill: bool,
 }
 
 #[derive(Args)]
@@ -784,9 +790,10 @@ pub(crate) struct ModelExportArgs {
     /// Folder the model came from, if it is not where model.from says
     #[arg(long, value_name = "FOLDER")]
     pub(crate) source: Option<PathBuf>,
-    /// Largest size of a file in GB
-    #[arg(long, default_value_t = 5.0, value_name = "GB", value_parser = megabytes)]
-    pub(crate) max_shard_gb: f64,
+    /// Largest size of a file in GB; by default the files are those of the folder the model came
+    /// from, or have up to 5 GB
+    #[arg(long, value_name = "GB", value_parser = megabytes)]
+    pub(crate) max_shard_gb: Option<f64>,
 }
 
 #[derive(Args)]

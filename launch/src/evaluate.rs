@@ -1,6 +1,6 @@
 //! `moerun evaluate`: log-likelihoods of texts, and losses on token files.
 
-use crate::{cli::EvaluateArgs, hint::printable};
+use crate::{cli::EvaluateArgs, hint::printable, progress::Transfer};
 use anyhow::{Context, Result};
 use std::{
     io::Write,
@@ -27,11 +27,22 @@ fn evaluate_data(args: EvaluateArgs) -> Result<ExitCode> {
         sequences: args.sequences.map(|count| count as u64),
         sequence_length: args.sequence_length,
     };
-    let note = &mut |note: &str| eprintln!("{}", printable(note));
-    evaluate(&args.model.path(), &options, note, &mut |loss| {
-        print_line(&serde_json::to_string(&loss).expect("a loss is plain data"));
-    })?;
+    let bar = Transfer::new("loading");
+    let progress = |done, total| bar.show(done, total);
+    evaluate(
+        &args.model.path(),
+        &options,
+        &progress,
+        &mut note,
+        &mut |loss| {
+            print_line(&serde_json::to_string(&loss).expect("a loss is plain data"));
+        },
+    )?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn note(note: &str) {
+    eprintln!("{}", printable(note));
 }
 
 /// Prints a line, which fails if the reader has closed the pipe.
@@ -51,8 +62,17 @@ fn score_requests(model: &Path, tokenizer: Option<PathBuf>, requests: &Path) -> 
         request.with_context(|| format!("{path}, line {}", number + 1))
     };
     let requests: Vec<ScoreRequest> = lines.map(parse).collect::<Result<_>>()?;
-    score(model, tokenizer, &requests, &mut |score| {
-        print_line(&serde_json::to_string(&score).expect("a score is plain data"));
-    })?;
+    let bar = Transfer::new("loading");
+    let progress = |done, total| bar.show(done, total);
+    score(
+        model,
+        tokenizer,
+        &requests,
+        &progress,
+        &mut note,
+        &mut |score| {
+            print_line(&serde_json::to_string(&score).expect("a score is plain data"));
+        },
+    )?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,6 +1,6 @@
 //! `moerun generate`: prints text while the model produces it.
 
-use crate::{cli::GenerateArgs, hint::printable};
+use crate::{cli::GenerateArgs, hint::printable, progress::Transfer};
 use anyhow::Result;
 use std::{io::Write, process::ExitCode};
 use trainer::GenerateOptions;
@@ -20,7 +20,9 @@ pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
         let warning = printable(warning);
         let _ = writeln!(std::io::stderr(), "warning: {warning}");
     };
-    trainer::generate(&options, &mut warn, &mut |text| {
+    let bar = Transfer::new("loading");
+    let progress = |done, total| bar.show(done, total);
+    trainer::generate(&options, &progress, &mut warn, &mut |text| {
         // Printing fails if the reader has closed the pipe.
         let _ = write!(out, "{}", printable(text)).and_then(|()| out.flush());
     })?;

@@ -225,11 +225,18 @@ fn format_duration(time: Duration) -> String {
     }
 }
 
+/// Time between two plain lines of a transfer.
+const TRANSFER_LINES: Duration = Duration::from_secs(10);
+
+/// A shorter transfer has no plain line.
+const SHORT_TRANSFER: Duration = Duration::from_secs(1);
+
 /// Shows bytes that are read or written, and their rate.
 pub(crate) struct Transfer {
     action: &'static str,
     bar: Option<ProgressBar>,
     started: Instant,
+    last_line: Mutex<Instant>,
 }
 
 impl Transfer {
@@ -245,22 +252,31 @@ impl Transfer {
             action,
             bar,
             started: Instant::now(),
+            last_line: Mutex::new(Instant::now()),
         }
     }
 
     pub(crate) fn show(&self, done: u64, total: u64) {
-        match &self.bar {
-            Some(bar) => {
-                bar.set_length(total);
-                bar.set_position(done);
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            if done == total {
+                bar.finish_and_clear();
             }
-            None if done == total => {
-                let seconds = self.started.elapsed().as_secs_f64();
-                let rate = total as f64 / 1e9 / seconds.max(1e-9);
-                let action = self.action;
-                eprintln!("{action}: {:.3} GB at {rate:.2} GB/s", total as f64 / 1e9);
-            }
-            None => {}
+            return;
+        }
+        let elapsed = self.started.elapsed();
+        let mut last_line = self.last_line.lock();
+        let is_due = last_line.elapsed() >= TRANSFER_LINES;
+        let is_end = done == total && elapsed >= SHORT_TRANSFER;
+        if is_due || is_end {
+            *last_line = Instant::now();
+            let [done, total] = [done, total].map(|bytes| bytes as f64 / 1e9);
+            let rate = done / elapsed.as_secs_f64();
+            eprintln!(
+                "{}: {done:.1} of {total:.1} GB, {rate:.2} GB/s",
+                self.action
+            );
         }
     }
 

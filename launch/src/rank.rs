@@ -4,7 +4,7 @@ use crate::{
     cli::TrainArgs,
     config_diff, config_file, device_variables, environment, hint, machine_memory,
     open_files::{self, RunSize},
-    progress::TrainingView,
+    progress::{TrainingView, Transfer},
     protocol::{Assignment, FailureKind, FailureReport, RankInput, failure_path, flight_path},
     rank_log, run_lock,
     signals::{self, Signals, StopMode},
@@ -466,6 +466,10 @@ impl JoinedRank<'_> {
             trainer.skip_batches(input.assignment.skipped_batches.clone());
         }
         trainer.accept_changes(self.training.accepted_changes.to_vec());
+        if self.is_rank0() {
+            let bar = Transfer::new("loading, rank 0");
+            trainer.show_loading(Box::new(move |done, total| bar.show(done, total)));
+        }
         let resumed = trainer.resume(&mut |warning| self.warn(warning));
         let source = if is_restart {
             resumed.context(NotRestored)?

@@ -340,6 +340,8 @@ FAMILIES = {
     ),
     # Matrices of experts are transposed. Those of `down` are square, which hides it.
     "gpt_oss": Family(gpt_oss(intermediate_size=16), adjust=reach_the_limits),
+    # Those of gate and up are square.
+    "gpt_oss-square": Family(gpt_oss(intermediate_size=8), adjust=reach_the_limits),
     # One layer, as rows are at least as long as a block of mxfp4.
     "gpt_oss-mxfp4": Family(
         gpt_oss(

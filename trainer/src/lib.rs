@@ -71,12 +71,13 @@ mod stage_layout;
 mod train;
 
 pub use bench::copy_timer::CopyTimer;
-pub use bench::import::{ReadPart, read_part, rewrite_folder, write_synthetic_folder};
+pub use bench::import::{PartAction, ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use data::{eod_token::recorded_eod_token, report::DataReport};
 pub use error::Error;
 pub use hub::{
-    export::{DEFAULT_SHARD_BYTES, ExportOptions, ExportReport, export},
+    ByteProgress,
+    export::{ExportOptions, ExportReport, export},
     import::{ImportReport, import},
     model_folder::ModelFolder,
     section::{complete_section, contradictions, folder_model},

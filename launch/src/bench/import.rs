@@ -5,7 +5,7 @@ use super::{
     figures::{mib, round},
     runner::{baseline_line, with_temp_dir},
 };
-use crate::cli::ImportArgs;
+use crate::cli::{ImportArgs, WeightDtype};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde_json::{Value, json};
@@ -15,27 +15,37 @@ use std::{
     process::{Child, Command, ExitCode, Stdio},
     time::Instant,
 };
-use trainer::{ReadPart, read_part, rewrite_folder, write_synthetic_folder};
+use tch::Kind;
+use trainer::{PartAction, ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 
 /// Ranks that divide the experts.
 const RANKS: usize = 2;
 
 pub(crate) fn run(args: &ImportArgs) -> Result<ExitCode> {
     if let (Some(rank), Some(folder)) = (args.rank, &args.folder) {
-        println!("{}", line_of_rank(folder, rank)?);
+        println!("{}", line_of_rank(args, folder, rank)?);
         return Ok(ExitCode::SUCCESS);
     }
     with_temp_dir(|temporary| measure(args, temporary))
 }
 
-/// Reads one rank's part and returns the figures.
-fn line_of_rank(folder: &Path, rank: usize) -> Result<Value> {
+/// Reads one rank's part, or fills its memory, and returns the figures.
+fn line_of_rank(args: &ImportArgs, folder: &Path, rank: usize) -> Result<Value> {
+    let kind = match args.dtype {
+        WeightDtype::Bf16 => Kind::BFloat16,
+        WeightDtype::Fp32 => Kind::Float,
+    };
+    let action = if args.fill {
+        PartAction::Fill
+    } else {
+        PartAction::Read
+    };
     let ReadPart {
         bytes,
         seconds,
         peak_resident,
         weights,
-    } = read_part(folder, rank, RANKS)?;
+    } = read_part(folder, rank, RANKS, kind, action)?;
     Ok(json!({
         "bytes": bytes, "seconds": seconds, "peak_resident": peak_resident, "weights": weights,
     }))
@@ -82,10 +92,10 @@ fn measure(args: &ImportArgs, temporary: &Path) -> Result<ExitCode> {
         cache.prepare(&files)?;
         let reference = gigabytes(bytes) / cat(&files)?;
         cache.prepare(&files)?;
-        let ranks = read_with_ranks(&folder)?;
+        let filled = longest(&run_ranks(&folder, args.dtype, PartAction::Fill)?);
+        let ranks = run_ranks(&folder, args.dtype, PartAction::Read)?;
         let figure = |rank: &Value, key: &str| rank[key].as_f64().unwrap_or(0.0);
-        let seconds = ranks.iter().map(|rank| figure(rank, "seconds"));
-        let seconds = seconds.fold(0.0, f64::max);
+        let seconds = longest(&ranks);
         let peaks = ranks.iter().map(|rank| mib(figure(rank, "peak_resident")));
         let over_weights = ranks
             .iter()
@@ -99,6 +109,8 @@ fn measure(args: &ImportArgs, temporary: &Path) -> Result<ExitCode> {
             "gb_per_s": round(rate, 3),
             "cat_gb_per_s": round(reference, 3),
             "share_of_cat": round(rate / reference, 3),
+            "fill_gb_per_s": round(gigabytes(bytes) / filled, 3),
+            "share_of_fill": round(filled / seconds, 3),
             "peak_resident_mib": peaks.collect::<Vec<_>>(),
             "largest_over_weights_mib": mib(over_weights.fold(0.0, f64::max)),
         });
@@ -170,14 +182,27 @@ fn succeed(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Reads the folder with two processes of one thread each, and returns the line of each.
-fn read_with_ranks(folder: &Path) -> Result<Vec<Value>> {
+/// Returns the seconds of the slower rank.
+fn longest(ranks: &[Value]) -> f64 {
+    let seconds = ranks.iter().filter_map(|rank| rank["seconds"].as_f64());
+    seconds.fold(0.0, f64::max)
+}
+
+/// Lets two processes of one thread each read the folder, or fill as much memory, and returns the
+/// line of each.
+fn run_ranks(folder: &Path, dtype: WeightDtype, action: PartAction) -> Result<Vec<Value>> {
     let this = std::env::current_exe().context("cannot find this program's file")?;
+    let dtype = match dtype {
+        WeightDtype::Bf16 => "bf16",
+        WeightDtype::Fp32 => "fp32",
+    };
     let start = |rank: usize| -> Result<Child> {
         let mut command = Command::new(&this);
         command
-            .args(["bench", "import", "--rank", &rank.to_string(), "--folder"])
+            .args(["bench", "import", "--dtype", dtype])
+            .args(["--rank", &rank.to_string(), "--folder"])
             .arg(folder)
+            .args((action == PartAction::Fill).then_some("--fill"))
             .env("RAYON_NUM_THREADS", "1")
             .env("OMP_NUM_THREADS", "1")
             .stdout(Stdio::piped());

@@ -5,13 +5,13 @@ use crate::{
     config::{Dtype, ModelConfig, MoeConfig, QkNorm},
     families::expression::express,
     hub::{
-        export::{DEFAULT_SHARD_BYTES, ExportOptions, Form, write_folder},
+        export::{ExportOptions, Form, write_folder},
         model_folder::ModelFolder,
         values::ModelValues,
     },
     model::{Share, decoder::model_specs, position::ShardPosition, spec::Stack},
 };
-use checkpoint::TensorSlice;
+use checkpoint::{TensorSlice, advise_huge_pages};
 use parallel::own_rows;
 use safetensors::Dtype as StoredDtype;
 use std::{
@@ -37,7 +37,7 @@ pub struct ReadPart {
     pub seconds: f64,
     /// Largest resident memory of the process, in bytes.
     pub peak_resident: u64,
-    /// Bytes of the rank's weights in bf16, those that other ranks read for it included.
+    /// Bytes of the rank's weights in memory, those that other ranks read for it included.
     pub weights: u64,
 }
 
@@ -67,7 +67,7 @@ fn options(output: &Path) -> ExportOptions {
         output: output.to_path_buf(),
         dtype: Some(Dtype::Bf16),
         source: None,
-        shard_bytes: DEFAULT_SHARD_BYTES,
+        shard_bytes: None,
     }
 }
 
@@ -86,25 +86,40 @@ pub fn write_synthetic_folder(folder: &Path, bytes: u64) -> Result<u64, Error> {
     Ok(report.bytes)
 }
 
+/// What a rank does with the memory of its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PartAction {
+    /// Reads its part of the folder.
+    Read,
+    /// Only writes zeros: no import can take less time for memory that was never used.
+    Fill,
+}
+
 /// Reads what rank `rank` of `ranks` reads of a folder if they divide the experts: its experts, and
-/// its share of all other rows.
+/// its share of all other rows. The values become those of `kind`.
 ///
 /// # Errors
 /// If the folder is damaged.
-pub fn read_part(folder: &Path, rank: usize, ranks: usize) -> Result<ReadPart, Error> {
+pub fn read_part(
+    folder: &Path,
+    rank: usize,
+    ranks: usize,
+    kind: Kind,
+    action: PartAction,
+) -> Result<ReadPart, Error> {
     let started = Instant::now();
     let folder = ModelFolder::open(folder)?;
     let mut position = ShardPosition::alone();
     position.expert = Share { rank, ranks };
     let mut targets = Vec::new();
+    let mut from_others = Vec::new();
     let mut bytes = 0;
     let mut weights = 0;
     for spec in model_specs(folder.model()) {
         let experts: Vec<usize> = spec.own_experts(&position).collect();
         for slice in spec.slices(&position, &experts) {
-            let options = (Kind::BFloat16, Device::Cpu);
-            let whole = Tensor::empty(slice.shape.as_slice(), options);
-            weights += 2 * whole.numel() as u64;
+            let whole = Tensor::empty(slice.shape.as_slice(), (kind, Device::Cpu));
+            weights += (kind.elt_size_in_bytes() * whole.numel()) as u64;
             let rows = match spec.stack {
                 Stack::Experts(_) => 0..slice.shape[0],
                 Stack::Single | Stack::GroupOfOne => own_rows(slice.shape[0], rank, ranks),
@@ -114,6 +129,9 @@ pub fn read_part(folder: &Path, rank: usize, ranks: usize) -> Result<ReadPart, E
                 continue;
             }
             let part = whole.narrow(0, rows.start, count);
+            let after = rows.start + count;
+            from_others.push(whole.narrow(0, 0, rows.start));
+            from_others.push(whole.narrow(0, after, slice.shape[0] - after));
             bytes += 2 * part.numel() as u64;
             let mut of_part = slice;
             of_part.offset[0] += rows.start;
@@ -125,8 +143,20 @@ pub fn read_part(folder: &Path, rank: usize, ranks: usize) -> Result<ReadPart, E
         .iter()
         .map(|(_, part)| part.shallow_clone())
         .collect();
-    folder.read(targets)?;
+    match action {
+        PartAction::Read => folder.read(targets, &|_, _| ())?,
+        PartAction::Fill => {
+            for part in &kept {
+                advise_huge_pages(part);
+                let _ = part.shallow_clone().zero_();
+            }
+        }
+    }
     let seconds = started.elapsed().as_secs_f64();
+    // Other ranks would send these.
+    for part in &mut from_others {
+        let _ = part.zero_();
+    }
     let peak_resident = parallel::peak_resident()?;
     drop(kept);
     Ok(ReadPart {
@@ -168,7 +198,8 @@ mod tests {
         let written = folder.path().join("written");
         // One layer is the smallest model.
         let bytes = write_synthetic_folder(&written, 1).unwrap();
-        let parts = [0, 1].map(|rank| read_part(&written, rank, 2).unwrap());
+        let parts = [0, 1]
+            .map(|rank| read_part(&written, rank, 2, Kind::BFloat16, PartAction::Read).unwrap());
         let read: u64 = parts.iter().map(|part| part.bytes).sum();
         let headers = bytes - read;
         assert!(headers < 1 << 20, "{read} of {bytes} bytes");

@@ -145,7 +145,7 @@ fn check(name: &str) {
     let ctx = BuildContext::single_rank(length as usize, Dtype::Fp32, &Cpu, &groups);
     let config = folder.model();
     let model = Model::new(config, ModelPart::whole(config.layers), &ctx);
-    folder.load(&model).unwrap();
+    folder.load(&model, &|_, _| ()).unwrap();
     let labels = input_ids.roll([-1], [1]);
     let _ = labels.narrow(1, length - 1, 1).fill_(-100);
     let counted = labels.not_equal(-100).sum(Kind::Int64);

@@ -5,6 +5,9 @@
 //! of the folder's, by the names of a family (`families/`). Import and export read the same
 //! mapping in opposite directions.
 
+/// Takes the bytes that are done, and all.
+pub type ByteProgress<'a> = dyn Fn(u64, u64) + Sync + 'a;
+
 pub(crate) mod config_json;
 #[cfg(test)]
 mod damage;

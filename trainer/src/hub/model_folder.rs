@@ -1,6 +1,7 @@
 //! The folder of a Hugging Face model whose tensors are all accounted for.
 
 use super::{
+    ByteProgress,
     config_json::ConfigJson,
     encoding::LogicalTable,
     folder::TensorTable,
@@ -11,7 +12,11 @@ use crate::{Error, config::ModelConfig, families::Family, model::Model};
 use checkpoint::TensorSlice;
 use rayon::prelude::*;
 use serde::Deserialize;
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 use tch::Tensor;
 
 /// A token, or several.
@@ -71,7 +76,7 @@ impl ModelFolder {
     ///
     /// # Errors
     /// If they differ, or a file cannot be read.
-    pub(crate) fn check_repeated(&self) -> Result<(), Error> {
+    pub fn check_repeated(&self) -> Result<(), Error> {
         let mut repeated = self.account.repeated.iter();
         repeated.try_for_each(|name| self.reader.check_repeated(name))
     }
@@ -89,17 +94,23 @@ impl ModelFolder {
     /// # Errors
     /// If a key is no token and no list of tokens.
     pub(crate) fn start_token(&self) -> Result<Option<u32>, Error> {
-        for key in ["bos_token_id", "eos_token_id"] {
-            let token = match self.config.get(key)? {
-                Some(TokenIds::One(token)) => Some(token),
-                Some(TokenIds::Several(tokens)) => tokens.first().copied(),
-                None => None,
-            };
-            if token.is_some() {
-                return Ok(token);
-            }
+        let begin = tokens(&self.config, "bos_token_id")?;
+        let end = tokens(&self.config, "eos_token_id")?;
+        Ok(begin.into_iter().chain(end).next())
+    }
+
+    /// Returns the tokens that end a text: those of `config.json`, and of `generation_config.json`,
+    /// which has more of them for chat models.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or a key is no token and no list of tokens.
+    pub(crate) fn end_tokens(&self) -> Result<Vec<u32>, Error> {
+        let mut end = tokens(&self.config, "eos_token_id")?;
+        let folder = &self.reader.table.table.folder;
+        if let Some(generation) = ConfigJson::read_generation(folder)? {
+            end.extend(tokens(&generation, "eos_token_id")?);
         }
-        Ok(None)
+        Ok(end)
     }
 
     /// Returns the name of the family, which is its `model_type`.
@@ -154,15 +165,15 @@ impl ModelFolder {
         notes
     }
 
-    /// Copies the weights to a whole model.
+    /// Copies the weights to a whole model. Calls `progress` as [`ModelFolder::read`] does.
     ///
     /// # Errors
     /// If the model is another one, or a file cannot be read.
-    pub fn load(&self, model: &Model) -> Result<(), Error> {
+    pub fn load(&self, model: &Model, progress: &ByteProgress) -> Result<(), Error> {
         self.check_repeated()?;
         let parameters = model.parameters.iter();
         let slices = parameters.flat_map(|parameter| parameter.slices(&parameter.master));
-        self.read(slices.chain(bias_slices(model)).collect())?;
+        self.read(slices.chain(bias_slices(model)).collect(), progress)?;
         for parameter in model.parameters.iter() {
             parameter.sync_from_master();
         }
@@ -170,15 +181,27 @@ impl ModelFolder {
         Ok(())
     }
 
-    /// Copies slices of tensors to their targets.
+    /// Copies slices of tensors to their targets. Calls `progress` with the bytes of the files that
+    /// are done and all.
     ///
     /// # Errors
     /// If the folder has no such tensor, or a file cannot be read.
-    pub(crate) fn read(&self, mut targets: Vec<(TensorSlice, Tensor)>) -> Result<(), Error> {
+    pub(crate) fn read(
+        &self,
+        mut targets: Vec<(TensorSlice, Tensor)>,
+        progress: &ByteProgress,
+    ) -> Result<(), Error> {
         // In the order of the files, which each thread reads forward.
         targets.sort_by_cached_key(|(slice, _)| self.reader.position(&slice.name));
-        let read = |(slice, into): (TensorSlice, Tensor)| self.reader.read_into(&slice, &into);
-        targets.into_par_iter().try_for_each(read)
+        let stored = |(slice, _): &(TensorSlice, Tensor)| self.reader.stored_bytes(slice);
+        let total = targets.iter().map(stored).sum();
+        let done = AtomicU64::new(0);
+        targets.into_par_iter().try_for_each(|(slice, into)| {
+            self.reader.read_into(&slice, &into)?;
+            let bytes = self.reader.stored_bytes(&slice);
+            progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+            Ok(())
+        })
     }
 }
 
@@ -187,5 +210,14 @@ pub(crate) fn bias_slices(model: &Model) -> impl Iterator<Item = (TensorSlice, T
     model.biases().map(|(_, name, bias)| {
         let slice = TensorSlice::whole(name, &bias.size());
         (slice, bias)
+    })
+}
+
+/// Returns the tokens that a key of a configuration names.
+fn tokens(config: &ConfigJson, key: &str) -> Result<Vec<u32>, Error> {
+    Ok(match config.get(key)? {
+        Some(TokenIds::One(token)) => vec![token],
+        Some(TokenIds::Several(tokens)) => tokens,
+        None => Vec::new(),
     })
 }

@@ -6,12 +6,13 @@ use super::{
     rule::Run,
 };
 use crate::Error;
-use checkpoint::TensorSlice;
+use checkpoint::{TensorSlice, advise_huge_pages};
 use std::ops::Range;
 use tch::{Kind, Tensor};
 
-/// Bytes of fp32 values that a thread reads at once.
-const CHUNK_BYTES: u64 = 16 << 20;
+/// Bytes of fp32 values that a thread reads at once: few enough to stay in its cache until they are
+/// converted.
+pub(super) const CHUNK_BYTES: u64 = 2 << 20;
 
 /// Reads the tensors of a folder by the names of the model.
 pub(crate) struct FolderReader {
@@ -41,8 +42,16 @@ impl FolderReader {
             (part.rows.end - part.rows.start) as i64,
             (part.columns.end - part.columns.start) as i64,
         ]);
+        advise_huge_pages(&into);
         let row_bytes = 4 * (part.columns.end - part.columns.start).max(1);
-        let chunk = (CHUNK_BYTES / row_bytes).max(1);
+        let is_transposed =
+            |piece: &Piece| piece.is_transposed != self.table.tensors[&piece.name].is_transposed();
+        let chunk = if tensor.pieces.iter().any(is_transposed) {
+            // A few rows would be a few columns of each row in the file, and read the file anew.
+            part.rows.end
+        } else {
+            (CHUNK_BYTES / row_bytes).max(1)
+        };
         let mut start = part.rows.start;
         while start < part.rows.end {
             let rows = start..(start + chunk).min(part.rows.end);
@@ -52,6 +61,28 @@ impl FolderReader {
             start = rows.end;
         }
         Ok(())
+    }
+
+    /// Returns the dtype that holds all values of a tensor: that of the files, or fp32 if they are
+    /// quantized or differ.
+    pub(crate) fn kind(&self, name: &str) -> Kind {
+        let pieces = self.mapping.tensor(name).map(|tensor| &tensor.pieces);
+        let pieces = pieces.into_iter().flatten();
+        let mut kinds = pieces.map(|piece| self.table.tensors[&piece.name].plain_kind());
+        let first = kinds.next().flatten();
+        let is_same = kinds.all(|kind| kind == first);
+        first.filter(|_| is_same).unwrap_or(Kind::Float)
+    }
+
+    /// Returns the bytes that the values of a slice have in the files.
+    pub(crate) fn stored_bytes(&self, slice: &TensorSlice) -> u64 {
+        let elements: i64 = slice.shape.iter().product();
+        let piece = self
+            .mapping
+            .tensor(&slice.name)
+            .and_then(|t| t.pieces.first());
+        let bits = piece.map_or(0, |piece| self.table.tensors[&piece.name].bits());
+        elements as u64 * bits / 8
     }
 
     /// Returns the file and the position where a tensor begins, for sorting.

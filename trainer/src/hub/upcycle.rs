@@ -1,6 +1,7 @@
 //! An MoE model made from a dense one: the dense network of each layer becomes experts.
 
 use super::{
+    ByteProgress,
     config_json::ConfigJson,
     export::{ExportOptions, ExportReport, Form, write_folder},
     model_folder::ModelFolder,
@@ -54,8 +55,6 @@ pub struct UpcycleOptions {
     pub seed: u64,
     /// Dtype of the weights. By default that of the folder.
     pub dtype: Option<Dtype>,
-    /// Bytes of a file at most, unless one tensor has more.
-    pub shard_bytes: u64,
 }
 
 /// Writes an MoE model that is made from a dense one. Calls `progress` with the bytes that are done
@@ -64,11 +63,9 @@ pub struct UpcycleOptions {
 /// # Errors
 /// If the numbers do not fit, no MoE family can express the model, or a file cannot be read or
 /// written.
-pub fn upcycle(
-    options: &UpcycleOptions,
-    progress: &(dyn Fn(u64, u64) + Sync),
-) -> Result<ExportReport, Error> {
+pub fn upcycle(options: &UpcycleOptions, progress: &ByteProgress) -> Result<ExportReport, Error> {
     let dense = ModelFolder::open(&options.dense)?;
+    dense.check_repeated()?;
     let model = sparse_model(options, &dense)?;
     let (family, config) = sparse_config(&dense, &model)?;
     let form = Form::of_new_model(&dense, family, config, options.dtype);
@@ -84,7 +81,7 @@ pub fn upcycle(
         output: options.output.clone(),
         dtype: options.dtype,
         source: None,
-        shard_bytes: options.shard_bytes,
+        shard_bytes: None,
     };
     write_folder(&to, &values, &model, None, &form, progress)
 }
@@ -283,7 +280,7 @@ impl Upcycled<'_> {
         dense.name = format!("{}.down", matrix.dense);
         dense.global_shape[1] = self.dense_ffn;
         dense.offset[1] = self.first_inner(matrix.expert);
-        let values = self.dense.values(&dense, false)? * self.options.granularity as f64;
+        let values = self.dense_values(&dense)? * self.options.granularity as f64;
         if let UpcycleMethod::Drop(share) = self.options.method {
             let hidden = slice.global_shape[0];
             let spread = self.spread(matrix, "down", share, hidden)?;
@@ -310,7 +307,12 @@ impl Upcycled<'_> {
         dense.global_shape[0] = 2 * self.dense_ffn;
         dense.offset[0] = first;
         dense.shape[0] = count;
-        self.dense.values(&dense, false)
+        self.dense_values(&dense)
+    }
+
+    /// Returns a slice of the dense network in fp32, in which it is scaled and drawn anew.
+    fn dense_values(&self, slice: &TensorSlice) -> Result<Tensor, Error> {
+        Ok(self.dense.values(slice, false)?.to_kind(Kind::Float))
     }
 
     /// Returns the inner elements of an expert that are drawn anew, the same in all matrices, in
@@ -354,7 +356,7 @@ impl Upcycled<'_> {
             "down" => {
                 let whole = [hidden, self.dense_ffn];
                 let slice = TensorSlice::whole(format!("{}.down", matrix.dense), &whole);
-                self.dense.values(&slice, false)?.index_select(1, &dropped)
+                self.dense_values(&slice)?.index_select(1, &dropped)
             }
             _ => {
                 let whole = [2 * self.dense_ffn, hidden];
@@ -385,10 +387,7 @@ impl Upcycled<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        BuildContext, Model, ModelPart, ProcessGroups,
-        hub::{export::DEFAULT_SHARD_BYTES, golden::families},
-    };
+    use crate::{BuildContext, Model, ModelPart, ProcessGroups, hub::golden::families};
     use parallel::Cpu;
 
     fn options(dense: &str, output: PathBuf, method: UpcycleMethod) -> UpcycleOptions {
@@ -401,7 +400,6 @@ mod tests {
             method,
             seed: 3,
             dtype: None,
-            shard_bytes: DEFAULT_SHARD_BYTES,
         }
     }
 
@@ -410,7 +408,7 @@ mod tests {
         let ctx = BuildContext::single_rank(16, Dtype::Fp32, &Cpu, &groups);
         let config = folder.model();
         let model = Model::new(config, ModelPart::whole(config.layers), &ctx);
-        folder.load(&model).unwrap();
+        folder.load(&model, &|_, _| ()).unwrap();
         let tokens: Vec<i64> = (0..32).map(|number| number * number % 48).collect();
         let tokens = Tensor::from_slice(&tokens).view([2, 16]);
         let output = tch::no_grad(|| model.forward(&tokens)).unwrap();

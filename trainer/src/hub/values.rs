@@ -5,11 +5,12 @@ use crate::Error;
 use checkpoint::{Checkpoint, TensorSlice};
 use parking_lot::Mutex;
 use std::path::PathBuf;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// A source of values, which several threads read.
 pub(crate) trait ModelValues: Sync {
-    /// Returns a slice of a tensor in host memory, in its own dtype.
+    /// Returns a slice of a tensor in host memory, in the dtype that it is stored in. Quantized values
+    /// are in fp32.
     ///
     /// # Errors
     /// If there is no such tensor, or a file cannot be read.
@@ -56,7 +57,8 @@ impl ModelValues for CheckpointValues {
 
 impl ModelValues for FolderReader {
     fn values(&self, slice: &TensorSlice, _is_selection_bias: bool) -> Result<Tensor, Error> {
-        let values = Tensor::zeros(slice.shape.as_slice(), (Kind::Float, Device::Cpu));
+        let options = (self.kind(&slice.name), Device::Cpu);
+        let values = Tensor::empty(slice.shape.as_slice(), options);
         self.read_into(slice, &values)?;
         Ok(values)
     }

@@ -3,6 +3,7 @@
 use super::{
     encoding::{LogicalTable, LogicalTensor, Region},
     mapping::{MappedTensor, Mapping, TheirTensor},
+    reader::CHUNK_BYTES,
     rule::Run,
     shards::{NewFile, NewTensor},
     values::ModelValues,
@@ -15,12 +16,9 @@ use std::{
     fs::{File, OpenOptions},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 use tch::{Device, Kind, Tensor};
-
-/// Bytes of fp32 values that a thread converts at once.
-const CHUNK_BYTES: u64 = 16 << 20;
 
 /// The sources of a folder's tensors.
 pub(crate) struct Sources<'a> {
@@ -37,6 +35,8 @@ struct OpenFile<'a> {
     path: PathBuf,
     file: File,
     plan: &'a NewFile,
+    /// Tensors that are still to be written.
+    left: AtomicUsize,
 }
 
 /// Writes all files into a folder, and calls `progress` with the bytes that are done.
@@ -61,16 +61,11 @@ pub(crate) fn write_files(
         .into_par_iter()
         .try_for_each(|(file, tensor, position)| {
             sources.write(tensor, &Place { file, position })?;
+            file.count_tensor()?;
             let bytes = tensor.bytes();
             progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes);
-            Ok::<(), Error>(())
-        })?;
-    for file in open {
-        file.file
-            .sync_all()
-            .map_err(Error::io("cannot write", &file.path))?;
-    }
-    Ok(())
+            Ok(())
+        })
 }
 
 impl OpenFile<'_> {
@@ -81,7 +76,22 @@ impl OpenFile<'_> {
         let written = file.write_all_at(&plan.header, 0);
         let written = written.and_then(|()| file.set_len(plan.len));
         written.map_err(Error::io("cannot write", &path))?;
-        Ok(OpenFile { path, file, plan })
+        Ok(OpenFile {
+            path,
+            file,
+            plan,
+            left: AtomicUsize::new(plan.tensors.len()),
+        })
+    }
+
+    /// Counts a tensor that is written. After the last one the file goes to the disk, while other
+    /// threads write the next file.
+    fn count_tensor(&self) -> Result<(), Error> {
+        if self.left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Ok(());
+        }
+        let synced = self.file.sync_all();
+        synced.map_err(Error::io("cannot write", &self.path))
     }
 }
 

@@ -5,6 +5,7 @@ use crate::{
     Error,
     config::{SourceConfig, source_names},
     data::{Dataset, count_labels},
+    hub::ByteProgress,
     model::{Documents, Model},
 };
 use dataset::info::DatasetInfo;
@@ -49,10 +50,11 @@ pub struct SourceLoss {
 pub fn evaluate(
     model: &Path,
     options: &EvaluateOptions,
+    progress: &ByteProgress,
     note: &mut dyn FnMut(&str),
     write: &mut dyn FnMut(SourceLoss),
 ) -> Result<(), Error> {
-    let loaded = LoadedModel::open(model)?;
+    let loaded = LoadedModel::open(model, progress)?;
     for line in &loaded.notes {
         note(line);
     }

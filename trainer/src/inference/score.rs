@@ -1,7 +1,7 @@
 //! Log-likelihoods of texts under a model.
 
 use super::loaded::{LoadedModel, find_tokenizer};
-use crate::Error;
+use crate::{Error, hub::ByteProgress};
 use dataset::tokenizer::{END_OF_DOCUMENT, load_tokenizer};
 use parallel::{Accelerator, Cpu};
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,8 @@ pub fn score(
     model: &Path,
     tokenizer: Option<PathBuf>,
     requests: &[ScoreRequest],
+    progress: &ByteProgress,
+    note: &mut dyn FnMut(&str),
     write: &mut dyn FnMut(Score),
 ) -> Result<(), Error> {
     let LoadedModel {
@@ -49,8 +51,12 @@ pub fn score(
         start_token,
         tokenizers,
         model,
+        notes,
         ..
-    } = LoadedModel::open(model)?;
+    } = LoadedModel::open(model, progress)?;
+    for line in &notes {
+        note(line);
+    }
     let path = find_tokenizer(&tokenizer.map_or(tokenizers, |given| vec![given]))?;
     let tokenizer = load_tokenizer(&path)?;
     let failed = |error| Error::Tokenizer(format!("the tokenizer failed: {error}"));

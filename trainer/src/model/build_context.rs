@@ -17,6 +17,8 @@ pub struct BuildContext<'a> {
     pub expert_gemm: GemmPrecision,
     /// Seed of the initial values.
     pub seed: u64,
+    /// True if initial values are drawn; else they are not a number until they are loaded.
+    pub draws_values: bool,
     /// Device of the weights.
     pub device: &'a dyn Accelerator,
     /// Process groups of this rank.
@@ -42,6 +44,7 @@ impl<'a> BuildContext<'a> {
             dtype,
             expert_gemm: GemmPrecision::Model,
             seed: 0,
+            draws_values: true,
             device,
             groups,
             context_attention: ContextKind::Ring,

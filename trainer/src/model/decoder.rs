@@ -270,7 +270,6 @@ impl ModelConfig {
             width: self.mup.as_ref().map_or(1.0, |mup| mup.width),
             layers: self.layers,
             zero_centered_norms: self.norm.zero_centered,
-            come_from_folder: self.from.is_some(),
         }
     }
 

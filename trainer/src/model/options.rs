@@ -7,8 +7,6 @@ pub(crate) enum Init {
     Normal(f64),
     Ones,
     Zeros,
-    /// Not a number, because a folder gives the values.
-    Unset,
 }
 
 /// Initialization and optimization of one parameter.

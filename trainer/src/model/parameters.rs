@@ -1,6 +1,7 @@
 //! A model's parameters: one list that optimizer, gradient buckets and checkpoints iterate over.
 
 use super::{
+    build_context::BuildContext,
     init::normal,
     options::{Init, ParameterOptions},
     position::ShardPosition,
@@ -8,13 +9,13 @@ use super::{
     slices::{RowSlice, row_slices, slices_in_rows},
     spec::ParamSpec,
 };
-use checkpoint::TensorSlice;
+use checkpoint::{TensorSlice, advise_huge_pages};
 use parallel::{
     Accelerator, CommError, Replication, Weight, matrix_shape, own_rows, sharding::ShardedWeights,
 };
 use parking_lot::Mutex;
 use std::ops::Range;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Names of the rows of a parameter.
 struct RowNames {
@@ -124,6 +125,7 @@ pub struct Parameters {
     list: Vec<Parameter>,
     kind: Kind,
     seed: u64,
+    draws_values: bool,
     zero: u8,
     /// Replica groups, indexed by [`Replicas`].
     replications: Vec<Replication>,
@@ -137,22 +139,16 @@ struct Placed {
 }
 
 impl Parameters {
-    /// Returns an empty list for ranks that use ZeRO stage `zero`. With `offloaded`, masters stay
-    /// in host memory.
-    pub(crate) fn new(
-        kind: Kind,
-        seed: u64,
-        zero: u8,
-        replications: Vec<Replication>,
-        offloaded: bool,
-    ) -> Parameters {
+    /// Returns an empty list.
+    pub(crate) fn new(ctx: &BuildContext) -> Parameters {
         Parameters {
             list: Vec::new(),
-            kind,
-            seed,
-            zero,
-            replications,
-            offloaded,
+            kind: ctx.dtype.kind(),
+            seed: ctx.seed,
+            draws_values: ctx.draws_values,
+            zero: ctx.groups.zero,
+            replications: ctx.groups.replications.clone(),
+            offloaded: ctx.offload,
         }
     }
 
@@ -256,10 +252,15 @@ impl Parameters {
     /// Draws the initial values of `rows`, `[rows, cols]` on the host.
     fn draw(&self, row_slices: &[RowSlice], rows: &Range<i64>, cols: i64, init: Init) -> Tensor {
         let count = rows.end - rows.start;
+        if !self.draws_values {
+            let mut values = Tensor::empty([count, cols], (Kind::Float, Device::Cpu));
+            advise_huge_pages(&values);
+            let _ = values.fill_(f64::NAN);
+            return values;
+        }
         let values: Vec<f32> = match init {
             Init::Ones => vec![1.0; (count * cols) as usize],
             Init::Zeros => vec![0.0; (count * cols) as usize],
-            Init::Unset => vec![f32::NAN; (count * cols) as usize],
             Init::Normal(std) => slices_in_rows(row_slices, rows)
                 .flat_map(|(slice, _)| {
                     let TensorSlice {

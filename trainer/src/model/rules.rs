@@ -15,25 +15,10 @@ pub(crate) struct ParameterRules {
     pub(crate) layers: usize,
     /// True if norms multiply by one plus their weight.
     pub(crate) zero_centered_norms: bool,
-    /// True if a folder gives all initial values.
-    pub(crate) come_from_folder: bool,
 }
 
 impl ParameterRules {
     pub(crate) fn options(&self, spec: &ParamSpec) -> ParameterOptions {
-        let drawn = self.drawn(spec);
-        ParameterOptions {
-            init: if self.come_from_folder {
-                Init::Unset
-            } else {
-                drawn.init
-            },
-            ..drawn
-        }
-    }
-
-    /// Returns the options of a parameter that no folder gives.
-    fn drawn(&self, spec: &ParamSpec) -> ParameterOptions {
         let normal = |std: f64, lr_scale: f64| ParameterOptions {
             init: Init::Normal(std),
             decay: true,

@@ -30,13 +30,7 @@ impl<'a> WeightBuilder<'a> {
         ctx: &'a BuildContext<'a>,
     ) -> WeightBuilder<'a> {
         WeightBuilder {
-            parameters: Parameters::new(
-                ctx.dtype.kind(),
-                ctx.seed,
-                ctx.groups.zero,
-                ctx.groups.replications.clone(),
-                ctx.offload,
-            ),
+            parameters: Parameters::new(ctx),
             ctx,
             position,
             window_masks: WindowMasks::default(),

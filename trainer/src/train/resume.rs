@@ -13,6 +13,7 @@ use crate::{
     Error,
     config::{Config, KeyChange},
     data::{eod_token::recorded_eod_token, report::DataReport},
+    hub::ByteProgress,
     optim::rate_jump::rate_jump,
 };
 use checkpoint::folder::{self, Depth, Leftover};
@@ -43,10 +44,12 @@ pub struct ResumeReport {
 }
 
 /// Rules for the start of a run, and its outcome.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Resumption {
     /// Keys whose refused changes the user accepts on a resume.
     accepted_changes: Vec<String>,
+    /// Shows how much of a folder this rank has read.
+    pub(super) loading: Option<Box<ByteProgress<'static>>>,
     pub(super) report: ResumeReport,
     /// True if the run repeats the validation of the state that it resumed from.
     pub(super) repeats_validation: bool,
@@ -57,6 +60,11 @@ impl Trainer {
     /// its keys.
     pub fn accept_changes(&mut self, keys: Vec<String>) {
         self.resumption.accepted_changes = keys;
+    }
+
+    /// Calls `progress` while this rank reads its part of the folder of `model.from`.
+    pub fn show_loading(&mut self, progress: Box<ByteProgress<'static>>) {
+        self.resumption.loading = Some(progress);
     }
 
     /// Returns how the run differs from the one whose state [`Trainer::resume`] read.

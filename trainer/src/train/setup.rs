@@ -150,6 +150,7 @@ fn build_context<'a>(
         dtype: config.train.dtype,
         expert_gemm,
         seed: config.run.seed,
+        draws_values: config.model.from.is_none(),
         device,
         groups,
         context_attention: config.parallel.context_attention,

@@ -5,7 +5,7 @@ use crate::{
     Error,
     families::canonical::canonical,
     hub::{
-        config_json::{CONFIG_FILE, ConfigJson},
+        config_json::ConfigJson,
         folder::TensorTable,
         model_folder::{ModelFolder, bias_slices},
     },
@@ -48,7 +48,12 @@ impl Trainer {
             parameter.slices_of_rows(&rows)
         });
         let targets = own_shares.chain(bias_slices(&self.model)).collect();
-        agree(world, folder.read(targets))?;
+        let progress = |done, total| {
+            if let Some(show) = &self.resumption.loading {
+                show(done, total);
+            }
+        };
+        agree(world, folder.read(targets, &progress))?;
         // Ranks of two stages share a tied embedding, so both send it first.
         let is_tied = |parameter: &&Parameter| parameter.replicas == Replicas::TiedEmbedding;
         let (tied, others): (Vec<_>, Vec<_>) = self.model.parameters.iter().partition(is_tied);
@@ -67,9 +72,8 @@ impl Trainer {
             if !self.rank.is_first() {
                 return Ok(Vec::new());
             }
-            let path = from.join(CONFIG_FILE);
             let headers = Headers {
-                config: std::fs::read(&path).map_err(Error::io("cannot read", &path))?,
+                config: ConfigJson::bytes(from)?,
                 table: TensorTable::read(from)?,
             };
             Ok(serde_json::to_vec(&headers).expect("headers are plain data"))

@@ -75,7 +75,6 @@ fn check(name: &str, config: Value) {
     let groups = ProcessGroups::single_rank();
     let ctx = BuildContext::single_rank(12, Dtype::Fp32, &Cpu, &groups);
     let rules = ParameterRules {
-        come_from_folder: false,
         init_std: 0.02,
         width: 1.0,
         layers: 1,
