@@ -153,6 +153,7 @@ fn build_context<'a>(
     };
     BuildContext {
         sequence_length: config.data.sequence_length,
+        documents: config.data.document_rules(),
         dtype: config.train.dtype,
         expert_gemm,
         seed: config.run.seed,

@@ -1,7 +1,7 @@
 //! Checks of data, training, snapshots and restarts.
 
 use crate::{
-    config::{Config, Dtype},
+    config::{Config, Dtype, LayerSet},
     model::{attention::grouped::QkNorm, decoder::model_specs, role::Role},
     optim::{groups::Groups, muon::AdjustLr},
     problems::Problems,
@@ -19,22 +19,41 @@ impl Config {
                 "data.train lists no source: prepare one with 'moerun data prepare' and name it",
             );
         }
-        let vocab_size = self.model.vocab_size;
-        if let Some(token) = data.eod_token
-            && token as usize >= vocab_size
-        {
-            problems.add(format!(
-                "data.eod_token {token} is outside of model.vocab_size {vocab_size}"
-            ));
-        }
-        if data.eod_mask_loss && data.eod_token.is_none() {
-            problems.add(
-                "data.eod_mask_loss needs data.eod_token, the token that ends a document: give \
-                 it, or leave eod_mask_loss out",
-            );
-        }
+        self.check_documents(problems);
         if self.validation.is_some() && data.validation.is_empty() {
             problems.add("there is a validation section, but data.validation lists no source");
+        }
+    }
+
+    /// Checks the token that ends a document, and the keys that need it.
+    fn check_documents(&self, problems: &mut Problems) {
+        let data = &self.data;
+        let vocab_size = self.model.vocab_size;
+        match data.eod_token {
+            Some(token) if token as usize >= vocab_size => problems.add(format!(
+                "data.eod_token {token} is outside of model.vocab_size {vocab_size}"
+            )),
+            Some(_) => {}
+            None => {
+                for (is_given, key) in [
+                    (data.mask_documents == Some(true), "mask_documents"),
+                    (data.reset_positions, "reset_positions"),
+                    (data.eod_mask_loss, "eod_mask_loss"),
+                ] {
+                    if is_given {
+                        problems.add(format!(
+                            "data.{key} needs data.eod_token, the token that ends a document: \
+                             give it, or leave {key} out"
+                        ));
+                    }
+                }
+            }
+        }
+        if data.reset_positions && self.model.rope.layers == LayerSet::NONE {
+            problems.add(
+                "data.reset_positions has no effect, because model.rope.layers selects no layer: \
+                 leave it out",
+            );
         }
     }
 
