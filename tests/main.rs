@@ -13,6 +13,7 @@ mod damaged_checkpoints;
 mod defaults;
 mod device_variables;
 mod doctor;
+mod documents;
 mod drawn_layouts;
 mod faults;
 mod fixture;
