@@ -14,6 +14,7 @@ mod data_sources;
 mod defaults;
 mod device_variables;
 mod doctor;
+mod documents;
 mod drawn_layouts;
 mod faults;
 mod fixture;

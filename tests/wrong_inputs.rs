@@ -354,7 +354,11 @@ fn numbers_that_do_not_divide() {
     refused(
         &experiment,
         &mut experiment.train(1, &["data.eod_token=0", "data.sequence_length=4194304"]),
-        &["takes a mask of 35184372088832 values", "ring attention"],
+        &[
+            "takes a mask of 35184372088832 values",
+            "ring attention",
+            "data.mask_documents to false",
+        ],
     );
     refused(
         &experiment,
@@ -398,13 +402,27 @@ fn numbers_that_do_not_divide() {
 }
 
 #[test]
-fn loss_masks() {
+fn documents_and_loss_masks() {
     let experiment = Experiment::new();
     let train = |change: &str| experiment.train(2, &[change]);
+    for key in ["eod_mask_loss", "mask_documents", "reset_positions"] {
+        refused(
+            &experiment,
+            &mut train(&format!("data.{key}=true")),
+            &[&format!("data.{key} needs data.eod_token"), "give it"],
+        );
+    }
     refused(
         &experiment,
-        &mut train("data.eod_mask_loss=true"),
-        &["data.eod_mask_loss needs data.eod_token"],
+        &mut experiment.train(
+            2,
+            &[
+                "data.eod_token=0",
+                "data.reset_positions=true",
+                "model.rope={layers: none}",
+            ],
+        ),
+        &["data.reset_positions has no effect", "model.rope.layers"],
     );
     refused(
         &experiment,

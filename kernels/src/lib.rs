@@ -50,6 +50,7 @@ mod positions;
 pub mod profile;
 mod quantize;
 mod rotary;
+mod rotary_tables;
 mod router;
 mod routing;
 mod row_groups;

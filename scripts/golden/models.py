@@ -16,14 +16,16 @@ One safetensors file per model, with moerun's parameter names, so that the tests
   input_ids, logits, loss, total_loss, grad_norm
   aux_loss                 only of models with a load-balancing loss
   labels                   only of masked entries: -100 at some positions, and in all of sequence 1
-The metadata has moerun's section `model` as JSON, and the tolerance of gradients.
+The metadata has moerun's section `model` as JSON, and the tolerance of gradients. Entries whose
+sequences have several documents take no optimizer steps; their metadata has the rules of documents
+as JSON: the token `end`, and whether they `mask` and `reset_positions`.
 Made with torch 2.11.0 and transformers 5.23.0.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +61,53 @@ from transformers import (
 
 
 @dataclass
+class Documents:
+    """Rules for documents that share a sequence."""
+
+    # Tokens attend only within their document.
+    mask: bool
+    # Positions begin at 0 in each document.
+    reset_positions: bool
+    # The token that ends a document.
+    end: int = 7
+
+    def ids(self, ids):
+        """Returns the ids with more ends of documents, two of them one after the other."""
+        ids = ids.masked_fill(torch.rand(ids.shape) < 0.15, self.end)
+        ids[0, 5:7] = self.end
+        return ids
+
+    def numbers(self, ids):
+        """Returns the number of each token's document in its sequence."""
+        ends = (ids == self.end).long()
+        return ends.cumsum(1) - ends
+
+    def inputs(self, ids, config):
+        """Returns what the model of transformers takes to treat documents so."""
+        length = ids.shape[1]
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+        visible = (distance >= 0).expand(len(ids), length, length)
+        numbers = self.numbers(ids)
+        is_same = numbers[:, :, None] == numbers[:, None]
+        if self.mask:
+            visible = visible & is_same
+        masks = {"full_attention": visible}
+        if getattr(config, "sliding_window", None) is not None:
+            masks["sliding_attention"] = visible & (distance < config.sliding_window)
+        lowest = torch.finfo(torch.float32).min
+        masks = {n: torch.where(m, 0.0, lowest).unsqueeze(1) for n, m in masks.items()}
+        position_ids = torch.arange(length).expand(len(ids), length)
+        if self.reset_positions:
+            # The tokens of a document before each one.
+            position_ids = (is_same & (distance > 0)).sum(2)
+        by_layer = getattr(config, "layer_types", None) is not None
+        return {
+            "position_ids": position_ids,
+            "attention_mask": masks if by_layer else masks["full_attention"],
+        }
+
+
+@dataclass
 class Golden:
     """A model twice: in torch, and as moerun's section `model`."""
 
@@ -69,6 +118,8 @@ class Golden:
     names: dict = field(default_factory=dict)
     # True to train with labels of -100.
     masked: bool = False
+    # Rules for documents, if sequences have several.
+    documents: Documents | None = None
     # Largest difference of a gradient, relative to its largest value.
     tolerance: float = 1e-4
     # Range of vectors. Norms start as ones, which would hide a missing weight.
@@ -662,6 +713,25 @@ MODELS["glm4-moe-bias"] = replace(
     config=Glm4MoeConfig(**{**MODELS["glm4-moe"].config.to_diff_dict(), "attention_bias": True}),
     model={**MODELS["glm4-moe"].model, "attention": {"grouped": {"bias": "qkv"}}},
 )
+# Documents, in which part of a head rotates, in latent attention with YaRN, in windows with sinks,
+# and in a layer without positions.
+APART = Documents(mask=True, reset_positions=True)
+MODELS["glm4-moe-documents"] = replace(MODELS["glm4-moe"], documents=APART)
+MODELS["deepseek-v3-documents"] = replace(MODELS["deepseek-v3"], documents=APART)
+MODELS["smollm3-documents"] = replace(
+    MODELS["smollm3"], documents=Documents(mask=True, reset_positions=False)
+)
+# The balancing loss of transformers takes no such masks.
+GPT_OSS = MODELS["gpt-oss"]
+GPT_OSS = replace(
+    GPT_OSS,
+    config=GptOssConfig(**{**GPT_OSS.config.to_diff_dict(), "output_router_logits": False}),
+    model={**GPT_OSS.model, "moe": {**GPT_OSS.model["moe"], "load_balance": 0.0}},
+)
+MODELS["gpt-oss-documents"] = replace(GPT_OSS, documents=APART)
+MODELS["gpt-oss-positions"] = replace(
+    GPT_OSS, documents=Documents(mask=False, reset_positions=True)
+)
 MODELS["mixtral-masked"] = replace(MODELS["mixtral"], masked=True, tolerance=1e-5)
 
 # Names in transformers -> names in moerun, outside the layers.
@@ -763,6 +833,10 @@ def run(golden):
     with torch.no_grad():
         golden.adjust(model)
     ids = torch.randint(0, config.vocab_size, (3, 16))
+    inputs = {}
+    if golden.documents:
+        ids = golden.documents.ids(ids)
+        inputs = golden.documents.inputs(ids, config)
     out = {"input_ids": ids}
     labels = ids
     if golden.masked:
@@ -789,7 +863,7 @@ def run(golden):
     )
     for step in range(3):
         optimizer.zero_grad()
-        result = model(input_ids=ids, labels=labels)
+        result = model(input_ids=ids, labels=labels, **inputs)
         result.loss.backward()
         if step == 0:
             put("grad", {name: parameter.grad for name, parameter in trained.items()})
@@ -804,6 +878,8 @@ def run(golden):
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         if step == 0:
             out["grad_norm"] = norm.reshape(1)
+        if golden.documents:
+            return out
         optimizer.step()
     put("after", trained)
     return out
@@ -820,6 +896,8 @@ def main():
         golden = MODELS[name]
         tensors = run(golden)
         metadata = {"model": json.dumps(golden.model), "tolerance": str(golden.tolerance)}
+        if golden.documents:
+            metadata["documents"] = json.dumps(asdict(golden.documents))
         path = arguments.output / f"{name}.safetensors"
         save_file(tensors, path, metadata)
         path.chmod(0o644)

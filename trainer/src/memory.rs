@@ -34,6 +34,9 @@ use std::{
     ops::Range,
 };
 
+/// Bytes of a token's position in its document.
+const POSITION_BYTES: u64 = 8;
+
 /// Ranks of one pipeline stage that hold equally much.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EqualRanks {
@@ -110,12 +113,12 @@ struct Place {
     own_rows: Vec<i64>,
 }
 
-/// Bytes of masks of scores.
+/// Bytes of tensors that layers share.
 #[derive(Debug, Clone, Copy, Default)]
-struct MaskBytes {
-    /// Masks of the documents of one microbatch.
+struct SharedBytes {
+    /// Masks of the documents of one microbatch, and positions in them.
     per_microbatch: u64,
-    /// Masks that live as long as the model.
+    /// Masks and tables of positions that live as long as the model.
     lasting: u64,
 }
 
@@ -140,7 +143,7 @@ impl Config {
         SequenceShape {
             count: self.train.micro_batch,
             length: self.data.sequence_length,
-            has_documents: self.data.eod_token.is_some(),
+            has_documents: self.data.keeps_documents_apart(),
             in_ring: parallel.context > 1 && parallel.context_attention == ContextKind::Ring,
         }
     }
@@ -191,13 +194,13 @@ impl RankSizes<'_> {
         }
     }
 
-    /// Returns the bytes of the masks that the layers of `part` share.
-    fn masks(&self, part: &ModelPart) -> MaskBytes {
+    /// Returns the bytes of the masks and positions that the layers of `part` share.
+    fn shared(&self, part: &ModelPart) -> SharedBytes {
         let BlockShape {
             sequences, on_host, ..
         } = self.block_shape();
         let layers = part.stages.iter().flat_map(|stage| stage.layers.clone());
-        let mut bytes = MaskBytes::default();
+        let mut bytes = self.positions();
         for mask in self.config.model.shared_masks(layers, &sequences, on_host) {
             let of_mask = mask.elements(&sequences) as u64 * self.element;
             match mask {
@@ -206,6 +209,22 @@ impl RankSizes<'_> {
             }
         }
         bytes
+    }
+
+    /// Returns the bytes of positions that begin at 0 in each document. Tables of a rank's own
+    /// positions are not counted: they are small, and sequences that are one text have them, too.
+    fn positions(&self) -> SharedBytes {
+        if !self.config.data.reset_positions {
+            return SharedBytes::default();
+        }
+        let model = &self.config.model;
+        let length = self.config.data.sequence_length as u64;
+        let of_others = length - length / self.mesh.shape().context as u64;
+        let width = model.attention(0).rotary_part().width;
+        SharedBytes {
+            per_microbatch: self.tokens * POSITION_BYTES,
+            lasting: model.rope.table_bytes(width, of_others, self.element),
+        }
     }
 
     /// Returns the bytes of a tensor between blocks.
@@ -287,7 +306,7 @@ impl RankSizes<'_> {
     /// backward.
     fn saved(&self, part: &ModelPart, units: &[UnitMemory]) -> u64 {
         let of_units: u64 = units.iter().map(|unit| unit.saved).sum();
-        self.masks(part).per_microbatch + of_units + part.stages.len() as u64 * self.stream()
+        self.shared(part).per_microbatch + of_units + part.stages.len() as u64 * self.stream()
     }
 }
 
@@ -618,7 +637,7 @@ impl RankSizes<'_> {
             host: if is_offloaded { state_and_masters } else { 0 },
             microbatches_in_flight: in_flight,
             activations: saved,
-            transient: self.masks(&held.part).lasting + transient.max(in_optimizer),
+            transient: self.shared(&held.part).lasting + transient.max(in_optimizer),
         }
     }
 }
@@ -857,7 +876,8 @@ mod tests {
         let activations = |documents: bool, context: usize, kind: &str, layers: usize| {
             let parallel = json!({"context": context, "context_attention": kind});
             let mut config = config(parallel, json!({"layers": layers}));
-            config.data.eod_token = documents.then_some(0);
+            config.data.eod_token = Some(0);
+            config.data.mask_documents = Some(documents);
             config.memory(context).unwrap()[0].memory.activations
         };
         let mask = |context, kind, layers| {
@@ -869,6 +889,27 @@ mod tests {
             assert_eq!(mask(2, "ulysses", layers), fp32_mask);
             assert_eq!(mask(2, "ring", layers), 0);
         }
+    }
+
+    #[test]
+    fn positions_in_documents_need_a_number_per_token_and_a_table_of_all_positions() {
+        let added = |context: usize, dtype: Dtype| {
+            let mut config = config(json!({"context": context}), json!({}));
+            config.train.dtype = dtype;
+            config.data.eod_token = Some(0);
+            config.data.mask_documents = Some(false);
+            let mut bytes = |reset_positions: bool| {
+                config.data.reset_positions = reset_positions;
+                let memory = &config.memory(context).unwrap()[0].memory;
+                [memory.activations, memory.transient]
+            };
+            let [with, without] = [bytes(true), bytes(false)];
+            [with[0] - without[0], with[1] - without[1]]
+        };
+        assert_eq!(added(1, Dtype::Fp32), [32 * 8, 0]);
+        // Heads of 12 elements make 6 pairs at each of the other rank's 16 positions.
+        assert_eq!(added(2, Dtype::Fp32), [16 * 8, 3 * 16 * 6 * 4]);
+        assert_eq!(added(2, Dtype::Bf16), [16 * 8, 3 * 16 * 6 * (4 + 2)]);
     }
 
     #[test]

@@ -216,7 +216,8 @@ mod tests {
     #[should_panic(expected = "division by zero or overflow at rotary.cu")]
     fn a_division_by_zero_is_refused() {
         let [x, table, out] = [64, 32, 64].map(zeros);
-        let arguments = arguments![&x, &table, &table, &out, 1, 32, 64, 0, 1];
+        let none = None::<&Tensor>;
+        let arguments = arguments![&x, &table, &table, none, &out, 1, 32, 64, 0, 1, 64];
         launch("apply_rotary", block(32, 1), 0, &arguments);
     }
 }

@@ -1,18 +1,23 @@
 //! Launches of the rotary embedding kernel in `source/rotary.cu`.
 
 use super::launch::{Gpu, KernelLaunch, Variant, arguments};
-use crate::positions::RowPositions;
+use crate::{positions::RowPositions, rotary_tables::RotaryTables};
 use tch::Tensor;
 
-/// Rotates the first `n` elements of the rows of `x` `[.., d]` by `cos` and `sin`
-/// `[positions, n / 2]`.
+/// Rotates the first `n` elements of the rows of `x` `[.., d]` by tables `[rows, n / 2]`.
+///
+/// Positions of tokens are not yet run on hardware.
 pub(crate) fn apply_rotary(
     gpu: &dyn Gpu,
     x: &Tensor,
-    cos: &Tensor,
-    sin: &Tensor,
+    tables: RotaryTables,
     order: RowPositions,
 ) -> Tensor {
+    let RotaryTables {
+        cos,
+        sin,
+        positions: of_tokens,
+    } = tables;
     let [width, half] = [x, cos].map(|tensor| tensor.size()[tensor.dim() - 1] as usize);
     let rows = x.numel().checked_div(width).unwrap_or(0);
     let out = x.empty_like();
@@ -28,17 +33,20 @@ pub(crate) fn apply_rotary(
     let RowPositions {
         rows_per_position,
         positions,
+        rows_per_sequence,
     } = order;
     let arguments = arguments![
         x,
         cos,
         sin,
+        of_tokens,
         &out,
         rows,
         half,
         width,
         rows_per_position,
-        positions
+        positions,
+        rows_per_sequence
     ];
     let launch = KernelLaunch::over_rows("apply_rotary", gpu, variant, rows, half, &arguments);
     gpu.run(&launch, x);
@@ -53,30 +61,55 @@ mod tests {
         tensors::tests::TestTensor,
     };
     use proptest::prelude::*;
+    use tch::Kind;
 
     proptest! {
         #![proptest_config(with_cases(60))]
         #[test]
         fn pairs_rotate_by_the_angle_of_their_position(
             batch in 0i64..3,
-            positions in 1i64..9,
+            length in 1i64..9,
             heads in 1i64..5,
+            heads_first: bool,
             half in prop_oneof![1i64..20, Just(32), Just(64)],
             rest in prop_oneof![Just(0), 1i64..20, Just(64)],
+            table_rows in prop::option::of(1i64..12),
             input: TestInput,
         ) {
-            let (gpu, _) = test_gpu();
-            let x = input.random(&[batch, positions, heads, 2 * half + rest]);
-            let [cos, sin] = [(); 2].map(|()| input.random(&[positions, half]));
-            let order = RowPositions {
-                rows_per_position: heads as usize,
-                positions: positions as usize,
+            let (gpu, device) = test_gpu();
+            let width = 2 * half + rest;
+            let shape = if heads_first {
+                [batch, heads, length, width]
+            } else {
+                [batch, length, heads, width]
             };
-            let ours = apply_rotary(gpu, &x, &cos, &sin, order);
-            let parts = x
-                .to_f64()
-                .split_with_sizes([half, half, rest], -1);
-            let [cos, sin] = [cos, sin].map(|table| table.to_f64().unsqueeze(1));
+            let x = input.random(&shape);
+            let rows = table_rows.unwrap_or(length);
+            let [cos, sin] = [(); 2].map(|()| input.random(&[rows, half]));
+            let of_tokens = table_rows.map(|rows| {
+                Tensor::randint(rows, [batch, length], (Kind::Int64, device))
+            });
+            let order = RowPositions {
+                rows_per_position: if heads_first { 1 } else { heads as usize },
+                positions: length as usize,
+                rows_per_sequence: (heads * length) as usize,
+            };
+            let tables = RotaryTables {
+                cos: &cos,
+                sin: &sin,
+                positions: of_tokens.as_ref(),
+            };
+            let ours = apply_rotary(gpu, &x, tables, order);
+            let places = of_tokens.unwrap_or_else(|| {
+                let in_order = Tensor::arange(length, (Kind::Int64, device));
+                in_order.expand([batch, length], false)
+            });
+            let heads_dim = if heads_first { 1 } else { 2 };
+            let [cos, sin] = [cos, sin].map(|table| {
+                let of_places = table.to_f64().index_select(0, &places.flatten(0, -1));
+                of_places.view([batch, length, half]).unsqueeze(heads_dim)
+            });
+            let parts = x.to_f64().split_with_sizes([half, half, rest], -1);
             let plain = [
                 &parts[0] * &cos - &parts[1] * &sin,
                 &parts[1] * &cos + &parts[0] * &sin,

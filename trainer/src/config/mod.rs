@@ -5,6 +5,7 @@
 mod batch;
 mod check;
 pub(crate) mod dispatch;
+pub(crate) mod documents;
 pub(crate) mod dtype;
 pub(crate) mod layer_set;
 pub(crate) mod layout;
@@ -27,6 +28,7 @@ mod words;
 pub use batch::{BatchSize, BatchStage};
 pub(crate) use check::hierarchical_groups;
 pub use dispatch::{Dispatch, LeastLoadedConfig, MinTokens, PlacementConfig};
+pub use documents::DocumentRules;
 pub use dtype::Dtype;
 pub use layer_set::{AllBut, LayerPeriod, LayerSet};
 pub use layout::{
@@ -135,6 +137,9 @@ impl Config {
         resolved.model.head_dim = heads.head_dim;
         if let Some(moe) = &mut resolved.model.moe {
             moe.resolve();
+        }
+        if self.data.eod_token.is_some() {
+            resolved.data.mask_documents = Some(self.data.keeps_documents_apart());
         }
         resolved.schedule = Some(self.schedule());
         resolved
@@ -257,14 +262,27 @@ pub struct DataConfig {
     #[on_resume(reported)]
     #[schemars(range(min = 1, max = MAX_TOKENS))]
     pub sequence_length: usize,
-    /// Token that ends a document. If it is set, a token attends only to tokens of its own
-    /// document; otherwise to all earlier tokens of its sequence.
+    /// Token that ends a document. It belongs to the document that it ends. If another key needs it
+    /// and it is not set, it is the one that `dataset.json` records for all sources.
     #[on_resume(reported)]
     #[serde(default)]
     pub eod_token: Option<u32>,
+    /// Keeps the documents of a sequence apart: a token attends only to tokens of its own document,
+    /// instead of all earlier tokens of its sequence. By default it is true if `eod_token` is set, as
+    /// in runs that began before this key existed.
+    #[on_resume(reported)]
+    #[serde(default)]
+    pub mask_documents: Option<bool>,
+    /// Begins the positions of rotary embedding at 0 in each document, instead of only in each
+    /// sequence. It does not depend on `mask_documents`.
+    ///
+    /// Scalings of rotary embedding that depend on the length (`dynamic`, `longrope`) depend on
+    /// `sequence_length` all the same, and not on the lengths of documents.
+    #[on_resume(refused)]
+    #[serde(default)]
+    pub reset_positions: bool,
     /// Leaves the token after `eod_token` out of the loss, in training and validation: the first
-    /// token of a document cannot be predicted from the document before it. Without `eod_token`,
-    /// the token is the one that `dataset.json` records for all sources.
+    /// token of a document cannot be predicted from the document before it.
     ///
     /// The cross-entropy is the mean over the counted tokens of the step, on all ranks. The
     /// load-balancing and z losses remain means over all tokens, because every token is routed.
@@ -285,9 +303,33 @@ pub struct DataConfig {
 }
 
 impl DataConfig {
-    /// Returns the given token after which a label does not count in the loss.
-    pub fn masked_after(&self) -> Option<u32> {
-        self.eod_token.filter(|_| self.eod_mask_loss)
+    /// True if tokens attend only within their document.
+    pub(crate) fn keeps_documents_apart(&self) -> bool {
+        self.mask_documents.unwrap_or(self.eod_token.is_some())
+    }
+
+    /// Returns the treatment of documents that share a sequence and end with the token `end`, given
+    /// or recorded; `None` if sequences are one text.
+    pub(crate) fn document_rules(&self, end: Option<u32>) -> Option<DocumentRules> {
+        let rules = DocumentRules {
+            end: end?,
+            mask: self.keeps_documents_apart(),
+            reset_positions: self.reset_positions,
+        };
+        (rules.mask || rules.reset_positions).then_some(rules)
+    }
+
+    /// Returns the first key that is set and needs the token that ends a document.
+    pub(crate) fn key_that_needs_eod_token(&self) -> Option<&'static str> {
+        if self.mask_documents == Some(true) {
+            Some("mask_documents")
+        } else if self.reset_positions {
+            Some("reset_positions")
+        } else if self.eod_mask_loss {
+            Some("eod_mask_loss")
+        } else {
+            None
+        }
     }
 }
 

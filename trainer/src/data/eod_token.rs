@@ -9,7 +9,10 @@ use dataset::info::{DatasetInfo, SpecialToken};
 /// # Errors
 /// If a source has no record, or sources record different tokens.
 pub fn recorded_eod_token(config: &Config) -> Result<Option<SpecialToken>, Error> {
-    if !config.data.eod_mask_loss || config.data.eod_token.is_some() {
+    let Some(needed_by) = config.data.key_that_needs_eod_token() else {
+        return Ok(None);
+    };
+    if config.data.eod_token.is_some() {
         return Ok(None);
     }
     let mut found: Option<(String, SpecialToken)> = None;
@@ -17,8 +20,8 @@ pub fn recorded_eod_token(config: &Config) -> Result<Option<SpecialToken>, Error
         let info = DatasetInfo::of_tokens(&source.path)?;
         let Some(recorded) = info.and_then(|info| info.eos) else {
             return Err(Error::Config(format!(
-                "data.eod_mask_loss needs data.eod_token, the token that ends a document, because \
-                 no dataset.json records that of {key} ({}): give it, or leave eod_mask_loss out",
+                "data.{needed_by} needs data.eod_token, the token that ends a document, because \
+                 no dataset.json records that of {key} ({}): give it, or leave {needed_by} out",
                 source.path.display()
             )));
         };
@@ -37,14 +40,22 @@ pub fn recorded_eod_token(config: &Config) -> Result<Option<SpecialToken>, Error
     Ok(found.map(|(_, token)| token))
 }
 
-/// Returns the token after which a label does not count in the loss, given or recorded.
+/// Returns the token that ends documents, given or recorded.
 ///
 /// # Errors
-/// If `data.eod_mask_loss` needs a token that is neither given nor recorded.
-pub(crate) fn masked_after(config: &Config) -> Result<Option<u32>, Error> {
-    let recorded = recorded_eod_token(config)?;
-    let given = config.data.masked_after();
-    Ok(given.or(recorded.map(|token| token.id)))
+/// If a key needs a token that is neither given nor recorded, or the model does not have it.
+pub(crate) fn eod_token(config: &Config) -> Result<Option<u32>, Error> {
+    let recorded = recorded_eod_token(config)?.map(|token| token.id);
+    let vocab_size = config.model.vocab_size;
+    if let Some(token) = recorded
+        && token as usize >= vocab_size
+    {
+        return Err(Error::Config(format!(
+            "the data ends documents with token {token}, which is outside of model.vocab_size \
+             {vocab_size}"
+        )));
+    }
+    Ok(config.data.eod_token.or(recorded))
 }
 
 #[cfg(test)]
@@ -85,7 +96,7 @@ mod tests {
         let folder = folder.path();
         let needed = |extra: &str| recorded_eod_token(&config_of(folder, extra));
         let id = |extra: &str| needed(extra).unwrap().map(|token| token.id);
-        let masked = |extra: &str| masked_after(&config_of(folder, extra)).unwrap();
+        let token = |extra: &str| eod_token(&config_of(folder, extra)).unwrap();
         assert_eq!(id(""), None);
         let refused = needed(", eod_mask_loss: true").unwrap_err().to_string();
         assert!(
@@ -96,10 +107,13 @@ mod tests {
         assert!(needed(", eod_mask_loss: true").is_err());
         record(&folder.join("b"), 7);
         assert_eq!(id(", eod_mask_loss: true"), Some(7));
-        assert_eq!(masked(", eod_mask_loss: true"), Some(7));
+        assert_eq!(token(", eod_mask_loss: true"), Some(7));
+        assert_eq!(token(", mask_documents: true"), Some(7));
+        assert_eq!(token(", reset_positions: true"), Some(7));
         assert_eq!(id(", eod_mask_loss: true, eod_token: 3"), None);
-        assert_eq!(masked(", eod_mask_loss: true, eod_token: 3"), Some(3));
-        assert_eq!(masked(", eod_token: 3"), None);
+        assert_eq!(token(", eod_mask_loss: true, eod_token: 3"), Some(3));
+        assert_eq!(token(", eod_token: 3"), Some(3));
+        assert_eq!(token(", mask_documents: false"), None);
         assert_eq!(id(""), None);
         record(&folder.join("b"), 8);
         let refused = needed(", eod_mask_loss: true").unwrap_err().to_string();

@@ -3,16 +3,16 @@
 use super::loaded::{LoadedModel, TrainedBy};
 use crate::{
     Error,
-    config::{SourceConfig, source_names},
+    config::{DocumentRules, SourceConfig, source_names},
     data::{Dataset, count_labels},
     hub::ByteProgress,
-    model::{Documents, Model},
+    model::Model,
 };
 use dataset::info::DatasetInfo;
 use moe::balance::BatchTotals;
 use parallel::{Accelerator, Cpu};
 use serde::Serialize;
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 /// Data to evaluate a model on.
 #[derive(Debug, Clone)]
@@ -54,7 +54,7 @@ pub fn evaluate(
     note: &mut dyn FnMut(&str),
     write: &mut dyn FnMut(SourceLoss),
 ) -> Result<(), Error> {
-    let loaded = LoadedModel::open(model, progress)?;
+    let mut loaded = LoadedModel::open(model, progress)?;
     for line in &loaded.notes {
         note(line);
     }
@@ -74,6 +74,7 @@ pub fn evaluate(
     for (name, source) in opened {
         let windows = source.data.num_windows();
         let sequences = options.sequences.unwrap_or(windows).min(windows);
+        loaded.model.set_documents(source.documents);
         write(source.evaluate(&loaded.model, name, sequences)?);
     }
     Ok(())
@@ -82,8 +83,7 @@ pub fn evaluate(
 struct Evaluated {
     data: Dataset,
     bytes_per_token: Option<f64>,
-    /// Token across which tokens do not attend.
-    eod_token: Option<u32>,
+    documents: Option<DocumentRules>,
 }
 
 impl Evaluated {
@@ -102,14 +102,14 @@ impl Evaluated {
         }
         let trained = model.run.as_ref().map(|run: &TrainedBy| &run.config.data);
         let recorded = info.as_ref().and_then(|info| Some(info.eos.as_ref()?.id));
-        let masked_after = trained.filter(|data| data.eod_mask_loss);
-        let masked_after = masked_after.and_then(|data| data.eod_token.or(recorded));
+        let end = trained.and_then(|data| data.eod_token.or(recorded));
+        let masked_after = end.filter(|_| trained.is_some_and(|data| data.eod_mask_loss));
         let data = Dataset::open(std::slice::from_ref(source), length, vocab_size, 0)?;
         let info = info.filter(|_| source.mask.is_none());
         Ok(Evaluated {
             data: data.masked_after(masked_after),
             bytes_per_token: info.and_then(|info| info.bytes_per_token(&source.path)),
-            eod_token: trained.and_then(|data| data.eod_token),
+            documents: trained.and_then(|data| data.document_rules(end)),
         })
     }
 
@@ -127,12 +127,8 @@ impl Evaluated {
             let (inputs, labels) = self.data.windows(window..window + 1)?;
             counted_tokens += count_labels(&labels);
             let inputs = Cpu.upload(&inputs);
-            let documents = self
-                .eod_token
-                .map(|end| Arc::new(Documents::new(&inputs, end)));
             let loss = tch::no_grad(|| -> Result<f64, Error> {
-                let embedded = model.embed(&inputs)?;
-                let output = model.forward_stage(0, &embedded, 1, documents.as_ref())?;
+                let output = model.forward(&inputs)?;
                 let loss = model.cross_entropy(&output.hidden_td, &labels, &totals)?;
                 Ok(loss.double_value(&[]))
             })?;

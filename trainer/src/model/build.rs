@@ -31,6 +31,13 @@ impl Model {
             context.rank(),
             context.size(),
         );
+        let resets_positions = ctx.documents.is_some_and(|rules| rules.reset_positions);
+        // Any position may be that of a token in its document.
+        let rope_positions = if resets_positions {
+            (0..ctx.sequence_length as i64).collect()
+        } else {
+            positions.clone()
+        };
         let width = config.rope.width(config.attention(0).rotary_part().width);
         let frequencies = config
             .rope
@@ -38,7 +45,7 @@ impl Model {
         let mut builder = Builder {
             weights: WeightBuilder::new(config.parameter_rules(), position, ctx),
             config,
-            rope: Arc::new(Rope::new(ctx.device, &positions, &frequencies)),
+            rope: Arc::new(Rope::new(ctx.device, &rope_positions, &frequencies)),
         };
         let ends = part.ends(config.tie_embeddings);
         let embedding = (ends.embedding).then(|| builder.vocabulary_weight("embedding"));
@@ -68,6 +75,7 @@ impl Model {
             tensor: ctx.groups.tensor.clone(),
             rows: position.vocabulary.part(config.vocab_size),
             positions,
+            documents: ctx.documents,
         }
     }
 }

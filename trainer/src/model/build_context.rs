@@ -1,7 +1,7 @@
 //! Everything that a model is built from besides its shape.
 
 use crate::{
-    config::{dtype::Dtype, layout::RecomputeConfig},
+    config::{documents::DocumentRules, dtype::Dtype, layout::RecomputeConfig},
     process_groups::ProcessGroups,
 };
 use moe::experts::GemmPrecision;
@@ -11,6 +11,8 @@ use parallel::{Accelerator, context::ContextKind};
 pub struct BuildContext<'a> {
     /// Tokens of a sequence, over all context-parallel ranks.
     pub sequence_length: usize,
+    /// Treatment of documents that share a sequence; `None` if sequences are one text each.
+    pub documents: Option<DocumentRules>,
     /// Arithmetic of the model.
     pub dtype: Dtype,
     /// Arithmetic of the routed experts' GEMMs.
@@ -32,7 +34,8 @@ pub struct BuildContext<'a> {
 }
 
 impl<'a> BuildContext<'a> {
-    /// Returns the context of one rank that saves all activations, with seed 0.
+    /// Returns the context of one rank that saves all activations, with seed 0 and without
+    /// documents.
     pub fn single_rank(
         sequence_length: usize,
         dtype: Dtype,
@@ -41,6 +44,7 @@ impl<'a> BuildContext<'a> {
     ) -> BuildContext<'a> {
         BuildContext {
             sequence_length,
+            documents: None,
             dtype,
             expert_gemm: GemmPrecision::Model,
             seed: 0,

@@ -1,8 +1,9 @@
-//! Document boundaries, across which tokens do not attend.
+//! Documents that share a sequence: the boundaries across which tokens do not attend, and positions
+//! that begin at 0 in each document.
 
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// The document of each position of a microbatch.
 pub(crate) struct Documents {
@@ -46,6 +47,48 @@ impl Documents {
     }
 }
 
+/// The position of each of this rank's tokens within its document.
+pub(crate) struct DocumentPositions {
+    /// `[B, s]` int64.
+    positions: Mutex<Tensor>,
+}
+
+impl DocumentPositions {
+    pub(crate) fn new(positions_bs: Tensor) -> DocumentPositions {
+        DocumentPositions {
+            positions: Mutex::new(positions_bs),
+        }
+    }
+
+    /// Returns `[B, s]` int64.
+    pub(crate) fn tensor(&self) -> Tensor {
+        self.positions.lock().shallow_clone()
+    }
+}
+
+/// Returns the position of each token of `tokens_bs` `[B, S]` int64 within its document, of that
+/// shape and in host memory. The token `end` ends a document; every sequence begins one.
+///
+/// # Errors
+/// If the tokens cannot be read.
+pub(super) fn positions_in_documents(tokens_bs: &Tensor, end: u32) -> Result<Tensor, TchError> {
+    let (batch, length) = tokens_bs.size2()?;
+    let tokens = Vec::<i64>::try_from(tokens_bs.flatten(0, -1))?;
+    let mut positions = Vec::with_capacity(tokens.len());
+    for sequence in tokens.chunks(length.max(1) as usize) {
+        let mut position = 0i64;
+        for &token in sequence {
+            positions.push(position);
+            position = if token == i64::from(end) {
+                0
+            } else {
+                position + 1
+            };
+        }
+    }
+    Ok(Tensor::from_slice(&positions).view([batch, length]))
+}
+
 /// Returns the mask that attention on the device of `is_visible` takes, for queries of dtype
 /// `kind`.
 ///
@@ -61,6 +104,27 @@ pub(super) fn mask_for_device(is_visible: &Tensor, kind: Kind) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn positions_count_the_tokens_since_the_end_of_a_document(
+            batch in 1usize..4,
+            length in 1usize..20,
+            drawn in prop::collection::vec(0i64..4, 60),
+        ) {
+            let tokens = &drawn[..batch * length];
+            let shape = [batch as i64, length as i64];
+            let positions = positions_in_documents(&Tensor::from_slice(tokens).view(shape), 2);
+            let positions = Vec::<i64>::try_from(positions.unwrap().flatten(0, -1)).unwrap();
+            for (number, position) in positions.into_iter().enumerate() {
+                let sequence = number / length * length;
+                let before = tokens[sequence..number].iter().rev();
+                let expected = before.take_while(|&&token| token != 2).count();
+                prop_assert_eq!(position, expected as i64);
+            }
+        }
+    }
 
     /// Returns the output of attention with a mask, and the gradient of the query.
     fn attend(x: &[Tensor; 3], mask: &Tensor) -> [Tensor; 2] {

@@ -42,11 +42,11 @@ mod work;
 
 use crate::{
     Error,
-    config::ModelConfig,
+    config::{ModelConfig, documents::DocumentRules},
     model::parameters::{Parameters, Unit},
 };
 use attention::Attention;
-use batch::BatchContext;
+use documents::{DocumentPositions, Documents, positions_in_documents};
 use embedding::embed;
 use layer::{FeedForward, Layer, with_gathered_weights};
 use loss::{VocabularyRows, cross_entropy};
@@ -60,9 +60,9 @@ use parallel::{Weight, collectives::gather_from_group, tensor::TensorParallel};
 use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
+pub(crate) use batch::BatchContext;
 pub use build_context::BuildContext;
 pub use decoder::ParameterCount;
-pub(crate) use documents::Documents;
 pub(crate) use experts::LocalExperts;
 pub(crate) use loss::{IGNORED, LossScale, with_gradient};
 pub use part::{ModelPart, PipelineSplit, StagePart, split_layers};
@@ -84,6 +84,7 @@ pub struct Model {
     rows: Range<usize>,
     /// This rank's positions of a sequence, if context parallelism splits sequences.
     positions: Option<Tensor>,
+    documents: Option<DocumentRules>,
 }
 
 /// This rank's rows of the embedding or of the output layer.
@@ -140,6 +141,44 @@ impl Model {
         }
     }
 
+    /// Sets the treatment of documents in a model of one rank, which has all positions.
+    pub(crate) fn set_documents(&mut self, rules: Option<DocumentRules>) {
+        self.documents = rules;
+    }
+
+    /// True if all stages read the tokens, to find the documents that share a sequence.
+    pub(crate) fn reads_documents(&self) -> bool {
+        self.documents.is_some()
+    }
+
+    /// Returns the positions of whole sequences `tokens_bs` `[B, S]` int64 within documents, of the
+    /// same shape and in host memory, if they begin at 0 in each document.
+    ///
+    /// # Errors
+    /// If the tokens cannot be read.
+    pub(crate) fn document_positions(&self, tokens_bs: &Tensor) -> Result<Option<Tensor>, Error> {
+        let rules = self.documents.filter(|rules| rules.reset_positions);
+        let positions = rules.map(|rules| positions_in_documents(tokens_bs, rules.end));
+        Ok(positions.transpose()?)
+    }
+
+    /// Returns the context of whole sequences `tokens_bs` `[B, S]` int64 on the model's device,
+    /// with what [`Model::document_positions`] returns for them, on the same device.
+    pub(crate) fn batch_context(
+        &self,
+        tokens_bs: &Tensor,
+        positions_bs: Option<&Tensor>,
+    ) -> BatchContext {
+        let masked = self.documents.filter(|rules| rules.mask);
+        let documents = masked.map(|rules| Arc::new(Documents::new(tokens_bs, rules.end)));
+        let own = positions_bs.map(|positions| self.own_positions(positions));
+        BatchContext {
+            sequences: tokens_bs.size()[0],
+            documents,
+            positions: own.map(|own| Arc::new(DocumentPositions::new(own))),
+        }
+    }
+
     /// Returns the tensor-parallel ranks.
     pub(crate) fn tensor(&self) -> &TensorParallel {
         &self.tensor
@@ -153,8 +192,10 @@ impl Model {
     /// # Errors
     /// If a collective fails.
     pub fn forward(&self, tokens_bs: &Tensor) -> Result<ForwardOutput, Error> {
-        let (batch, _) = tokens_bs.size2()?;
-        self.forward_stage(0, &self.embed(tokens_bs)?, batch, None)
+        let positions = self.document_positions(tokens_bs)?;
+        let positions = positions.map(|positions| positions.to_device(tokens_bs.device()));
+        let batch = self.batch_context(tokens_bs, positions.as_ref());
+        self.forward_stage(0, &self.embed(tokens_bs)?, &batch)
     }
 
     /// Returns the first stage's input `[T, D]` for this rank's positions `tokens_bs` `[B, s]`
@@ -174,7 +215,7 @@ impl Model {
         Ok(out)
     }
 
-    /// Maps `x_td` `[T, D]`, this rank's tokens of `batch` sequences, through model chunk `chunk`.
+    /// Maps `x_td` `[T, D]`, this rank's tokens of `batch`, through model chunk `chunk`.
     ///
     /// # Collective
     /// All ranks that work on the stage.
@@ -185,8 +226,7 @@ impl Model {
         &self,
         chunk: usize,
         x_td: &Tensor,
-        batch: i64,
-        documents: Option<&Arc<Documents>>,
+        batch: &BatchContext,
     ) -> Result<ForwardOutput, Error> {
         let stage = &self.stages[chunk];
         let multiplier = self.config.embedding_factor();
@@ -195,10 +235,6 @@ impl Model {
         } else {
             x_td.shallow_clone()
         };
-        let batch = BatchContext {
-            sequences: batch,
-            documents: documents.cloned(),
-        };
         let mut stats = vec![];
         let mut moe_stats = vec![];
         let unit = |index: usize| stage.layers.get(index).map(|(_, unit)| unit);
@@ -206,7 +242,7 @@ impl Model {
             let previous = index.checked_sub(1).and_then(unit);
             let next = unit(index + 1);
             let (out, aux_output) =
-                with_gathered_weights(&x, own, previous, next, |x| layer.forward(x, &batch))?;
+                with_gathered_weights(&x, own, previous, next, |x| layer.forward(x, batch))?;
             x = out;
             if let Some((router_stats, layer_stats)) = aux_output {
                 stats.push(router_stats);
@@ -522,5 +558,44 @@ mod tests {
         assert_eq!(count(Value::Null), 1);
         assert_eq!(count(json!("frozen")), 2);
         assert_eq!(count(json!("trained")), 0);
+    }
+
+    #[test]
+    fn documents_of_a_sequence_are_computed_as_if_they_were_alone() {
+        let grouped = json!({"grouped": {"window": {"size": 3, "layers": [1]}, "sinks": true}});
+        let latent = json!({"latent": {
+            "kv_rank": 5, "nope_dim": 2, "rope_dim": 4, "value_dim": 3,
+        }});
+        for attention in [grouped, latent] {
+            let config: ModelConfig = serde_json::from_value(json!({
+                "layers": 2, "hidden": 8, "heads": 2, "vocab_size": 11, "ffn": 12, "init_std": 0.5,
+                "attention": attention,
+            }))
+            .unwrap();
+            let groups = ProcessGroups::single_rank();
+            let documents = Some(DocumentRules {
+                end: 7,
+                mask: true,
+                reset_positions: true,
+            });
+            let ctx = BuildContext {
+                documents,
+                ..BuildContext::single_rank(9, Dtype::Fp32, &Cpu, &groups)
+            };
+            let model = Model::new(&config, ModelPart::whole(config.layers), &ctx);
+            let forward = |tokens: &[i64]| {
+                let tokens = Tensor::from_slice(tokens).view([1, -1]);
+                tch::no_grad(|| model.forward(&tokens).unwrap().hidden_td)
+            };
+            let packed = [1, 2, 3, 7, 7, 4, 2, 7, 5];
+            let together = forward(&packed);
+            let mut start = 0;
+            for document in packed.split_inclusive(|&token| token == 7) {
+                let length = document.len() as i64;
+                let part = together.narrow(0, start, length);
+                assert!(part.allclose(&forward(document), 1e-5, 1e-6, false));
+                start += length;
+            }
+        }
     }
 }

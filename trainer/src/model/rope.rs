@@ -5,6 +5,8 @@
 //! head rotate.
 
 use super::{
+    activations::FP32_BYTES,
+    batch::BatchContext,
     rope_scaling::{RopeScaling, Unscaled},
     rotary_part::RotaryPart,
 };
@@ -67,6 +69,14 @@ impl RopeConfig {
     /// Returns the number of elements of a head of `head_dim` that rotate.
     pub(crate) fn width(&self, head_dim: usize) -> usize {
         (self.fraction * head_dim as f64).round() as usize
+    }
+
+    /// Returns the bytes of the tables of a number of positions, in fp32 and in the model's dtype,
+    /// which has elements of `element` bytes.
+    pub(crate) fn table_bytes(&self, head_dim: usize, positions: u64, element: u64) -> u64 {
+        let numbers = TABLE_TENSORS * positions * self.width(head_dim) as u64 / 2;
+        let converted = if element == FP32_BYTES { 0 } else { element };
+        numbers * (FP32_BYTES + converted)
     }
 
     /// Returns the rotation of `width` elements of a head, in a run with sequences of `length`
@@ -167,7 +177,11 @@ fn rounded(x: f64) -> f64 {
     (x * unit).round() / unit
 }
 
-/// Cosines and sines of this rank's positions.
+/// Number of tensors of a table.
+const TABLE_TENSORS: u64 = 3;
+
+/// Cosines and sines of this rank's positions, or of all positions of a sequence if positions begin
+/// at 0 in each document.
 pub(crate) struct Rope {
     /// The table in fp32, from which the others are made.
     table: Mutex<Table>,
@@ -226,26 +240,29 @@ impl Rope {
         }
     }
 
-    /// Returns the table of the first `length` positions in a dtype.
-    fn table(&self, length: i64, kind: Kind) -> Table {
+    /// Returns the table in a dtype.
+    fn table(&self, kind: Kind) -> Table {
         let mut by_kind = self.by_kind.lock();
         let convert = || self.table.lock().map(|table| table.to_kind(kind));
         let table = by_kind.entry(kind).or_insert_with(convert);
-        table.map(|table| table.narrow(0, 0, length))
+        table.map(Tensor::shallow_clone)
     }
 
-    /// Rotates `x` `[batch, heads, sequence, head_dim]` by the first positions.
-    pub(crate) fn apply(&self, x: &Tensor) -> Result<Tensor, Error> {
-        let length = x.size()[2];
+    /// Rotates `x` `[batch, heads, sequence, head_dim]` by the positions of its tokens: those in
+    /// their documents if `batch` has them, or else the first ones.
+    pub(crate) fn apply(&self, x: &Tensor, batch: &BatchContext) -> Result<Tensor, Error> {
         let Table {
             cos,
             sin,
             minus_sin,
-        } = self.table(length, x.kind());
-        let out = tch::no_grad(|| apply_rotary(x, &cos, &sin));
+        } = self.table(x.kind());
+        let positions = batch.positions.as_ref();
+        let positions = positions.map(|positions| positions.tensor());
+        let out = tch::no_grad(|| apply_rotary(x, &cos, &sin, positions.as_ref()));
         let mut out = attach_backward(&[x], vec![out], move |grads| {
             // The gradient is rotated back.
-            let rotate_back = |grad: &Tensor| apply_rotary(grad, &cos, &minus_sin);
+            let rotate_back =
+                |grad: &Tensor| apply_rotary(grad, &cos, &minus_sin, positions.as_ref());
             Ok(vec![grads[0].as_ref().map(rotate_back)])
         })?;
         Ok(out.remove(0))
@@ -255,9 +272,19 @@ impl Rope {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::rope_scaling::YarnScaling;
+    use crate::model::{documents::DocumentPositions, rope_scaling::YarnScaling};
     use parallel::Cpu;
     use serde_json::{Value, json};
+    use std::sync::Arc;
+
+    /// Returns the context of a microbatch whose tokens have these positions.
+    fn at(positions: Option<&Tensor>) -> BatchContext {
+        let positions = positions.map(Tensor::shallow_clone);
+        BatchContext {
+            positions: positions.map(|tensor| Arc::new(DocumentPositions::new(tensor))),
+            ..BatchContext::of_whole_sequences(1)
+        }
+    }
 
     fn config(value: Value) -> RopeConfig {
         serde_json::from_value(value).unwrap()
@@ -272,12 +299,12 @@ mod tests {
     #[test]
     fn tables_of_a_dtype_are_made_once() {
         let rope = rope(&RopeConfig::default(), &[0, 1, 2], 4);
-        let table = |kind| rope.table(2, kind);
+        let table = |kind| rope.table(kind);
         let first = table(Kind::BFloat16);
         assert_eq!(first.cos.data_ptr(), table(Kind::BFloat16).cos.data_ptr());
         assert_eq!(first.sin, table(Kind::Float).sin.to_kind(Kind::BFloat16));
         assert_eq!(first.minus_sin, first.sin.neg());
-        assert_eq!(first.cos.size(), [2, 2]);
+        assert_eq!(first.cos.size(), [3, 2]);
     }
 
     #[test]
@@ -285,17 +312,19 @@ mod tests {
         let yarn = json!({"yarn": {
             "factor": 2.0, "original_length": 64, "attention_factor": 1.5,
         }});
-        for (config, factor) in [
-            (json!({}), 1.0),
-            (json!({"fraction": 0.5}), 1.0),
-            (json!({"scaling": yarn}), 1.5),
+        let in_documents = Tensor::from_slice(&[0i64, 1, 0, 1, 2]).view([1, 5]);
+        for (config, positions, factor) in [
+            (json!({}), None, 1.0),
+            (json!({"fraction": 0.5}), None, 1.0),
+            (json!({"scaling": yarn.clone()}), None, 1.5),
+            (json!({"scaling": yarn}), Some(&in_documents), 1.5),
         ] {
             let rope = rope(&self::config(config), &[3, 4, 5, 6, 7], 8);
             let x = Cpu
                 .empty(&[1, 2, 5, 8], Kind::Float)
                 .uniform_(-1.0, 1.0)
                 .set_requires_grad(true);
-            let y = rope.apply(&x).unwrap();
+            let y = rope.apply(&x, &at(positions)).unwrap();
             let length = |x: &Tensor| x.square().sum(Kind::Float).double_value(&[]).sqrt();
             assert!((length(&y) - factor * length(&x)).abs() < 1e-4);
             // For y = R x, the gradient of |y|^2 / 2 is R^T R x, the squared factor times x.
@@ -309,19 +338,33 @@ mod tests {
     fn pairs_turn_by_their_radians_per_position() {
         // Position 0 is not rotated; element 0 rotates with element 2 by one radian per position.
         let unit = Tensor::from_slice(&[1f32, 0., 0., 0.]).view([1, 1, 1, 4]);
-        let at = |config: &RopeConfig, position| {
-            let turned = rope(config, &[position], 4).apply(&unit).unwrap();
+        let turned = |config: &RopeConfig, position| {
+            let rope = rope(config, &[position], 4);
+            let turned = rope.apply(&unit, &at(None)).unwrap();
             Vec::<f32>::try_from(turned.flatten(0, -1)).unwrap()
         };
         let whole = RopeConfig::default();
-        assert_eq!(at(&whole, 0), [1.0, 0.0, 0.0, 0.0]);
-        let rotated = at(&whole, 1);
+        assert_eq!(turned(&whole, 0), [1.0, 0.0, 0.0, 0.0]);
+        let rotated = turned(&whole, 1);
         assert!((rotated[0] - 1f32.cos()).abs() < 1e-6);
         assert!((rotated[2] - 1f32.sin()).abs() < 1e-6);
         // Of two rotating elements, the second is the other one of the pair.
-        let rotated = at(&config(json!({"fraction": 0.5})), 1);
+        let rotated = turned(&config(json!({"fraction": 0.5})), 1);
         assert!((rotated[1] - 1f32.sin()).abs() < 1e-6);
         assert_eq!(rotated[2..], [0.0, 0.0]);
+    }
+
+    #[test]
+    fn documents_rotate_as_if_they_were_alone() {
+        let rope = rope(&RopeConfig::default(), &[0, 1, 2, 3, 4, 5, 6], 8);
+        let positions = Tensor::from_slice(&[0i64, 1, 2, 0, 1, 2, 3]).view([1, 7]);
+        let x = Cpu.empty(&[1, 2, 7, 8], Kind::Float).uniform_(-1.0, 1.0);
+        let together = rope.apply(&x, &at(Some(&positions))).unwrap();
+        for (start, length) in [(0, 3), (3, 4)] {
+            let document = |x: &Tensor| x.narrow(2, start, length);
+            let alone = rope.apply(&document(&x), &at(None)).unwrap();
+            assert_eq!(document(&together), alone);
+        }
     }
 
     /// A case of `scripts/golden/rope.py`.

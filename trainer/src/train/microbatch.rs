@@ -3,10 +3,10 @@
 use crate::{
     Error,
     data::{Dataset, count_labels},
-    model::{Documents, IGNORED, Model},
+    model::{BatchContext, IGNORED, Model},
 };
 use parallel::Accelerator;
-use std::{cell::OnceCell, sync::Arc};
+use std::cell::OnceCell;
 use tch::Tensor;
 
 /// The sequences that a rank processes at once, on its device. Tokens and labels are those of this
@@ -16,8 +16,7 @@ pub(crate) struct Microbatch {
     pub(crate) tokens: Tensor,
     /// The next token of each position, like `tokens`.
     pub(crate) labels: Tensor,
-    /// Documents of the whole sequences, if tokens attend only within documents.
-    pub(crate) documents: Option<Arc<Documents>>,
+    pub(crate) context: BatchContext,
 }
 
 /// Sequences on the host.
@@ -95,8 +94,7 @@ impl<'a> HostMicrobatches<'a> {
         (0..self.loaded.len()).map(counted).sum()
     }
 
-    /// Uploads microbatch `index` for the passes of `model`. `eod_token` ends a document, if tokens
-    /// attend only within documents.
+    /// Uploads microbatch `index` for the passes of `model`, in one copy.
     ///
     /// # Errors
     /// If the data cannot be read.
@@ -105,16 +103,17 @@ impl<'a> HostMicrobatches<'a> {
         index: usize,
         model: &Model,
         device: &dyn Accelerator,
-        eod_token: Option<u32>,
     ) -> Result<Microbatch, Error> {
         let HostMicrobatch { inputs, labels } = self.on_host(index)?;
-        let both = device.upload(&Tensor::stack(&[inputs, labels], 0));
-        let inputs = both.get(0);
-        let documents = eod_token.map(|end| Arc::new(Documents::new(&inputs, end)));
+        let positions = model.document_positions(inputs)?;
+        let parts: Vec<&Tensor> = [inputs, labels].into_iter().chain(&positions).collect();
+        let uploaded = device.upload(&Tensor::stack(&parts, 0));
+        let inputs = uploaded.get(0);
+        let positions = positions.map(|_| uploaded.get(2));
         Ok(Microbatch {
             tokens: model.own_positions(&inputs),
-            labels: model.own_positions(&both.get(1)),
-            documents,
+            labels: model.own_positions(&uploaded.get(1)),
+            context: model.batch_context(&inputs, positions.as_ref()),
         })
     }
 

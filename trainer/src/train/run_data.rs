@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 pub(super) struct RunData {
     pub(super) train: Dataset,
     pub(super) validation: Vec<ValidationSource>,
+    /// Token that ends a document, given or recorded.
+    pub(super) eod_token: Option<u32>,
     pub(super) position: DataPosition,
     /// The version of the order in which `train` is drawn.
     pub(super) order: OrderVersion,

@@ -16,8 +16,7 @@ use crate::{
     Error,
     config::{Config, MinTokens, PipelinePlan, RecomputedPart},
     data::{
-        Dataset, eod_token::masked_after, fingerprints::DataFingerprints,
-        validation::open_validation,
+        Dataset, eod_token::eod_token, fingerprints::DataFingerprints, validation::open_validation,
     },
     join_groups::join_groups,
     model::{BuildContext, Model, ModelPart, PipelineSplit, parameters::Parameters},
@@ -93,7 +92,7 @@ impl Trainer {
         let lanes = vocabulary_groups(world, &mesh, plan.schedule.order.vocabulary)?;
         let stages = world.p2p_group("pipeline", &mesh.group(GroupKind::Pipeline))?;
         let executor = Executor::new(stages, lanes, device.as_ref())?;
-        let ctx = build_context(&config, device.as_ref(), &groups);
+        let ctx = build_context(&config, data.eod_token, device.as_ref(), &groups);
         let model = Model::new(&config.model, select(part), &ctx);
         let gradients = gradient_buckets(&config, &model.parameters, device.as_ref())?;
         measure_min_tokens(&config, &mesh, &groups, &all, device.as_ref())?;
@@ -134,9 +133,10 @@ impl Trainer {
     }
 }
 
-/// Returns what the model of a run is built from.
+/// Returns what the model of a run is built from. The token `end` ends documents.
 fn build_context<'a>(
     config: &Config,
+    end: Option<u32>,
     device: &'a dyn Accelerator,
     groups: &'a ProcessGroups,
 ) -> BuildContext<'a> {
@@ -147,6 +147,7 @@ fn build_context<'a>(
     };
     BuildContext {
         sequence_length: config.data.sequence_length,
+        documents: config.data.document_rules(end),
         dtype: config.train.dtype,
         expert_gemm,
         seed: config.run.seed,
@@ -162,7 +163,8 @@ fn build_context<'a>(
 fn open_data(config: &Config) -> Result<RunData, Error> {
     let length = config.data.sequence_length;
     let vocab_size = config.model.vocab_size;
-    let masked_after = masked_after(config)?;
+    let eod_token = eod_token(config)?;
+    let masked_after = eod_token.filter(|_| config.data.eod_mask_loss);
     let train = Dataset::open(&config.data.train, length, vocab_size, config.run.seed)?;
     Ok(RunData {
         train: train.masked_after(masked_after),
@@ -170,6 +172,7 @@ fn open_data(config: &Config) -> Result<RunData, Error> {
             Some(section) => open_validation(config, section, masked_after)?,
             None => Vec::new(),
         },
+        eod_token,
         position: DataPosition::default(),
         order: OrderVersion::default(),
         fingerprints: DataFingerprints::default(),

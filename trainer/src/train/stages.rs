@@ -7,7 +7,7 @@ use super::{
 use crate::{
     Error,
     model::{
-        Model,
+        BatchContext, Model,
         vocabulary::{self, LocalSoftmax},
         with_gradient,
     },
@@ -70,8 +70,6 @@ pub(crate) struct StepInputs<'a> {
     pub(crate) vocabulary: Option<Vocabulary>,
     /// Pipeline rank of the last stage.
     pub(crate) last_rank: usize,
-    /// The token that ends a document, if tokens attend only within documents.
-    pub(crate) eod_token: Option<u32>,
     /// Sequences of a microbatch.
     pub(crate) sequences: i64,
     /// Positions of a sequence on this rank.
@@ -95,7 +93,7 @@ impl StepInputs<'_> {
     /// True if forward of model chunk `chunk` reads tokens or labels.
     fn forward_reads(&self, chunk: usize, input: Option<&Tensor>) -> bool {
         let computes_loss = self.model.part().stages[chunk].last && self.vocabulary.is_none();
-        input.is_none() || self.eod_token.is_some() || computes_loss
+        input.is_none() || self.model.reads_documents() || computes_loss
     }
 }
 
@@ -136,14 +134,10 @@ impl<'a> StepStages<'a> {
         let StepInputs {
             model,
             device,
-            eod_token,
+            batches,
             ..
         } = self.inputs;
-        let microbatch = self
-            .inputs
-            .batches
-            .upload(index, model, device, eod_token)?;
-        let microbatch = Rc::new(microbatch);
+        let microbatch = Rc::new(batches.upload(index, model, device)?);
         self.microbatches.insert(index, microbatch.clone());
         Ok(microbatch)
     }
@@ -179,9 +173,11 @@ impl<'a> StepStages<'a> {
             (None, Some(batch)) => model.embed(&batch.tokens)?,
             (None, None) => unreachable!("the first stage reads its microbatch"),
         };
-        let documents = batch.as_ref().and_then(|batch| batch.documents.as_ref());
-        let sequences = self.inputs.sequences;
-        let out = model.forward_stage(chunk, &x, sequences, documents)?;
+        let context = match &batch {
+            Some(batch) => batch.context.clone(),
+            None => BatchContext::of_whole_sequences(self.inputs.sequences),
+        };
+        let out = model.forward_stage(chunk, &x, &context)?;
         let aux = model.aux_losses(chunk, &out.stats, &self.inputs.totals);
         for (moe_layer, moe_stats) in model.moe_layers(chunk).zip(out.moe_stats) {
             self.sums.add_moe_stats(moe_layer, moe_stats);

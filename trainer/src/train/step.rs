@@ -210,7 +210,6 @@ impl Trainer {
             totals,
             vocabulary: order.vocabulary,
             last_rank,
-            eod_token: self.config.data.eod_token,
             sequences: self.config.train.micro_batch as i64,
             positions: (sequence_length / mesh.shape().context) as i64,
             kind: self.config.train.dtype.kind(),

@@ -86,7 +86,8 @@ impl Config {
             problems.add(format!(
                 "data.eod_token: keeping documents apart in {micro_batch} x {length} tokens takes \
                  a mask of {mask} values; at most {MAX_ACTIVATION} are possible (shorten \
-                 data.sequence_length, or split sequences by parallel.context with ring attention)"
+                 data.sequence_length, split sequences by parallel.context with ring attention, or \
+                 set data.mask_documents to false)"
             ));
         }
     }

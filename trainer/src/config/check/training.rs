@@ -1,7 +1,7 @@
 //! Checks of data, training, snapshots and restarts.
 
 use crate::{
-    config::{Config, Dtype},
+    config::{Config, Dtype, LayerSet},
     model::{attention::grouped::QkNorm, decoder::model_specs, role::Role},
     optim::{groups::Groups, muon::AdjustLr},
     problems::Problems,
@@ -19,6 +19,17 @@ impl Config {
                 "data.train lists no source: prepare one with 'moerun data prepare' and name it",
             );
         }
+        self.check_documents(problems);
+        data.check_sources(problems);
+        if self.validation.is_some() && data.validation.is_empty() {
+            problems.add("there is a validation section, but data.validation lists no source");
+        }
+    }
+
+    /// Checks the token that ends a document, and the keys that use it. The data may record the
+    /// token, which is not read here.
+    fn check_documents(&self, problems: &mut Problems) {
+        let data = &self.data;
         let vocab_size = self.model.vocab_size;
         if let Some(token) = data.eod_token
             && token as usize >= vocab_size
@@ -27,9 +38,11 @@ impl Config {
                 "data.eod_token {token} is outside of model.vocab_size {vocab_size}"
             ));
         }
-        data.check_sources(problems);
-        if self.validation.is_some() && data.validation.is_empty() {
-            problems.add("there is a validation section, but data.validation lists no source");
+        if data.reset_positions && self.model.rope.layers == LayerSet::NONE {
+            problems.add(
+                "data.reset_positions has no effect, because model.rope.layers selects no layer: \
+                 leave it out",
+            );
         }
     }
 

@@ -536,8 +536,8 @@ impl Attention for GroupedHeads {
         }
         let mut key = self.used_heads(&key);
         if let Some(rope) = rope {
-            query = rope.apply(&query)?;
-            key = rope.apply(&key)?;
+            query = rope.apply(&query, batch)?;
+            key = rope.apply(&key, batch)?;
         }
         if let (QkNorm::HeadAfterRope, Some((query_norm, key_norm))) = (self.qk_norm, &self.norms) {
             query = query_norm.apply(&query)?;

@@ -393,7 +393,7 @@ impl Attention for LatentHeads {
             .view([sequences, -1, 1, self.rope_dim])
             .transpose(1, 2);
         let (query, shared_key) = match rope {
-            Some(rope) => (rope.apply(&query)?, rope.apply(&shared_key)?),
+            Some(rope) => (rope.apply(&query, batch)?, rope.apply(&shared_key, batch)?),
             None => (query, shared_key),
         };
         let keys_and_values = self.split_heads(&keys_and_values, sequences);
