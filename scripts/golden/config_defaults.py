@@ -162,6 +162,8 @@ def readings(family):
             assert case["refused"] is None, (family, case)
             continue
         means = {key: value for key, value in full.items() if base.get(key, "absent") != value}
+        # The class has no such key of its own.
+        means |= {key: None for key in base if key not in full}
         found.append({**case, "means": means})
     return {"base": base, "cases": found}
 

@@ -4,7 +4,7 @@
 use super::{
     Family,
     canonical::canonical,
-    expression::{config_of, express},
+    expression::{config_of, differences, express},
 };
 use crate::{
     config::{ModelConfig, RopeScaling},
@@ -74,7 +74,8 @@ fn configurations_mean_what_they_mean_to_transformers() {
             let theirs = read(&name, &complete).map(|model| canonical(&model));
             let ours = ours.map(|model| canonical(&model));
             if case.refused == Some(true) || ours != theirs {
-                wrong.push(format!("{label}: {ours:?}, not {theirs:?}"));
+                let lost = theirs.and_then(|theirs| Ok(differences(&theirs, &ours?)));
+                wrong.push(format!("{label}: other than {lost:?}"));
             }
         }
     }

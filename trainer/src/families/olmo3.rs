@@ -61,6 +61,10 @@ impl FamilyRules for Olmo3 {
         }
     }
 
+    fn readers_without_head_dim(&self) -> &'static [&'static str] {
+        Olmo2.readers_without_head_dim()
+    }
+
     fn names(&self, _model: &ModelConfig) -> Vec<Names> {
         vec![POST_NORMS, DECODER]
     }

@@ -369,7 +369,7 @@ fn impossible_models_are_refused_by_key() {
             "mixtral",
             "num_key_value_heads",
             json!(3),
-            vec!["num_key_value_heads", "multiple"],
+            vec!["num_attention_heads: model.heads 4 is not a multiple of model.kv_heads 3"],
         ),
         (
             "mixtral",
