@@ -766,9 +766,10 @@ pub(crate) struct ModelExportArgs {
     /// Folder the model came from, if it is not where model.from says
     #[arg(long, value_name = "FOLDER")]
     pub(crate) source: Option<PathBuf>,
-    /// Largest size of a file in GB
-    #[arg(long, default_value_t = 5.0, value_name = "GB", value_parser = megabytes)]
-    pub(crate) max_shard_gb: f64,
+    /// Largest size of a file in GB; by default the files are those of the folder the model came
+    /// from, or have up to 5 GB
+    #[arg(long, value_name = "GB", value_parser = megabytes)]
+    pub(crate) max_shard_gb: Option<f64>,
 }
 
 #[derive(Args)]

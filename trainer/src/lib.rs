@@ -76,7 +76,7 @@ pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
 pub use error::Error;
 pub use hub::{
     ByteProgress,
-    export::{DEFAULT_SHARD_BYTES, ExportOptions, ExportReport, export},
+    export::{ExportOptions, ExportReport, export},
     import::{ImportReport, import},
     model_folder::ModelFolder,
     section::{complete_section, contradictions, folder_model},

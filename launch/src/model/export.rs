@@ -12,7 +12,7 @@ pub(crate) fn run(args: ModelExportArgs) -> Result<ExitCode> {
         output: args.output,
         dtype: args.dtype.map(dtype),
         source: args.source,
-        shard_bytes: (args.max_shard_gb * 1e9) as u64,
+        shard_bytes: args.max_shard_gb.map(|size| (size * 1e9) as u64),
     };
     let bar = progress::Transfer::new("writing");
     let exported = export(&options, &|done, total| bar.show(done, total));

@@ -21,5 +21,10 @@ pub(crate) fn run(args: &ModelImportArgs) -> Result<ExitCode> {
         path.display(),
         bytes as f64 / 1e6
     );
+    println!(
+        "an export of this checkpoint takes tokenizer and other files from {0}; for a later \
+         checkpoint of the run, name that folder with --source",
+        args.folder.display()
+    );
     Ok(ExitCode::SUCCESS)
 }

@@ -15,6 +15,7 @@ const LISTED: usize = 8;
 
 pub(crate) fn run(args: &ModelInspectArgs) -> Result<ExitCode> {
     let folder = ModelFolder::open(&args.folder)?;
+    folder.check_repeated()?;
     let model = folder.model();
     let ParameterCount { total, active } = model.num_parameters();
     let dtypes = folder.bytes_by_dtype();

@@ -7,7 +7,7 @@ use crate::{
 };
 use anyhow::Result;
 use std::process::ExitCode;
-use trainer::{DEFAULT_SHARD_BYTES, UpcycleMethod, UpcycleOptions, upcycle};
+use trainer::{UpcycleMethod, UpcycleOptions, upcycle};
 
 pub(crate) fn run(args: ModelUpcycleArgs) -> Result<ExitCode> {
     let options = UpcycleOptions {
@@ -23,7 +23,6 @@ pub(crate) fn run(args: ModelUpcycleArgs) -> Result<ExitCode> {
         },
         seed: args.seed,
         dtype: args.dtype.map(dtype),
-        shard_bytes: DEFAULT_SHARD_BYTES,
     };
     let bar = progress::Transfer::new("writing");
     let made = upcycle(&options, &|done, total| bar.show(done, total));

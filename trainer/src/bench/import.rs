@@ -5,7 +5,7 @@ use crate::{
     config::{Dtype, ModelConfig, MoeConfig, QkNorm},
     families::expression::express,
     hub::{
-        export::{DEFAULT_SHARD_BYTES, ExportOptions, Form, write_folder},
+        export::{ExportOptions, Form, write_folder},
         model_folder::ModelFolder,
         values::ModelValues,
     },
@@ -67,7 +67,7 @@ fn options(output: &Path) -> ExportOptions {
         output: output.to_path_buf(),
         dtype: Some(Dtype::Bf16),
         source: None,
-        shard_bytes: DEFAULT_SHARD_BYTES,
+        shard_bytes: None,
     }
 }
 
@@ -112,6 +112,7 @@ pub fn read_part(
     let mut position = ShardPosition::alone();
     position.expert = Share { rank, ranks };
     let mut targets = Vec::new();
+    let mut from_others = Vec::new();
     let mut bytes = 0;
     let mut weights = 0;
     for spec in model_specs(folder.model()) {
@@ -128,6 +129,9 @@ pub fn read_part(
                 continue;
             }
             let part = whole.narrow(0, rows.start, count);
+            let after = rows.start + count;
+            from_others.push(whole.narrow(0, 0, rows.start));
+            from_others.push(whole.narrow(0, after, slice.shape[0] - after));
             bytes += 2 * part.numel() as u64;
             let mut of_part = slice;
             of_part.offset[0] += rows.start;
@@ -149,6 +153,10 @@ pub fn read_part(
         }
     }
     let seconds = started.elapsed().as_secs_f64();
+    // Other ranks would send these.
+    for part in &mut from_others {
+        let _ = part.zero_();
+    }
     let peak_resident = parallel::peak_resident()?;
     drop(kept);
     Ok(ReadPart {

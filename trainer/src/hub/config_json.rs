@@ -1,5 +1,6 @@
 //! `config.json` of a folder: its keys in their order, known or not.
 
+use super::folder::read_at_most;
 use crate::Error;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -7,6 +8,9 @@ use std::path::{Path, PathBuf};
 
 /// Name of the file in its folder.
 pub(crate) const CONFIG_FILE: &str = "config.json";
+
+/// Name of the file with defaults of text generation.
+const GENERATION_FILE: &str = "generation_config.json";
 
 /// Length of a `config.json` at most.
 const MAX_BYTES: u64 = 1 << 24;
@@ -26,17 +30,27 @@ impl ConfigJson {
     /// # Errors
     /// If it is missing or no JSON object.
     pub(crate) fn read(folder: &Path) -> Result<ConfigJson, Error> {
-        let path = folder.join(CONFIG_FILE);
-        let bytes = std::fs::metadata(&path).map_err(Error::io("cannot read", &path))?;
-        if bytes.len() > MAX_BYTES {
-            return Err(Error::Folder(format!(
-                "{} has {} bytes, which is too long for a configuration",
-                path.display(),
-                bytes.len()
-            )));
+        ConfigJson::parse(folder, &ConfigJson::bytes(folder)?)
+    }
+
+    /// Reads the bytes of the file of the folder `folder`.
+    ///
+    /// # Errors
+    /// If it is missing, no file or too long.
+    pub(crate) fn bytes(folder: &Path) -> Result<Vec<u8>, Error> {
+        read_at_most(&folder.join(CONFIG_FILE), MAX_BYTES)
+    }
+
+    /// Reads `generation_config.json` of the folder `folder`, if there is one.
+    ///
+    /// # Errors
+    /// If it is no JSON object.
+    pub(crate) fn read_generation(folder: &Path) -> Result<Option<ConfigJson>, Error> {
+        let path = folder.join(GENERATION_FILE);
+        if !path.exists() {
+            return Ok(None);
         }
-        let text = std::fs::read(&path).map_err(Error::io("cannot read", &path))?;
-        ConfigJson::parse(folder, &text)
+        ConfigJson::of_text(path.clone(), &read_at_most(&path, MAX_BYTES)?).map(Some)
     }
 
     /// Parses the text of the file of the folder `folder`, which another rank may have read.
@@ -44,7 +58,10 @@ impl ConfigJson {
     /// # Errors
     /// If it is no JSON object.
     pub(crate) fn parse(folder: &Path, text: &[u8]) -> Result<ConfigJson, Error> {
-        let path = folder.join(CONFIG_FILE);
+        ConfigJson::of_text(folder.join(CONFIG_FILE), text)
+    }
+
+    fn of_text(path: PathBuf, text: &[u8]) -> Result<ConfigJson, Error> {
         let keys = serde_json::from_slice(text)
             .map_err(|error| Error::Folder(format!("{}: {error}", path.display())))?;
         Ok(ConfigJson {

@@ -5,6 +5,7 @@ use super::{
     folder::{INDEX_FILE, SINGLE_FILE, TensorTable},
     golden::{families, names},
     model_folder::ModelFolder,
+    upcycle::{UpcycleMethod, UpcycleOptions, upcycle},
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -110,6 +111,14 @@ fn tensors_that_do_not_fit_are_refused_by_name() {
         tensors.get_mut(EXPERT).unwrap().0 = Dtype::I32;
     });
     copy.assert_refused(&[SINGLE_FILE, EXPERT, "its dtype I32 is not supported"]);
+
+    // A scale of a tensor that was converted and is no longer quantized.
+    let copy = Copy::of("mixtral");
+    let scale = format!("{EXPERT}_scale_inv");
+    copy.edit_tensors(SINGLE_FILE, |tensors| {
+        tensors.insert(scale.clone(), (Dtype::F32, vec![1, 1], vec![0; 4]));
+    });
+    copy.assert_refused(&[SINGLE_FILE, &scale, unknown]);
 
     let copy = Copy::of("granitemoe");
     copy.edit_tensors(SINGLE_FILE, |tensors| {
@@ -428,5 +437,42 @@ fn wrong_configurations_never_stop_the_program() {
         if let Err(error) = ModelFolder::open(copy.folder.path()) {
             assert!(!error.to_string().is_empty(), "seed {seed}");
         }
+    }
+}
+
+#[test]
+fn an_upcycled_model_has_no_quantization_left() {
+    let copy = Copy::of("qwen3");
+    copy.edit_json(CONFIG_FILE, |config| {
+        config["quantization_config"] = json!({"quant_method": "fp8"});
+    });
+    let output = copy.path("upcycled");
+    let options = UpcycleOptions {
+        dense: copy.folder.path().to_path_buf(),
+        output: output.clone(),
+        experts: 4,
+        top_k: 2,
+        granularity: 1,
+        method: UpcycleMethod::Naive,
+        seed: 1,
+        dtype: None,
+    };
+    upcycle(&options, &|_, _| ()).unwrap();
+    assert!(
+        !ModelFolder::open(&output)
+            .unwrap()
+            .config
+            .has("quantization_config")
+    );
+}
+
+#[test]
+fn what_is_no_file_is_refused_at_once() {
+    for name in [CONFIG_FILE, SINGLE_FILE] {
+        let copy = Copy::of("mixtral");
+        std::fs::remove_file(copy.path(name)).unwrap();
+        let mode = nix::sys::stat::Mode::S_IRUSR;
+        nix::unistd::mkfifo(&copy.path(name), mode).unwrap();
+        copy.assert_refused(&[name, "is no file"]);
     }
 }

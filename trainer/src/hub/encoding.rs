@@ -4,7 +4,7 @@
 
 use super::{
     config_json::ConfigJson,
-    folder::{StoredTensor, TensorTable},
+    folder::{StoredTensor, TensorTable, open_file},
 };
 use crate::Error;
 use checkpoint::with_tensor_bytes;
@@ -91,10 +91,7 @@ impl LogicalTable {
             let (name, tensor) = logical(&table, name, data, config)?;
             tensors.insert(name, tensor);
         }
-        let open = |name: &String| {
-            let path = table.folder.join(name);
-            File::open(&path).map_err(Error::io("cannot open", &path))
-        };
+        let open = |name: &String| open_file(&table.folder.join(name));
         let files = table.files.iter().map(open).collect::<Result<_, _>>()?;
         Ok(LogicalTable {
             table,
@@ -336,6 +333,11 @@ impl LogicalTensor {
         }
     }
 
+    /// True if the file has columns as rows.
+    pub(crate) fn is_transposed(&self) -> bool {
+        self.is_transposed
+    }
+
     /// Returns the bits of a value in the file, without scales.
     pub(crate) fn bits(&self) -> u64 {
         match self.encoding {
@@ -376,12 +378,17 @@ fn matrix_of(shape: &[u64]) -> [u64; 2] {
 }
 
 fn is_scale(table: &TensorTable, name: &str) -> bool {
+    // A scale of a tensor that is not quantized is left over, and refused like any other tensor.
+    let has_dtype = |name: &str, dtype: Dtype| {
+        let tensor = table.tensors.get(name);
+        tensor.is_some_and(|tensor| tensor.dtype == dtype)
+    };
     let of_blocks = name.strip_suffix("_scale_inv");
     let of_groups = name
         .strip_suffix("_scales")
         .map(|base| format!("{base}_blocks"));
-    of_blocks.is_some_and(|base| table.tensors.contains_key(base))
-        || of_groups.is_some_and(|blocks| table.tensors.contains_key(&blocks))
+    of_blocks.is_some_and(|base| has_dtype(base, Dtype::F8_E4M3))
+        || of_groups.is_some_and(|blocks| has_dtype(&blocks, Dtype::U8))
 }
 
 /// Returns a tensor with the name that it has without quantization.

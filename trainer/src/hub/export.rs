@@ -26,8 +26,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Bytes of a file at most, unless one tensor has more.
-pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
+/// Bytes of a new file at most, unless one tensor has more.
+const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// Endings of files that have weights, which an export does not copy.
 const WEIGHTS: [&str; 8] = [
@@ -53,8 +53,9 @@ pub struct ExportOptions {
     pub dtype: Option<Dtype>,
     /// The folder the model came from, if it is no longer where `model.from` says.
     pub source: Option<PathBuf>,
-    /// Bytes of a file at most, unless one tensor has more.
-    pub shard_bytes: u64,
+    /// Bytes of a file at most, unless one tensor has more. By default the files are those of the
+    /// folder the model came from, or have [`DEFAULT_SHARD_BYTES`].
+    pub shard_bytes: Option<u64>,
 }
 
 /// The outcome of an export.
@@ -144,11 +145,12 @@ impl Form {
         config.remove("quantization_config");
         let dtype = dtype.map(stored_dtype);
         let written = dtype.or(is_quantized.then_some(StoredDtype::BF16));
-        if let Some(written) = written {
-            for key in ["dtype", "torch_dtype"] {
-                if config.has(key) {
-                    config.set(key, name_of(written));
-                }
+        let named = written.map(|dtype| json!(name_of(dtype)));
+        let keys = ["dtype", "torch_dtype"];
+        let before = keys.iter().find_map(|key| config.keys().get(*key).cloned());
+        if let Some(name) = named.or(before) {
+            for key in keys {
+                config.set(key, &name);
             }
         }
         // Readers differ in the spellings that they know.
@@ -177,6 +179,7 @@ impl Form {
         for key in ["dtype", "torch_dtype"] {
             config.set(key, name_of(dtype));
         }
+        config.remove("quantization_config");
         Form {
             family,
             config,
@@ -347,9 +350,15 @@ pub(crate) fn write_folder(
     let mapping = Mapping::new(form.family, model, &named)?;
     let moe = model.moe.as_ref();
     let freezes_biases = moe.is_none_or(|moe| moe.bias_update_rate == 0.0);
-    let tensors = new_tensors(&mapping, source, form, freezes_biases);
+    let mut tensors = new_tensors(&mapping, source, form, freezes_biases);
+    if options.shard_bytes.is_some() {
+        for tensor in &mut tensors {
+            tensor.file = None;
+        }
+    }
     let count = tensors.len();
-    let files = plan_files(tensors, options.shard_bytes);
+    let of_tensors: u64 = tensors.iter().map(NewTensor::bytes).sum();
+    let files = plan_files(tensors, options.shard_bytes.unwrap_or(DEFAULT_SHARD_BYTES));
     let bytes: u64 = files.iter().map(|file| file.len).sum();
     let sources = Sources {
         mapping: &mapping,
@@ -359,7 +368,7 @@ pub(crate) fn write_folder(
     };
     let staging = Staging::begin(&options.output)?;
     write_files(staging.folder(), &files, &sources, &|done| {
-        progress(done, bytes)
+        progress(done, of_tensors)
     })?;
     staging.finish(form, &files, source.is_some_and(has_index))?;
     Ok(ExportReport {
@@ -405,11 +414,16 @@ impl Staging<'_> {
     /// If the output has files, or the folder cannot be created.
     fn begin(output: &Path) -> Result<Staging<'_>, Error> {
         refuse_files(output, "name a new folder, because readers would mix both")?;
-        let parent = match output.parent() {
-            Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-            Some(parent) => parent,
-            None => Path::new("/"),
-        };
+        let is_used = output
+            .symlink_metadata()
+            .is_ok_and(|metadata| !metadata.is_dir());
+        if is_used || output.file_name().is_none() {
+            return Err(Error::Folder(format!(
+                "{} cannot become a folder: name one that does not exist",
+                output.display()
+            )));
+        }
+        let parent = parent_of(output);
         std::fs::create_dir_all(parent).map_err(Error::io("cannot create", parent))?;
         let folder = tempfile::Builder::new()
             .prefix(".moerun-export-")
@@ -442,7 +456,8 @@ impl Staging<'_> {
                 "tokenizer.json".as_ref()
             };
             let into = self.folder().join(name);
-            std::fs::copy(copy, &into).map_err(Error::io("cannot copy", copy))?;
+            let copied = std::fs::copy(copy, &into).and_then(|_| sync(&into));
+            copied.map_err(Error::io("cannot copy", copy))?;
         }
         for (name, text) in &form.texts {
             self.write(name, text)?;
@@ -456,25 +471,39 @@ impl Staging<'_> {
             .take()
             .expect("the folder is not finished")
             .keep();
-        let renamed = set_mode(&folder).and_then(|()| {
+        let renamed = set_mode(&folder)
+            .and_then(|()| sync(&folder))
             // An empty folder with the name is replaced.
-            std::fs::rename(&folder, self.output)
-        });
+            .and_then(|()| std::fs::rename(&folder, self.output));
         if let Err(error) = renamed {
             let _ = std::fs::remove_dir_all(&folder);
             return Err(Error::io("cannot create", self.output)(error));
         }
-        Ok(())
+        sync(parent_of(self.output)).map_err(Error::io("cannot write", self.output))
     }
 
     fn write(&self, name: &str, text: &str) -> Result<(), Error> {
         let path = self.folder().join(name);
         let write = || {
             std::fs::write(&path, text)?;
-            File::open(&path)?.sync_all()
+            sync(&path)
         };
         write().map_err(Error::io("cannot write", &path))
     }
+}
+
+/// Returns the folder of an output.
+fn parent_of(output: &Path) -> &Path {
+    match output.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => Path::new("/"),
+    }
+}
+
+/// Writes a file or the list of a folder to the disk.
+fn sync(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 /// Gives a temporary folder, which only its owner can read, the permissions of others.
@@ -506,7 +535,7 @@ mod tests {
             output: output.to_path_buf(),
             dtype,
             source: None,
-            shard_bytes: DEFAULT_SHARD_BYTES,
+            shard_bytes: None,
         };
         let form = Form::of_source(source, dtype);
         let values = &source.reader;
@@ -616,6 +645,37 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_size_of_a_file_divides_the_files_of_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("export");
+        let source = open("glm4_moe");
+        let options = ExportOptions {
+            checkpoint: PathBuf::new(),
+            output: output.clone(),
+            dtype: None,
+            source: None,
+            shard_bytes: Some(20_000),
+        };
+        let form = Form::of_source(&source, None);
+        let totals = parking_lot::Mutex::new(Vec::new());
+        let progress = |done, total| totals.lock().push([done, total]);
+        let model = source.model();
+        let written = write_folder(
+            &options,
+            &source.reader,
+            model,
+            Some(&source),
+            &form,
+            &progress,
+        );
+        assert!(written.unwrap().files > 1);
+        let copy = ModelFolder::open(&output).unwrap();
+        assert_eq!(copy.num_tensors(), source.num_tensors());
+        let largest = *totals.lock().iter().max().unwrap();
+        assert_eq!(largest[0], largest[1], "progress ends at the total");
+    }
+
+    #[test]
     fn a_folder_with_files_stays_as_it_is() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("notes.txt"), "mine").unwrap();
@@ -624,6 +684,19 @@ mod tests {
             refused.contains("has files already: name a new folder"),
             "{refused}"
         );
+        // What would only fail when it is renamed is refused before anything is written.
+        let file = folder.path().join("notes.txt");
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(folder.path().join("nowhere"), &link).unwrap();
+        for output in [&file, &link, Path::new("..")] {
+            let refused = Staging::begin(output).err().unwrap().to_string();
+            let reason = ["cannot become a folder", "has files already"];
+            assert!(
+                reason.iter().any(|reason| refused.contains(reason)),
+                "{refused}"
+            );
+        }
+        std::fs::remove_file(&link).unwrap();
         let next = folder.path().join("next");
         drop(Staging::begin(&next).unwrap());
         let left = std::fs::read_dir(folder.path()).unwrap().count();

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
+    io::Read,
     path::{Path, PathBuf},
 };
 
@@ -159,15 +160,7 @@ fn check_index(
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>, Error> {
-    let bytes = std::fs::metadata(path).map_err(Error::io("cannot read", path))?;
-    if bytes.len() > MAX_INDEX_BYTES {
-        return Err(Error::Folder(format!(
-            "{} has {} bytes, which is too long for an index",
-            path.display(),
-            bytes.len()
-        )));
-    }
-    let text = std::fs::read(path).map_err(Error::io("cannot read", path))?;
+    let text = read_at_most(path, MAX_INDEX_BYTES)?;
     let index: Index = serde_json::from_slice(&text)
         .map_err(|error| Error::Folder(format!("{}: {error}", path.display())))?;
     for (name, file) in &index.weight_map {
@@ -184,10 +177,39 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, Error> {
     Ok(index.weight_map)
 }
 
+/// Opens a file. Anything else, such as a pipe, could block forever.
+///
+/// # Errors
+/// If it is missing or no file.
+pub(super) fn open_file(path: &Path) -> Result<File, Error> {
+    let found = std::fs::metadata(path).map_err(Error::io("cannot open", path))?;
+    if !found.is_file() {
+        return Err(Error::Folder(format!("{} is no file", path.display())));
+    }
+    File::open(path).map_err(Error::io("cannot open", path))
+}
+
+/// Reads a file of at most `max` bytes.
+///
+/// # Errors
+/// If it is missing, no file or longer.
+pub(super) fn read_at_most(path: &Path, max: u64) -> Result<Vec<u8>, Error> {
+    let mut bytes = Vec::new();
+    let read = open_file(path)?.take(max + 1).read_to_end(&mut bytes);
+    read.map_err(Error::io("cannot read", path))?;
+    if bytes.len() as u64 > max {
+        return Err(Error::Folder(format!(
+            "{} has more than {max} bytes, too many for a file of its kind",
+            path.display()
+        )));
+    }
+    Ok(bytes)
+}
+
 /// Returns the tensors of a file, with the file's index still 0.
 fn read_header(folder: &Path, name: &str) -> Result<Vec<(String, StoredTensor)>, Error> {
     let path = folder.join(name);
-    let file = File::open(&path).map_err(Error::io("cannot open", &path))?;
+    let file = open_file(&path)?;
     let index = TensorIndex::from_file(&file, &path)?;
     let tensor = |name: String| {
         let info = index.metadata().info(&name).expect("the name is from here");

@@ -11,7 +11,7 @@ use crate::{
 };
 use checkpoint::{Shard, Staging, TensorSlice};
 use parallel::{Accelerator, Cpu};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
@@ -43,12 +43,36 @@ pub fn import(
     let source = ModelFolder::open(folder)?;
     source.check_repeated()?;
     refuse_files(output, "name the folder of a new run")?;
+    let state = state_of(&source, folder, output)?;
+    let state = serde_json::to_value(state).expect("a state is plain data");
     std::fs::create_dir_all(output).map_err(Error::io("cannot create", output))?;
+    let checkpoints = output.join("checkpoints");
+    let staging = Staging::new(&checkpoints, 0);
+    let written = write_checkpoint(&source, &staging, state, progress);
+    let path = written.inspect_err(|_| {
+        staging.discard();
+        // Fails if it has anything else.
+        let _ = std::fs::remove_dir(&checkpoints);
+    })?;
+    let tensors = &source.reader.mapping.tensors;
+    Ok(ImportReport {
+        path,
+        tensors: tensors.len(),
+        bytes: tensors.iter().map(bytes_of).sum(),
+    })
+}
+
+/// Writes all tensors and the state, and returns the path of the checkpoint.
+fn write_checkpoint(
+    source: &ModelFolder,
+    staging: &Staging,
+    state: Value,
+    progress: &ByteProgress,
+) -> Result<PathBuf, Error> {
     let tensors = &source.reader.mapping.tensors;
     let total = tensors.iter().map(bytes_of).sum();
-    let staging = Staging::new(&output.join("checkpoints"), 0);
     staging.begin()?;
-    let mut written = Vec::new();
+    let mut shards: Vec<Shard> = Vec::new();
     let mut done = 0;
     for group in groups(tensors) {
         let mut values = Vec::new();
@@ -56,21 +80,13 @@ pub fn import(
             values.push(source.values_of(tensor)?);
             done += bytes_of(tensor);
         }
-        if written.is_empty() {
+        if shards.is_empty() {
             values.push(generator()?);
         }
-        written.push(staging.write_shard(written.len(), values)?);
+        shards.push(staging.write_shard(shards.len(), values)?);
         progress(done, total);
     }
-    let shards: Vec<Shard> = written;
-    let state = state_of(&source, output)?;
-    let state = serde_json::to_value(state).expect("a state is plain data");
-    let path = staging.commit(shards, tensors.len() + 1, state)?;
-    Ok(ImportReport {
-        path,
-        tensors: tensors.len(),
-        bytes: total,
-    })
+    Ok(staging.commit(shards, tensors.len() + 1, state)?)
 }
 
 /// Returns the length of a tensor in fp32.
@@ -102,11 +118,22 @@ fn generator() -> Result<(TensorSlice, Tensor), Error> {
 }
 
 /// Returns the state of a run that has done nothing.
-fn state_of(source: &ModelFolder, output: &Path) -> Result<RunState, Error> {
+fn state_of(source: &ModelFolder, folder: &Path, output: &Path) -> Result<RunState, Error> {
     let longest = source.longest_sequence()?.unwrap_or(MAX_SEQUENCE);
+    let text = |path: &Path| {
+        let text = path.to_str().map(str::to_string);
+        text.ok_or_else(|| {
+            let path = path.display();
+            Error::Folder(format!("{path}: a path has to be valid UTF-8"))
+        })
+    };
+    // An export takes the tokenizer and what moerun does not train from there.
+    let from = std::path::absolute(folder).map_err(Error::io("cannot open", folder))?;
+    let mut model = serde_json::to_value(source.model()).expect("a model is plain data");
+    model["from"] = text(&from)?.into();
     let config = json!({
-        "run": {"dir": output},
-        "model": source.model(),
+        "run": {"dir": text(output)?},
+        "model": model,
         "data": {"train": [{"path": "data"}], "sequence_length": longest.min(MAX_SEQUENCE)},
         "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
     });

@@ -84,7 +84,7 @@ impl ModelFolder {
     ///
     /// # Errors
     /// If they differ, or a file cannot be read.
-    pub(crate) fn check_repeated(&self) -> Result<(), Error> {
+    pub fn check_repeated(&self) -> Result<(), Error> {
         let mut repeated = self.account.repeated.iter();
         repeated.try_for_each(|name| self.reader.check_repeated(name))
     }
@@ -102,17 +102,23 @@ impl ModelFolder {
     /// # Errors
     /// If a key is no token and no list of tokens.
     pub(crate) fn start_token(&self) -> Result<Option<u32>, Error> {
-        for key in ["bos_token_id", "eos_token_id"] {
-            let token = match self.config.get(key)? {
-                Some(TokenIds::One(token)) => Some(token),
-                Some(TokenIds::Several(tokens)) => tokens.first().copied(),
-                None => None,
-            };
-            if token.is_some() {
-                return Ok(token);
-            }
+        let begin = tokens(&self.config, "bos_token_id")?;
+        let end = tokens(&self.config, "eos_token_id")?;
+        Ok(begin.into_iter().chain(end).next())
+    }
+
+    /// Returns the tokens that end a text: those of `config.json`, and of `generation_config.json`,
+    /// which has more of them for chat models.
+    ///
+    /// # Errors
+    /// If a file cannot be read, or a key is no token and no list of tokens.
+    pub(crate) fn end_tokens(&self) -> Result<Vec<u32>, Error> {
+        let mut end = tokens(&self.config, "eos_token_id")?;
+        let folder = &self.reader.table.table.folder;
+        if let Some(generation) = ConfigJson::read_generation(folder)? {
+            end.extend(tokens(&generation, "eos_token_id")?);
         }
-        Ok(None)
+        Ok(end)
     }
 
     /// Returns the name of the family, which is its `model_type`.
@@ -212,5 +218,14 @@ pub(crate) fn bias_slices(model: &Model) -> impl Iterator<Item = (TensorSlice, T
     model.biases().map(|(_, name, bias)| {
         let slice = TensorSlice::whole(name, &bias.size());
         (slice, bias)
+    })
+}
+
+/// Returns the tokens that a key of a configuration names.
+fn tokens(config: &ConfigJson, key: &str) -> Result<Vec<u32>, Error> {
+    Ok(match config.get(key)? {
+        Some(TokenIds::One(token)) => vec![token],
+        Some(TokenIds::Several(tokens)) => tokens,
+        None => Vec::new(),
     })
 }

@@ -44,7 +44,14 @@ impl FolderReader {
         ]);
         advise_huge_pages(&into);
         let row_bytes = 4 * (part.columns.end - part.columns.start).max(1);
-        let chunk = (CHUNK_BYTES / row_bytes).max(1);
+        let is_transposed =
+            |piece: &Piece| piece.is_transposed != self.table.tensors[&piece.name].is_transposed();
+        let chunk = if tensor.pieces.iter().any(is_transposed) {
+            // A few rows would be a few columns of each row in the file, and read the file anew.
+            part.rows.end
+        } else {
+            (CHUNK_BYTES / row_bytes).max(1)
+        };
         let mut start = part.rows.start;
         while start < part.rows.end {
             let rows = start..(start + chunk).min(part.rows.end);

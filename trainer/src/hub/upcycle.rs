@@ -55,8 +55,6 @@ pub struct UpcycleOptions {
     pub seed: u64,
     /// Dtype of the weights. By default that of the folder.
     pub dtype: Option<Dtype>,
-    /// Bytes of a file at most, unless one tensor has more.
-    pub shard_bytes: u64,
 }
 
 /// Writes an MoE model that is made from a dense one. Calls `progress` with the bytes that are done
@@ -67,6 +65,7 @@ pub struct UpcycleOptions {
 /// written.
 pub fn upcycle(options: &UpcycleOptions, progress: &ByteProgress) -> Result<ExportReport, Error> {
     let dense = ModelFolder::open(&options.dense)?;
+    dense.check_repeated()?;
     let model = sparse_model(options, &dense)?;
     let (family, config) = sparse_config(&dense, &model)?;
     let form = Form::of_new_model(&dense, family, config, options.dtype);
@@ -82,7 +81,7 @@ pub fn upcycle(options: &UpcycleOptions, progress: &ByteProgress) -> Result<Expo
         output: options.output.clone(),
         dtype: options.dtype,
         source: None,
-        shard_bytes: options.shard_bytes,
+        shard_bytes: None,
     };
     write_folder(&to, &values, &model, None, &form, progress)
 }
@@ -394,10 +393,7 @@ impl Upcycled<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        BuildContext, Model, ModelPart, ProcessGroups,
-        hub::{export::DEFAULT_SHARD_BYTES, golden::families},
-    };
+    use crate::{BuildContext, Model, ModelPart, ProcessGroups, hub::golden::families};
     use parallel::Cpu;
 
     fn options(dense: &str, output: PathBuf, method: UpcycleMethod) -> UpcycleOptions {
@@ -410,7 +406,6 @@ mod tests {
             method,
             seed: 3,
             dtype: None,
-            shard_bytes: DEFAULT_SHARD_BYTES,
         }
     }
 

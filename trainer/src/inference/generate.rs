@@ -42,7 +42,9 @@ pub fn generate(
         tokenizers,
         model,
         notes,
-        ..
+        start_token,
+        mut end_tokens,
+        run,
     } = LoadedModel::open(&options.checkpoint, progress)?;
     for note in notes {
         warn(&note);
@@ -54,8 +56,11 @@ pub fn generate(
 
     let failed =
         |error: tokenizers::Error| Error::Tokenizer(format!("the tokenizer failed: {error}"));
-    let end = tokenizer.token_to_id(END_OF_DOCUMENT);
-    let prompt = tokenizer.encode(options.prompt.as_str(), false);
+    if run.is_some() || end_tokens.is_empty() {
+        end_tokens.extend(tokenizer.token_to_id(END_OF_DOCUMENT));
+    }
+    // Most released models expect the tokens that their tokenizers put before a text.
+    let prompt = tokenizer.encode(options.prompt.as_str(), run.is_none());
     let mut tokens: Vec<u32> = prompt.map_err(failed)?.get_ids().to_vec();
     let size = model.config().vocab_size;
     if let Some(token) = tokens.iter().find(|&&token| token as usize >= size) {
@@ -67,7 +72,8 @@ pub fn generate(
     }
     if tokens.is_empty() {
         // An empty prompt is the start of a document.
-        tokens.push(end.filter(|&end| (end as usize) < size).unwrap_or(0));
+        let first = start_token.or(end_tokens.first().copied());
+        tokens.push(first.filter(|&first| (first as usize) < size).unwrap_or(0));
     }
     let start = tokens.len();
     write(&options.prompt);
@@ -75,7 +81,7 @@ pub fn generate(
     for _ in 0..options.max_tokens {
         let context = &tokens[tokens.len().saturating_sub(length)..];
         let next = tch::no_grad(|| next_token(&model, context, options))?;
-        if Some(next) == end {
+        if end_tokens.contains(&next) {
             break;
         }
         tokens.push(next);

@@ -4,7 +4,10 @@ use crate::{
     Error,
     config::{Config, Dtype},
     hub::{ByteProgress, config_json::CONFIG_FILE, model_folder::ModelFolder},
-    model::{BuildContext, Model, ModelPart},
+    model::{
+        BuildContext, Model, ModelPart,
+        rope_scaling::{LongropeScaling, RopeScaling},
+    },
     process_groups::ProcessGroups,
     train::{
         checkpointing::restore_model,
@@ -30,6 +33,8 @@ pub(crate) struct LoadedModel {
     pub(crate) context: usize,
     /// Token that begins a text, if a folder names one.
     pub(crate) start_token: Option<u32>,
+    /// Tokens that end a text, if a folder names any.
+    pub(crate) end_tokens: Vec<u32>,
     /// Places of its tokenizer, the best first.
     pub(crate) tokenizers: Vec<PathBuf>,
     /// The run that trained the model; `None` for a folder of Hugging Face.
@@ -58,11 +63,23 @@ impl LoadedModel {
 
     fn of_folder(path: &Path, progress: &ByteProgress) -> Result<LoadedModel, Error> {
         let folder = ModelFolder::open(path)?;
-        let context = folder
-            .longest_sequence()?
-            .unwrap_or(MAX_CONTEXT)
-            .min(MAX_CONTEXT);
         let config = folder.model();
+        let longest = folder.longest_sequence()?.unwrap_or(MAX_CONTEXT);
+        let mut notes = Vec::new();
+        let context = match config.rope.scaling {
+            // It has other frequencies for long texts. One text would need both.
+            Some(RopeScaling::Longrope(LongropeScaling {
+                original_length, ..
+            })) if original_length < longest => {
+                notes.push(format!(
+                    "longer texts than {original_length} tokens lose their beginning: there the \
+                     model's frequencies change"
+                ));
+                original_length
+            }
+            _ => longest,
+        };
+        let context = context.min(MAX_CONTEXT);
         let groups = ProcessGroups::single_rank();
         let ctx = BuildContext {
             draws_values: false,
@@ -73,10 +90,11 @@ impl LoadedModel {
         Ok(LoadedModel {
             context,
             start_token: folder.start_token()?,
+            end_tokens: folder.end_tokens()?,
             tokenizers: vec![path.join(TOKENIZER_FILE)],
             run: None,
             model,
-            notes: Vec::new(),
+            notes,
         })
     }
 
@@ -101,6 +119,7 @@ impl LoadedModel {
         Ok(LoadedModel {
             context: sequence_length,
             start_token: None,
+            end_tokens: Vec::new(),
             tokenizers: tokenizers_of(&config, &path),
             run: Some(TrainedBy {
                 step: state.step,

@@ -5,7 +5,7 @@ use crate::{
     Error,
     families::canonical::canonical,
     hub::{
-        config_json::{CONFIG_FILE, ConfigJson},
+        config_json::ConfigJson,
         folder::TensorTable,
         model_folder::{ModelFolder, bias_slices},
     },
@@ -72,9 +72,8 @@ impl Trainer {
             if !self.rank.is_first() {
                 return Ok(Vec::new());
             }
-            let path = from.join(CONFIG_FILE);
             let headers = Headers {
-                config: std::fs::read(&path).map_err(Error::io("cannot read", &path))?,
+                config: ConfigJson::bytes(from)?,
                 table: TensorTable::read(from)?,
             };
             Ok(serde_json::to_vec(&headers).expect("headers are plain data"))
