@@ -404,6 +404,18 @@ FAMILIES = {
         ),
     ),
     "olmo2": Family(Olmo2Config(**SMALL, intermediate_size=20, rope_parameters=rope(5e5))),
+    # Three of four layers slide.
+    "olmo3-same": Family(
+        Olmo3Config(
+            **{**SMALL, "num_hidden_layers": 4},
+            intermediate_size=12,
+            sliding_window=4,
+            rope_parameters={
+                "sliding_attention": rope(1e4),
+                "full_attention": rope(1e4),
+            },
+        ),
+    ),
     # Three of four layers slide, and YaRN is for the others alone.
     "olmo3": Family(
         Olmo3Config(

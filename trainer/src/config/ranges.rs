@@ -1,6 +1,6 @@
 //! The ranges of numbers. The JSON schema declares them; this file reads them from it.
 
-use super::Config;
+use super::{Config, ModelConfig};
 use serde_json::Value;
 use std::{
     fmt::{Display, Formatter},
@@ -128,6 +128,21 @@ impl Config {
         let value = serde_json::to_value(self).expect("a configuration is plain data");
         let mut problems = Vec::new();
         check(schema(), &value, "", &mut problems);
+        problems
+    }
+}
+
+impl ModelConfig {
+    /// Returns a message for each number of the section that is outside of its range.
+    pub(crate) fn range_problems(&self) -> Vec<String> {
+        let value = serde_json::to_value(self).expect("a configuration is plain data");
+        let mut problems = Vec::new();
+        check(
+            &schema()["properties"]["model"],
+            &value,
+            "model",
+            &mut problems,
+        );
         problems
     }
 }

@@ -64,7 +64,7 @@ impl FamilyRules for Afmoe {
             let is_full = |layer: usize| period > 0 && (layer + 1).is_multiple_of(period);
             (0..model.layers).map(|layer| !is_full(layer)).collect()
         });
-        let size = config.get_or("sliding_window", 1024)?;
+        let size = decoder_keys::required_window(config, 1024)?;
         decoder_keys::set_window(&mut model, size, |layer| slides[layer]);
         model.rope.layers = set_of(&slides);
         if model.rope.layers == LayerSet::NONE {
@@ -78,7 +78,7 @@ impl FamilyRules for Afmoe {
         };
         let router = moe_keys::sigmoid(true, config.get_or("route_scale", 1.0)?);
         let mut moe = moe_keys::section(sizes, router);
-        moe.shared_experts = config.get_or("num_shared_experts", 0)?;
+        moe.shared_experts = moe_keys::shared_experts(config, "num_shared_experts", Some(2))?;
         model.moe = Some(moe);
         let dense = config.get_or("num_dense_layers", 1)?;
         deepseek_keys::set_dense_layers(config, &mut model, dense)?;

@@ -6,6 +6,7 @@ use super::{
     deepseek_keys,
     moe_keys::{self, Sizes},
     names::{DECODER, DEEPSEEK_EXPERTS, MLP_EXPERTS, is_of_later_layer},
+    rope_keys::{self, RopeRules},
 };
 use crate::{
     Error,
@@ -15,7 +16,7 @@ use crate::{
         rule::{Names, RowOrder, named},
     },
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 const NAMES: Names = &[
     ("embedding", &[&[named("model.word_embeddings.weight")]]),
@@ -64,8 +65,16 @@ impl FamilyRules for BailingMoeV2 {
         config.expect("use_rmsnorm", &[json!(true)])?;
         config.expect("score_function", &[json!("sigmoid")])?;
         config.expect("moe_router_enable_expert_bias", &[json!(true)])?;
+        // Its class comes with each folder, so the defaults are not known.
+        for key in ["num_key_value_heads", "head_dim", "use_qk_norm"] {
+            config.require::<Value>(&[key])?;
+        }
+        let rope = RopeRules {
+            fraction: Some(1.0),
+            ..RopeRules::with_theta(6e5)
+        };
         let defaults = Defaults {
-            theta: 6e5,
+            rope,
             ..Defaults::default()
         };
         let mut model = decoder_keys::read(config, defaults)?;
@@ -75,24 +84,26 @@ impl FamilyRules for BailingMoeV2 {
         let normalize = config.get_or("norm_topk_prob", true)?;
         let scale = config.get_or("routed_scaling_factor", 1.0)?;
         let mut router = moe_keys::sigmoid(normalize, scale);
-        deepseek_keys::read_groups(config, &mut router)?;
+        router.groups = config.require(&["n_group"])?;
+        router.top_groups = config.require(&["topk_group"])?;
         let sizes = Sizes {
             experts: config.require(&["num_experts"])?,
             top_k: config.require(&["num_experts_per_tok"])?,
             ffn: config.require(&["moe_intermediate_size"])?,
         };
         let mut moe = moe_keys::section(sizes, router);
-        let shared: usize = config.get_or("num_shared_experts", 0)?;
+        let shared = moe_keys::shared_experts(config, "num_shared_experts", None)?;
         let width: usize = config.get_or("moe_shared_expert_intermediate_size", moe.ffn)?;
-        moe.shared_ffn = Some(shared * width).filter(|&width| width > 0);
+        moe.shared_ffn = Some(shared * width);
         model.moe = Some(moe);
-        let dense = config.get_or("first_k_dense_replace", 0)?;
+        let dense = config.require(&["first_k_dense_replace"])?;
         deepseek_keys::set_dense_layers(config, &mut model, dense)?;
         Ok(model)
     }
 
     fn write(&self, model: &ModelConfig, config: &mut ConfigJson) {
         decoder_keys::write(model, config);
+        rope_keys::write_fraction(model, config);
         deepseek_keys::write_experts(model, config);
         if let Some(moe) = &model.moe {
             let width = moe_keys::shared_width(moe);

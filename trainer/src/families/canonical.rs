@@ -30,6 +30,8 @@ pub(crate) fn canonical(model: &ModelConfig) -> Value {
     {
         window.layers = as_list(model, |layer| window.layers.contains(layer));
     }
+    let rotary = model.attention(0).rotary_part();
+    plain.rope.fraction = model.rope.exact_fraction(rotary.width);
     plain.rope.layers = as_list(model, |layer| model.rope.layers.contains(layer));
     plain.dense_layers = 0;
     plain.moe_every = 1;

@@ -2,7 +2,7 @@
 
 use super::{
     layer_lists::set_of,
-    rope_keys::{self, RopeDefaults},
+    rope_keys::{self, RopeRules},
 };
 use crate::{
     Error,
@@ -12,25 +12,14 @@ use crate::{
 use serde_json::json;
 
 /// Values of absent keys, which each family's class decides.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Defaults {
-    pub(super) theta: f64,
+    pub(super) rope: RopeRules,
     pub(super) tied: bool,
+    /// Heads of keys and values; `None` if there are as many as of queries.
+    pub(super) kv_heads: Option<usize>,
     /// Width of a head; `None` if it follows from `hidden_size`.
     pub(super) head_dim: Option<usize>,
-    /// Part of a head that rotates.
-    pub(super) rotary_fraction: f64,
-}
-
-impl Default for Defaults {
-    fn default() -> Defaults {
-        Defaults {
-            theta: 10_000.0,
-            tied: false,
-            head_dim: None,
-            rotary_fraction: 1.0,
-        }
-    }
 }
 
 /// Reads a decoder with grouped-query attention and no layer's feed-forward network.
@@ -39,26 +28,30 @@ impl Default for Defaults {
 /// If a key is missing or has a value that moerun cannot compute.
 pub(super) fn read(config: &ConfigJson, defaults: Defaults) -> Result<ModelConfig, Error> {
     let mut model = read_without_heads(config, defaults)?;
-    model.kv_heads = Some(config.get_or("num_key_value_heads", model.heads)?);
+    let kv_heads = config.nullable("num_key_value_heads", defaults.kv_heads)?;
+    model.kv_heads = Some(kv_heads.unwrap_or(model.heads));
     if model.heads == 0 {
         return Err(config.error("num_attention_heads", "a model has at least one head"));
     }
-    let of_hidden = || match defaults.head_dim {
-        None if !model.hidden.is_multiple_of(model.heads) => Err(config.error(
-            "head_dim",
-            format!(
-                "it is missing, and hidden_size {} is not a multiple of num_attention_heads {}",
-                model.hidden, model.heads
-            ),
-        )),
-        None => Ok(model.hidden / model.heads),
-        Some(width) => Ok(width),
-    };
-    let head_dim = match config.get("head_dim")? {
+    let head_dim = match config.nullable("head_dim", defaults.head_dim)? {
         Some(head_dim) => head_dim,
-        None => of_hidden()?,
+        None if !model.hidden.is_multiple_of(model.heads) => {
+            return Err(config.error(
+                "head_dim",
+                format!(
+                    "it is missing, and hidden_size {} is not a multiple of num_attention_heads {}",
+                    model.hidden, model.heads
+                ),
+            ));
+        }
+        None => model.hidden / model.heads,
     };
     model.head_dim = Some(head_dim);
+    let rotating = model.rope.fraction * head_dim as f64;
+    if rotating.floor() as usize != model.rope.width(head_dim) {
+        let reason = format!("it makes {rotating} of {head_dim} elements of a head rotate");
+        return Err(config.error("partial_rotary_factor", reason));
+    }
     Ok(model)
 }
 
@@ -80,11 +73,7 @@ pub(super) fn read_without_heads(
     model.norm_eps = config.require(&["rms_norm_eps"])?;
     model.tie_embeddings = config.get_or("tie_word_embeddings", defaults.tied)?;
     model.init_std = config.get_or("initializer_range", model.init_std)?;
-    let rope = RopeDefaults {
-        theta: defaults.theta,
-        fraction: defaults.rotary_fraction,
-    };
-    (model.rope_theta, model.rope) = rope_keys::read(config, rope)?;
+    (model.rope_theta, model.rope) = rope_keys::read(config, defaults.rope)?;
     Ok(model)
 }
 
@@ -159,6 +148,15 @@ pub(super) fn set_window(model: &mut ModelConfig, size: usize, slides: impl Fn(u
         layers: set_of(&slides),
     });
     grouped(model).window = window;
+}
+
+/// Reads the key `sliding_window`. If it is absent, `absent` is the size.
+///
+/// # Errors
+/// If it is null or no number.
+pub(super) fn required_window(config: &ConfigJson, absent: usize) -> Result<usize, Error> {
+    let size = config.nullable("sliding_window", Some(absent))?;
+    size.ok_or_else(|| config.error("sliding_window", "it is null, and layers have a window"))
 }
 
 /// Returns the size of the window, if layers have one.

@@ -5,6 +5,7 @@ use super::{
     decoder_keys::{self, Defaults},
     layer_lists::{moe_layers, set_moe_layers},
     moe_keys::{self, Sizes},
+    rope_keys::RopeRules,
 };
 use crate::{
     Error,
@@ -13,17 +14,26 @@ use crate::{
 };
 use serde_json::json;
 
-/// Reads a decoder with latent attention and no layer's feed-forward network.
+/// Reads a decoder with latent attention and no layer's feed-forward network. If the key is absent,
+/// `query_rank` is the rank of queries.
 ///
 /// # Errors
 /// If a key is missing or has a value that moerun cannot compute.
-pub(super) fn read_latent(config: &ConfigJson, defaults: Defaults) -> Result<ModelConfig, Error> {
+pub(super) fn read_latent(config: &ConfigJson, query_rank: usize) -> Result<ModelConfig, Error> {
     config.expect("attention_bias", &[json!(false)])?;
     config.expect("mlp_bias", &[json!(false)])?;
     config.expect("rope_interleave", &[json!(true)])?;
+    let rope = RopeRules {
+        scales_softmax: true,
+        ..RopeRules::default()
+    };
+    let defaults = Defaults {
+        rope,
+        ..Defaults::default()
+    };
     let mut model = decoder_keys::read_without_heads(config, defaults)?;
     model.attention = AttentionConfig::Latent(LatentConfig {
-        query_rank: config.get("q_lora_rank")?,
+        query_rank: config.nullable("q_lora_rank", Some(query_rank))?,
         kv_rank: config.require(&["kv_lora_rank"])?,
         nope_dim: config.require(&["qk_nope_head_dim"])?,
         rope_dim: config.require(&["qk_rope_head_dim"])?,
@@ -48,20 +58,22 @@ pub(super) fn write_latent(model: &ModelConfig, config: &mut ConfigJson) {
     }
 }
 
-/// Reads the keys of groups of experts, of which a token may choose some.
-///
-/// # Errors
-/// If a key has another type.
-pub(super) fn read_groups(config: &ConfigJson, router: &mut RouterConfig) -> Result<(), Error> {
-    router.groups = config.get_or("n_group", 1)?;
-    router.top_groups = config.get_or("topk_group", router.groups)?;
-    Ok(())
-}
-
 /// Values of absent keys of a sigmoid router.
 pub(super) struct RouterDefaults {
     pub(super) normalize: bool,
     pub(super) scale: f64,
+    /// Groups of experts.
+    pub(super) groups: usize,
+    /// Groups from which a token may choose.
+    pub(super) top_groups: usize,
+}
+
+/// Values of absent keys about kinds of experts.
+pub(super) struct ExpertDefaults {
+    /// Dense layers before the first MoE layer.
+    pub(super) dense: usize,
+    /// Shared experts; `None` if the key is required.
+    pub(super) shared: Option<usize>,
 }
 
 /// Reads the MoE layers of DeepSeek-V3: a sigmoid router with groups, and experts as
@@ -73,12 +85,17 @@ pub(super) fn read_sigmoid_experts(
     config: &ConfigJson,
     model: &mut ModelConfig,
     defaults: RouterDefaults,
+    experts: ExpertDefaults,
 ) -> Result<(), Error> {
     let normalize = config.get_or("norm_topk_prob", defaults.normalize)?;
     let scale = config.get_or("routed_scaling_factor", defaults.scale)?;
     let mut router = moe_keys::sigmoid(normalize, scale);
-    read_groups(config, &mut router)?;
-    read_experts(config, model, router)
+    // Released configurations have null for models without groups.
+    let groups = config.nullable("n_group", Some(defaults.groups))?;
+    router.groups = groups.unwrap_or(1);
+    let top_groups = config.nullable("topk_group", Some(defaults.top_groups))?;
+    router.top_groups = top_groups.unwrap_or(router.groups);
+    read_experts(config, model, router, experts)
 }
 
 /// Reads experts that are divided into dense layers first, shared ones, and routed ones.
@@ -89,8 +106,9 @@ pub(super) fn read_experts(
     config: &ConfigJson,
     model: &mut ModelConfig,
     router: RouterConfig,
+    defaults: ExpertDefaults,
 ) -> Result<(), Error> {
-    let dense: usize = config.get_or("first_k_dense_replace", 0)?;
+    let dense: usize = config.get_or("first_k_dense_replace", defaults.dense)?;
     let sizes = Sizes {
         experts: config.require(&["n_routed_experts", "num_experts"])?,
         top_k: config.require(&["num_experts_per_tok"])?,
@@ -98,7 +116,7 @@ pub(super) fn read_experts(
     };
     config.expect("moe_layer_freq", &[json!(1)])?;
     let mut moe = moe_keys::section(sizes, router);
-    moe.shared_experts = config.get_or("n_shared_experts", 0)?;
+    moe.shared_experts = moe_keys::shared_experts(config, "n_shared_experts", defaults.shared)?;
     model.moe = Some(moe);
     set_dense_layers(config, model, dense)
 }

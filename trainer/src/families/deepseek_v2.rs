@@ -1,7 +1,10 @@
 //! DeepSeek-V2 (arXiv 2405.04434): latent attention, softmax router without normalization.
 
 use super::{
-    FamilyRules, decoder_keys::Defaults, deepseek_keys, deepseek_v3::latent_names, moe_keys,
+    FamilyRules,
+    deepseek_keys::{self, ExpertDefaults},
+    deepseek_v3::latent_names,
+    moe_keys,
 };
 use crate::{
     Error,
@@ -29,16 +32,21 @@ impl FamilyRules for DeepseekV2 {
             "topk_method",
             &[json!("greedy"), json!("group_limited_greedy")],
         )?;
-        let mut model = deepseek_keys::read_latent(config, Defaults::default())?;
+        let mut model = deepseek_keys::read_latent(config, 1536)?;
         let mut router = RouterConfig {
             scale: config.get_or("routed_scaling_factor", 1.0)?,
             ..moe_keys::softmax(false)
         };
         let method: String = config.get_or("topk_method", "greedy".into())?;
         if method == "group_limited_greedy" {
-            deepseek_keys::read_groups(config, &mut router)?;
+            router.groups = config.require(&["n_group"])?;
+            router.top_groups = config.require(&["topk_group"])?;
         }
-        deepseek_keys::read_experts(config, &mut model, router)?;
+        let experts = ExpertDefaults {
+            dense: 0,
+            shared: Some(2),
+        };
+        deepseek_keys::read_experts(config, &mut model, router, experts)?;
         Ok(model)
     }
 

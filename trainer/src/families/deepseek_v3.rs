@@ -2,8 +2,7 @@
 
 use super::{
     FamilyRules,
-    decoder_keys::Defaults,
-    deepseek_keys::{self, RouterDefaults},
+    deepseek_keys::{self, ExpertDefaults, RouterDefaults},
     names::{DECODER, DEEPSEEK_EXPERTS, DIRECT_QUERY, LATENT, MLP_EXPERTS, is_of_later_layer},
 };
 use crate::{
@@ -27,12 +26,18 @@ impl FamilyRules for DeepseekV3 {
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         config.expect("scoring_func", &[json!("sigmoid")])?;
         config.expect("topk_method", &[json!("noaux_tc")])?;
-        let mut model = deepseek_keys::read_latent(config, Defaults::default())?;
+        let mut model = deepseek_keys::read_latent(config, 1536)?;
         let defaults = RouterDefaults {
             normalize: true,
             scale: 2.5,
+            groups: 8,
+            top_groups: 4,
         };
-        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
+        let experts = ExpertDefaults {
+            dense: 3,
+            shared: Some(1),
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults, experts)?;
         Ok(model)
     }
 

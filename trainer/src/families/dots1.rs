@@ -3,7 +3,7 @@
 use super::{
     FamilyRules,
     decoder_keys::{self, Defaults},
-    deepseek_keys::{self, RouterDefaults},
+    deepseek_keys::{self, ExpertDefaults, RouterDefaults},
     layer_lists::{layer_types, sliding_layers},
     names::{DECODER, DEEPSEEK_EXPERTS, MLP_EXPERTS},
 };
@@ -25,10 +25,14 @@ impl FamilyRules for Dots1 {
     }
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
-        let mut model = decoder_keys::read(config, Defaults::default())?;
+        let defaults = Defaults {
+            kv_heads: Some(32),
+            ..Defaults::default()
+        };
+        let mut model = decoder_keys::read(config, defaults)?;
         model.qk_norm = QkNorm::Head;
         decoder_keys::read_bias(config, &mut model, AttentionBias::All)?;
-        if let Some(size) = config.get("sliding_window")? {
+        if let Some(size) = config.nullable("sliding_window", Some(4096))? {
             let first: usize = config.get_or("max_window_layers", 62)?;
             let slides = sliding_layers(config, model.layers)?;
             decoder_keys::set_window(&mut model, size, |layer| match &slides {
@@ -39,8 +43,14 @@ impl FamilyRules for Dots1 {
         let defaults = RouterDefaults {
             normalize: false,
             scale: 1.0,
+            groups: 1,
+            top_groups: 1,
         };
-        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
+        let experts = ExpertDefaults {
+            dense: 0,
+            shared: None,
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults, experts)?;
         Ok(model)
     }
 

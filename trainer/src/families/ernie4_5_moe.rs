@@ -6,6 +6,7 @@ use super::{
     layer_lists::{moe_layers, set_moe_layers},
     moe_keys::{self, Sizes},
     names::{DECODER, DEEPSEEK_EXPERTS, MLP_EXPERTS},
+    rope_keys::RopeRules,
 };
 use crate::{
     Error,
@@ -46,8 +47,9 @@ impl FamilyRules for Ernie45Moe {
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         config.expect("use_bias", &[json!(false)])?;
         let defaults = Defaults {
-            theta: 5e5,
+            rope: RopeRules::with_theta(5e5),
             tied: true,
+            kv_heads: Some(4),
             ..Defaults::default()
         };
         let mut model = decoder_keys::read(config, defaults)?;
@@ -61,7 +63,7 @@ impl FamilyRules for Ernie45Moe {
             ..moe_keys::softmax(true)
         };
         let mut moe = moe_keys::section(sizes, router);
-        moe.shared_experts = config.get_or("moe_num_shared_experts", 0)?;
+        moe.shared_experts = config.get_or("moe_num_shared_experts", 2)?;
         model.moe = Some(moe);
         let last: i64 = config.get_or("moe_layer_end_index", -1)?;
         let first: i64 = config.get_or("moe_layer_start_index", 1)?;

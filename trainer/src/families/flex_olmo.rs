@@ -6,6 +6,7 @@ use super::{
     names::{DECODER, MLP_EXPERTS, POST_NORMS},
     olmo2,
     olmoe::{self, Olmoe},
+    rope_keys::RopeRules,
 };
 use crate::{
     Error,
@@ -26,7 +27,7 @@ impl FamilyRules for FlexOlmo {
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         let defaults = Defaults {
-            theta: 5e5,
+            rope: RopeRules::with_theta(5e5),
             ..Defaults::default()
         };
         let mut model = olmo2::read_blocks(config, defaults)?;

@@ -3,8 +3,9 @@
 use super::{
     FamilyRules,
     decoder_keys::{self, Defaults},
-    deepseek_keys::{self, RouterDefaults},
+    deepseek_keys::{self, ExpertDefaults, RouterDefaults},
     names::{DECODER, DEEPSEEK_EXPERTS, MLP_EXPERTS, is_of_later_layer},
+    rope_keys::{self, RopeRules},
 };
 use crate::{
     Error,
@@ -25,7 +26,11 @@ impl FamilyRules for Glm4Moe {
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         let defaults = Defaults {
-            rotary_fraction: 0.5,
+            rope: RopeRules {
+                fraction: Some(0.5),
+                ..RopeRules::default()
+            },
+            kv_heads: Some(8),
             ..Defaults::default()
         };
         let mut model = decoder_keys::read(config, defaults)?;
@@ -36,8 +41,14 @@ impl FamilyRules for Glm4Moe {
         let defaults = RouterDefaults {
             normalize: true,
             scale: 1.0,
+            groups: 1,
+            top_groups: 1,
         };
-        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
+        let experts = ExpertDefaults {
+            dense: 1,
+            shared: Some(1),
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults, experts)?;
         Ok(model)
     }
 
@@ -45,7 +56,7 @@ impl FamilyRules for Glm4Moe {
         decoder_keys::write(model, config);
         decoder_keys::write_bias(model, config);
         config.set("use_qk_norm", model.qk_norm == QkNorm::Head);
-        config.set("partial_rotary_factor", model.rope.fraction);
+        rope_keys::write_fraction(model, config);
         deepseek_keys::write_experts(model, config);
     }
 

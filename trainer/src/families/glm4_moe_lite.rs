@@ -2,10 +2,10 @@
 
 use super::{
     FamilyRules,
-    decoder_keys::Defaults,
-    deepseek_keys::{self, RouterDefaults},
+    deepseek_keys::{self, ExpertDefaults, RouterDefaults},
     deepseek_v3::latent_names,
     layer_lists::{moe_layers, set_moe_layers},
+    moe_keys,
     names::is_of_later_layer,
 };
 use crate::{
@@ -29,12 +29,18 @@ impl FamilyRules for Glm4MoeLite {
     }
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
-        let mut model = deepseek_keys::read_latent(config, Defaults::default())?;
+        let mut model = deepseek_keys::read_latent(config, 768)?;
         let defaults = RouterDefaults {
             normalize: true,
             scale: 1.8,
+            groups: 1,
+            top_groups: 1,
         };
-        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults)?;
+        let experts = ExpertDefaults {
+            dense: 1,
+            shared: Some(1),
+        };
+        deepseek_keys::read_sigmoid_experts(config, &mut model, defaults, experts)?;
         let types: Option<Vec<String>> = config.get("mlp_layer_types")?;
         if let Some(types) = types {
             let known = types.iter().all(|kind| kind == DENSE || kind == SPARSE);
@@ -47,8 +53,10 @@ impl FamilyRules for Glm4MoeLite {
             if layers.contains(&false) {
                 model.ffn = Some(config.require(&["intermediate_size"])?);
             }
-        } else if !config.has("first_k_dense_replace") {
-            deepseek_keys::set_dense_layers(config, &mut model, 1)?;
+        } else if moe_keys::leading_dense_layers(&model) != 1 {
+            let reason = "transformers makes the first layer dense without mlp_layer_types, \
+                          whatever it says";
+            return Err(config.error("first_k_dense_replace", reason));
         }
         Ok(model)
     }

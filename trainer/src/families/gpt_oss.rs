@@ -6,16 +6,19 @@ use super::{
     layer_lists::{layer_types, sliding_layers},
     moe_keys::{self, Sizes},
     names::DECODER,
+    rope_keys::{self, RopeRules},
 };
 use crate::{
     Error,
     config::{
-        AttentionBias, ClampedGluConfig, ExpertActivation, ModelConfig, RouterBias, RouterConfig,
+        AttentionBias, ClampedGluConfig, ExpertActivation, ModelConfig, RopeScaling, RouterBias,
+        RouterConfig,
     },
     hub::{
         config_json::ConfigJson,
         rule::{Names, RowOrder, named},
     },
+    model::rope_scaling::YarnScaling,
 };
 use serde_json::json;
 
@@ -47,6 +50,18 @@ const NAMES: Names = &[
     ),
 ];
 
+/// Scaling of a configuration that says nothing about rotary embedding.
+const CLASS_SCALING: YarnScaling = YarnScaling {
+    factor: 32.0,
+    original_length: 4096,
+    beta_fast: 32.0,
+    beta_slow: 1.0,
+    truncate: false,
+    attention_factor: None,
+    mscale: None,
+    mscale_all_dim: None,
+};
+
 pub(super) struct GptOss;
 
 impl FamilyRules for GptOss {
@@ -61,13 +76,17 @@ impl FamilyRules for GptOss {
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         config.expect("attention_bias", &[json!(true)])?;
         let defaults = Defaults {
-            theta: 150_000.0,
+            rope: RopeRules::with_theta(150_000.0),
+            kv_heads: Some(8),
             head_dim: Some(64),
             ..Defaults::default()
         };
         let mut model = decoder_keys::read(config, defaults)?;
+        if !rope_keys::is_given(config)? {
+            model.rope.scaling = Some(RopeScaling::Yarn(CLASS_SCALING));
+        }
         let slides = sliding_layers(config, model.layers)?;
-        let size = config.get_or("sliding_window", 128)?;
+        let size = decoder_keys::required_window(config, 128)?;
         decoder_keys::set_window(&mut model, size, |layer| match &slides {
             Some(slides) => slides[layer],
             None => layer.is_multiple_of(2),

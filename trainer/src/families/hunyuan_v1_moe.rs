@@ -5,6 +5,7 @@ use super::{
     decoder_keys::{self, Defaults},
     moe_keys::{self, Sizes},
     names::{DECODER, MLP_EXPERTS},
+    rope_keys::{RopeRules, Scalings},
 };
 use crate::{
     Error,
@@ -80,7 +81,15 @@ impl FamilyRules for HunyuanV1Moe {
         config.expect("use_cla", &[json!(false)])?;
         config.expect("mlp_bias", &[json!(false)])?;
         config.expect("moe_layer_num_skipped", &[json!(0)])?;
-        let mut model = decoder_keys::read(config, Defaults::default())?;
+        let rope = RopeRules {
+            scalings: Scalings::CommonAndAlpha,
+            ..RopeRules::default()
+        };
+        let defaults = Defaults {
+            rope,
+            ..Defaults::default()
+        };
+        let mut model = decoder_keys::read(config, defaults)?;
         model.qk_norm = QkNorm::HeadAfterRope;
         decoder_keys::read_bias(config, &mut model, AttentionBias::All)?;
         let ffn: usize = config.require(&["intermediate_size"])?;

@@ -5,6 +5,7 @@ use super::{
     decoder_keys::{self, Defaults},
     moe_keys::{self, Sizes},
     names::{BLOCK_SPARSE_EXPERTS, DECODER, is_of_later_layer},
+    rope_keys::{self, RopeRules},
 };
 use crate::{
     Error,
@@ -20,6 +21,9 @@ const BIAS: Names = &[(
     "moe.bias",
     &[&[named("block_sparse_moe.e_score_correction_bias")]],
 )];
+
+/// Width of a head if no key says it.
+const HEAD_DIM: usize = 128;
 
 pub(super) struct MiniMaxM2;
 
@@ -38,16 +42,19 @@ impl FamilyRules for MiniMaxM2 {
         config.expect("scoring_func", &[json!("sigmoid")])?;
         config.expect("use_routing_bias", &[json!(true)])?;
         config.expect("shared_intermediate_size", &[json!(0)])?;
+        let width: usize = config.get_or("head_dim", HEAD_DIM)?;
+        let rotary: usize = config.get_or("rotary_dim", width)?;
+        let rope = RopeRules {
+            fraction: Some(rotary as f64 / width.max(1) as f64),
+            ..RopeRules::with_theta(5e6)
+        };
         let defaults = Defaults {
-            theta: 5e6,
-            head_dim: Some(128),
+            rope,
+            kv_heads: Some(8),
+            head_dim: Some(HEAD_DIM),
             ..Defaults::default()
         };
         let mut model = decoder_keys::read(config, defaults)?;
-        if let Some(rotary) = config.get::<usize>("rotary_dim")? {
-            let width = model.head_dim.unwrap_or(rotary);
-            model.rope.fraction = rotary as f64 / width as f64;
-        }
         model.qk_norm = QkNorm::Full;
         let sizes = Sizes {
             experts: config.require(&["num_local_experts"])?,
@@ -64,6 +71,7 @@ impl FamilyRules for MiniMaxM2 {
             moe_keys::write_experts(moe, config);
             config.set("intermediate_size", moe.ffn);
         }
+        rope_keys::write_fraction(model, config);
         let width = model.attention(0).rotary_part().width;
         config.set("rotary_dim", model.rope.width(width));
         config.set("use_qk_norm", true);

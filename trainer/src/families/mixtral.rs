@@ -5,6 +5,7 @@ use super::{
     decoder_keys::{self, Defaults},
     moe_keys::{self, Sizes},
     names::{BLOCK_SPARSE_EXPERTS, DECODER},
+    rope_keys::RopeRules,
 };
 use crate::{
     Error,
@@ -25,7 +26,8 @@ impl FamilyRules for Mixtral {
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         let defaults = Defaults {
-            theta: 1e6,
+            rope: RopeRules::with_theta(1e6),
+            kv_heads: Some(8),
             ..Defaults::default()
         };
         let mut model = decoder_keys::read(config, defaults)?;

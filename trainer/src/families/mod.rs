@@ -7,6 +7,8 @@
 mod afmoe;
 mod bailing_moe_v2;
 pub(crate) mod canonical;
+#[cfg(test)]
+mod class_defaults;
 mod decoder_keys;
 mod deepseek_keys;
 mod deepseek_v2;
@@ -35,6 +37,7 @@ mod qwen2_moe;
 mod qwen3;
 mod qwen3_moe;
 mod rope_keys;
+mod size_keys;
 
 use crate::{
     Error,
@@ -201,6 +204,20 @@ impl Family {
         let disobeyed = rules.disobeyed_keys(model).into_iter();
         notes.extend(disobeyed.map(|ending| format!("{ending}: it cannot serve this folder")));
         notes
+    }
+
+    /// Returns the family and the model of a `config.json`.
+    ///
+    /// # Errors
+    /// If moerun does not know it, cannot compute it, or it is not possible: with the key.
+    pub(crate) fn read(config: &ConfigJson) -> Result<(Family, ModelConfig), Error> {
+        let family = Family::of(config)?;
+        size_keys::check(config)?;
+        let model = family.rules().read(config)?;
+        match model.problems().first() {
+            Some(problem) => Err(size_keys::error(config, problem)),
+            None => Ok((family, model)),
+        }
     }
 
     /// Returns the family of a `config.json`.

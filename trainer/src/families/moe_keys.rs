@@ -2,6 +2,7 @@
 
 use super::layer_lists::moe_layers;
 use crate::{
+    Error,
     config::{ModelConfig, MoeConfig, RouterBias, RouterConfig},
     hub::config_json::ConfigJson,
 };
@@ -58,6 +59,28 @@ pub(super) fn leading_dense_layers(model: &ModelConfig) -> usize {
 /// Returns the width of all shared experts of a layer together.
 pub(super) fn shared_width(moe: &MoeConfig) -> usize {
     moe.shared_ffn.unwrap_or(moe.shared_experts * moe.ffn)
+}
+
+/// Reads the number of shared experts of families that always have some. If the key is absent,
+/// `absent` is the number.
+///
+/// # Errors
+/// If it is 0 or missing.
+pub(super) fn shared_experts(
+    config: &ConfigJson,
+    key: &str,
+    absent: Option<usize>,
+) -> Result<usize, Error> {
+    let count = config.nullable(key, absent)?;
+    match count {
+        None => Err(config.error(key, "the key is missing")),
+        Some(0) => {
+            // transformers would make matrices without elements, which no file has.
+            let reason = "it is 0, and models of this model_type have at least one";
+            Err(config.error(key, reason))
+        }
+        Some(count) => Ok(count),
+    }
 }
 
 /// Sets both spellings of the number of experts: readers differ in which they know.

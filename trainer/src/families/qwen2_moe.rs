@@ -47,11 +47,18 @@ impl FamilyRules for Qwen2Moe {
     }
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
-        let mut model = decoder_keys::read(config, Defaults::default())?;
+        let defaults = Defaults {
+            kv_heads: Some(16),
+            ..Defaults::default()
+        };
+        let mut model = decoder_keys::read(config, defaults)?;
         if config.get_or("qkv_bias", true)? {
             decoder_keys::grouped(&mut model).bias = AttentionBias::Qkv;
         }
-        read_window(config, &mut model)?;
+        let last = config.get_or("max_window_layers", 28)?;
+        read_window(config, &mut model, |layer| {
+            layer.is_multiple_of(2) && layer < last
+        })?;
         let sizes = Sizes {
             experts: config.require(&["num_experts"])?,
             top_k: config.require(&["num_experts_per_tok"])?,

@@ -25,13 +25,15 @@ impl FamilyRules for Qwen3 {
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         let defaults = Defaults {
+            kv_heads: Some(32),
             head_dim: Some(128),
             ..Defaults::default()
         };
         let mut model = decoder_keys::read(config, defaults)?;
         model.qk_norm = QkNorm::Head;
         decoder_keys::read_bias(config, &mut model, AttentionBias::All)?;
-        read_window(config, &mut model)?;
+        let first = config.get_or("max_window_layers", 28)?;
+        read_window(config, &mut model, |layer| layer >= first)?;
         model.ffn = Some(config.require(&["intermediate_size"])?);
         Ok(model)
     }
@@ -48,25 +50,33 @@ impl FamilyRules for Qwen3 {
     }
 }
 
-/// Reads the window of families with `use_sliding_window`, which layers from `max_window_layers` on
-/// have, unless `layer_types` names them.
+/// Size of the window if no key says it.
+pub(super) const WINDOW: usize = 4096;
+
+/// Reads the window of families with `use_sliding_window`. Layers have it for which `slides` is
+/// true, unless `layer_types` names them.
 ///
 /// # Errors
-/// If a key has another type, or a layer is of an unknown kind.
-pub(super) fn read_window(config: &ConfigJson, model: &mut ModelConfig) -> Result<(), Error> {
-    let size: Option<usize> = config.get("sliding_window")?;
-    let slides = config.get_or("use_sliding_window", false)?;
-    let Some(size) = size.filter(|_| slides) else {
-        return Ok(());
-    };
-    let slides = match sliding_layers(config, model.layers)? {
-        Some(slides) => slides,
-        None => {
-            let first: usize = config.get_or("max_window_layers", 28)?;
-            (0..model.layers).map(|layer| layer >= first).collect()
+/// If a key has another type, a layer is of an unknown kind, or `layer_types` names layers although
+/// there is no window.
+pub(super) fn read_window(
+    config: &ConfigJson,
+    model: &mut ModelConfig,
+    slides: impl Fn(usize) -> bool,
+) -> Result<(), Error> {
+    let named = sliding_layers(config, model.layers)?;
+    let has_window = config.get_or("use_sliding_window", false)?;
+    let size = config.nullable("sliding_window", Some(WINDOW))?;
+    let size = size.filter(|_| has_window);
+    match (size, named) {
+        (Some(size), Some(named)) => decoder_keys::set_window(model, size, |layer| named[layer]),
+        (Some(size), None) => decoder_keys::set_window(model, size, slides),
+        (None, Some(named)) if named.contains(&true) => {
+            let reason = "layers have a window, but use_sliding_window or sliding_window is off";
+            return Err(config.error("layer_types", reason));
         }
-    };
-    decoder_keys::set_window(model, size, |layer| slides[layer]);
+        (None, _) => {}
+    }
     Ok(())
 }
 

@@ -6,12 +6,14 @@ use super::{
     layer_lists::{moe_layers, set_moe_layers},
     moe_keys::{self, Sizes},
     names::{DECODER, MLP_EXPERTS},
+    qwen3::WINDOW,
 };
 use crate::{
     Error,
     config::{AttentionBias, ModelConfig, QkNorm},
     hub::{config_json::ConfigJson, rule::Names},
 };
+use std::collections::BTreeSet;
 
 pub(super) struct Qwen3Moe;
 
@@ -25,11 +27,15 @@ impl FamilyRules for Qwen3Moe {
     }
 
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
-        let mut model = decoder_keys::read(config, Defaults::default())?;
+        let defaults = Defaults {
+            kv_heads: Some(4),
+            ..Defaults::default()
+        };
+        let mut model = decoder_keys::read(config, defaults)?;
         model.qk_norm = QkNorm::Head;
         decoder_keys::read_bias(config, &mut model, AttentionBias::All)?;
         if config.get_or("use_sliding_window", false)?
-            && let Some(size) = config.get("sliding_window")?
+            && let Some(size) = config.nullable("sliding_window", Some(WINDOW))?
         {
             decoder_keys::set_window(&mut model, size, |_| true);
         }
@@ -74,7 +80,7 @@ impl FamilyRules for Qwen3Moe {
 /// If a key has another type.
 pub(super) fn set_sparse_layers(config: &ConfigJson, model: &mut ModelConfig) -> Result<(), Error> {
     let step: usize = config.get_or("decoder_sparse_step", 1)?;
-    let dense: Vec<usize> = config.get_or("mlp_only_layers", Vec::new())?;
+    let dense: BTreeSet<usize> = config.get_or("mlp_only_layers", BTreeSet::new())?;
     let is_sparse =
         |layer: usize| !dense.contains(&layer) && step > 0 && (layer + 1).is_multiple_of(step);
     let sparse: Vec<bool> = (0..model.layers).map(is_sparse).collect();

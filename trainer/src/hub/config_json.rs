@@ -122,6 +122,22 @@ impl ConfigJson {
         Ok(self.get(key)?.unwrap_or(default))
     }
 
+    /// Returns the value of a key that may be null, which means none. An absent key means `absent`.
+    ///
+    /// # Errors
+    /// If it is of another type.
+    pub(crate) fn nullable<T: DeserializeOwned>(
+        &self,
+        key: &str,
+        absent: Option<T>,
+    ) -> Result<Option<T>, Error> {
+        if self.keys.contains_key(key) {
+            self.get(key)
+        } else {
+            Ok(absent)
+        }
+    }
+
     /// Returns the value of the first of these keys that has one.
     ///
     /// # Errors

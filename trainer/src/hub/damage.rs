@@ -334,6 +334,113 @@ fn damaged_folders_are_never_accepted_as_others() {
 }
 
 #[test]
+fn impossible_models_are_refused_by_key() {
+    let list = [1.0; 3];
+    for (name, key, value, words) in [
+        (
+            "mixtral",
+            "num_hidden_layers",
+            json!(1_000_000_000_000_u64),
+            vec!["is more than"],
+        ),
+        ("mixtral", "num_hidden_layers", json!(16_000), vec!["bytes"]),
+        (
+            "mixtral",
+            "num_hidden_layers",
+            json!(-1),
+            vec!["num_hidden_layers"],
+        ),
+        (
+            "mixtral",
+            "num_hidden_layers",
+            json!(0),
+            vec!["num_hidden_layers: model.layers is 0"],
+        ),
+        (
+            "hunyuan_v1_moe",
+            "num_shared_expert",
+            json!([u64::MAX, 1]),
+            vec!["num_shared_expert"],
+        ),
+        (
+            "hunyuan_v1_moe",
+            "intermediate_size",
+            json!(u64::MAX),
+            vec!["intermediate_size"],
+        ),
+        (
+            "mixtral",
+            "num_experts_per_tok",
+            json!(9),
+            vec!["num_experts_per_tok: model.moe.top_k 9"],
+        ),
+        (
+            "mixtral",
+            "num_key_value_heads",
+            json!(3),
+            vec!["num_attention_heads: model.heads 4 is not a multiple of model.kv_heads 3"],
+        ),
+        (
+            "mixtral",
+            "rope_scaling",
+            json!({"rope_type": "longrope", "short_factor": list, "long_factor": list,
+                "original_max_position_embeddings": 8}),
+            vec!["rope_scaling: model.rope.scaling.longrope.short has 3 numbers"],
+        ),
+    ] {
+        let copy = Copy::of(name);
+        copy.edit_json(CONFIG_FILE, |config| config[key] = value);
+        copy.assert_refused(&words);
+    }
+}
+
+/// Values that are wrong for most keys.
+fn odd_value(next: &mut impl FnMut(usize) -> usize) -> Value {
+    match next(10) {
+        0 => Value::Null,
+        1 => json!("text"),
+        2 => json!([]),
+        3 => json!({}),
+        4 => json!(-1),
+        5 => json!(0),
+        6 => json!(u64::MAX),
+        7 => json!(1e300),
+        8 => json!(1_u64 << next(63)),
+        _ => json!(next(64)),
+    }
+}
+
+#[test]
+fn wrong_configurations_never_stop_the_program() {
+    let names = names();
+    for seed in 0..600 {
+        let mut next = numbers(seed);
+        let copy = Copy::of(&names[next(names.len())]);
+        copy.edit_json(CONFIG_FILE, |config| {
+            let config = config.as_object_mut().unwrap();
+            for _ in 0..=next(2) {
+                let key = config.keys().nth(next(config.len())).unwrap().clone();
+                match config.get_mut(&key) {
+                    Some(Value::Object(section)) if !section.is_empty() && next(3) > 0 => {
+                        let inner = section.keys().nth(next(section.len())).unwrap().clone();
+                        section.insert(inner, odd_value(&mut next));
+                    }
+                    _ if next(4) == 0 => {
+                        config.remove(&key);
+                    }
+                    _ => {
+                        config.insert(key, odd_value(&mut next));
+                    }
+                }
+            }
+        });
+        if let Err(error) = ModelFolder::open(copy.folder.path()) {
+            assert!(!error.to_string().is_empty(), "seed {seed}");
+        }
+    }
+}
+
+#[test]
 fn an_upcycled_model_has_no_quantization_left() {
     let copy = Copy::of("qwen3");
     copy.edit_json(CONFIG_FILE, |config| {

@@ -214,7 +214,10 @@ impl Form {
     ) -> Result<Form, Error> {
         let dtype = stored_dtype(dtype.unwrap_or(run.train.dtype));
         let (family, mut config) = express(&run.model)?;
-        config.set("max_position_embeddings", run.data.sequence_length);
+        // Some models depend on it.
+        if !config.has("max_position_embeddings") {
+            config.set("max_position_embeddings", run.data.sequence_length);
+        }
         let mut form = Form::without_tokenizer(family, config, dtype);
         match find_tokenizer(&tokenizers_of(run, checkpoint)) {
             Ok(path) => form.add_tokenizer(path, run)?,

@@ -51,8 +51,16 @@ impl ModelFolder {
     /// # Errors
     /// As [`ModelFolder::open`].
     pub(crate) fn with_table(config: ConfigJson, table: TensorTable) -> Result<ModelFolder, Error> {
-        let family = Family::of(&config)?;
-        let model = family.rules().read(&config)?;
+        let (family, model) = Family::read(&config)?;
+        // The smallest elements have 4 bits. This bounds the work below by the size of the files.
+        let parameters = model.num_parameters().total;
+        let stored: u64 = table.tensors.values().map(|tensor| tensor.bytes()).sum();
+        if parameters > 2 * u128::from(stored) {
+            return Err(Error::Folder(format!(
+                "{}: the model has {parameters} parameters, and all tensors have {stored} bytes",
+                config.path().display()
+            )));
+        }
         let table = LogicalTable::new(table, &config)?;
         let has = |name: &str| table.tensors.contains_key(name);
         let mapping = Mapping::new(family, &model, &has)?;

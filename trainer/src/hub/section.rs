@@ -15,8 +15,7 @@ use std::path::Path;
 /// If it cannot be read, or moerun cannot compute the model.
 pub fn folder_model(folder: &Path) -> Result<ModelConfig, Error> {
     let config = ConfigJson::read(folder)?;
-    let family = Family::of(&config)?;
-    let mut model = family.rules().read(&config)?;
+    let (_, mut model) = Family::read(&config)?;
     model.from = Some(folder.to_path_buf());
     Ok(model)
 }

@@ -150,7 +150,13 @@ fn sparse_config(dense: &ModelFolder, model: &ModelConfig) -> Result<(Family, Co
         config.set("architectures", [family.rules().architecture()]);
         config.set("model_type", family.rules().model_type());
         family.rules().write(model, &mut config);
-        let read = family.rules().read(&config)?;
+        let read = match family.rules().read(&config) {
+            Ok(read) => read,
+            Err(error) => {
+                reasons.push(format!("{} refuses it ({error})", family.name()));
+                continue;
+            }
+        };
         let lost = differences(&expected, &canonical(&read));
         if lost.is_empty() {
             return Ok((family, config));

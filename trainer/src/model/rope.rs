@@ -79,6 +79,14 @@ impl RopeConfig {
         numbers * (FP32_BYTES + converted)
     }
 
+    /// Returns the part of a head of `head_dim` that rotates, without rounding of `fraction`.
+    pub(crate) fn exact_fraction(&self, head_dim: usize) -> f64 {
+        match head_dim {
+            0 => self.fraction,
+            _ => self.width(head_dim) as f64 / head_dim as f64,
+        }
+    }
+
     /// Returns the rotation of `width` elements of a head, in a run with sequences of `length`
     /// tokens. It is computed in fp64 and rounded once.
     pub(crate) fn frequencies(&self, theta: f64, width: usize, length: usize) -> Frequencies {

@@ -26,7 +26,7 @@ impl Config {
         if !problems.is_empty() {
             return problems.into_list();
         }
-        self.check_model(&mut problems);
+        self.model.check(&mut problems);
         self.check_data(&mut problems);
         self.check_training(&mut problems);
         self.check_snapshots(ranks, &mut problems);

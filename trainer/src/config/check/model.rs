@@ -2,33 +2,46 @@
 
 use crate::{
     config::{
-        Config, LayerSet,
+        Config, LayerSet, ModelConfig,
         limits::{MAX_ACTIVATION, MAX_PARAMETERS},
     },
     problems::Problems,
 };
 
-impl Config {
-    pub(super) fn check_model(&self, problems: &mut Problems) {
-        let model = &self.model;
-        let attention = model.attention(0);
-        attention.problems(problems);
-        if model.heads > 0 {
-            let part = attention.rotary_part();
-            model
-                .rope
-                .problems(model.rope_theta, part, model.layers, problems);
+impl ModelConfig {
+    /// Returns every reason why no run can have this model, one sentence each.
+    pub(crate) fn problems(&self) -> Vec<String> {
+        let ranges = self.range_problems();
+        if !ranges.is_empty() {
+            // The other checks do arithmetic, which needs numbers within their ranges.
+            return ranges;
         }
-        if model.has_dense_layers() && model.ffn.is_none() {
+        let mut problems = Problems::default();
+        self.check_number_of_parameters(&mut problems);
+        if problems.is_empty() {
+            self.check(&mut problems);
+        }
+        problems.into_list()
+    }
+
+    pub(super) fn check(&self, problems: &mut Problems) {
+        let attention = self.attention(0);
+        attention.problems(problems);
+        if self.heads > 0 {
+            let part = attention.rotary_part();
+            self.rope
+                .problems(self.rope_theta, part, self.layers, problems);
+        }
+        if self.has_dense_layers() && self.ffn.is_none() {
             problems.add("the model has dense layers, so model.ffn (their inner width) is needed");
         }
-        if model.dense_layers > model.layers {
+        if self.dense_layers > self.layers {
             problems.add(format!(
                 "model.dense_layers {} is more than model.layers {}",
-                model.dense_layers, model.layers
+                self.dense_layers, self.layers
             ));
         }
-        if let Some(moe) = &model.moe {
+        if let Some(moe) = &self.moe {
             moe.problems(problems);
             if let Some(layers) = &moe.layers {
                 self.check_moe_layers(layers, problems);
@@ -37,29 +50,34 @@ impl Config {
     }
 
     fn check_moe_layers(&self, layers: &LayerSet, problems: &mut Problems) {
-        let model = &self.model;
-        if model.dense_layers > 0 || model.moe_every != 1 {
+        if self.dense_layers > 0 || self.moe_every != 1 {
             problems.add(format!(
                 "model.moe.layers names the MoE layers, and model.dense_layers {} and moe_every {} \
                  describe them too: leave those two out",
-                model.dense_layers, model.moe_every
+                self.dense_layers, self.moe_every
             ));
         }
         let advice = "leave model.moe out for a dense model";
-        layers.problems("model.moe.layers", model.layers, advice, problems);
+        layers.problems("model.moe.layers", self.layers, advice, problems);
     }
 
-    /// Checks that products of sizes stay far below 64 bits. No machine holds such tensors.
-    pub(super) fn check_sizes(&self, problems: &mut Problems) {
-        let model = &self.model;
-        let parameters = model.num_parameters().total;
+    fn check_number_of_parameters(&self, problems: &mut Problems) {
+        let parameters = self.num_parameters().total;
         if parameters > MAX_PARAMETERS {
             problems.add(format!(
                 "model.hidden {}, layers {}, heads, vocab_size and ffn (also of moe.experts) make \
                  {parameters} parameters; at most {MAX_PARAMETERS} are possible",
-                model.hidden, model.layers
+                self.hidden, self.layers
             ));
         }
+    }
+}
+
+impl Config {
+    /// Checks that products of sizes stay far below 64 bits. No machine holds such tensors.
+    pub(super) fn check_sizes(&self, problems: &mut Problems) {
+        let model = &self.model;
+        model.check_number_of_parameters(problems);
         let dense = [
             model.hidden,
             model.attention(0).widest(),
