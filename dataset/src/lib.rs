@@ -4,6 +4,7 @@
 
 pub mod argument_ranges;
 mod bench;
+mod char_boundary;
 mod checksums;
 pub mod cli;
 mod error;

@@ -10,7 +10,7 @@ use super::{
     merge::{Cache, MissingByte, PairMerge, Vocabulary},
     patterns::{Pattern, last_cut, split},
 };
-use crate::Error;
+use crate::{Error, char_boundary::floor_char_boundary};
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value;
 use std::{
@@ -255,8 +255,8 @@ impl FastEncoder {
         let spans = |tokens: &AddedTokens, normalizer: Option<Normalizer>| {
             // Normalization shortens text by less than this.
             let reach = 16 * tokens.longest();
-            let start = text.floor_char_boundary(cut.saturating_sub(reach));
-            let end = text.floor_char_boundary((cut + reach).min(text.len()));
+            let start = floor_char_boundary(text, cut.saturating_sub(reach));
+            let end = floor_char_boundary(text, (cut + reach).min(text.len()));
             let apply = |part| match normalizer {
                 Some(normalizer) => normalizer.apply(part),
                 None => Cow::Borrowed(part),

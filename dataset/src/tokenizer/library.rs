@@ -4,7 +4,10 @@ use super::{
     fast::{alphabet, occurs},
     file::{Ids, ModelPart},
 };
-use crate::Error;
+use crate::{
+    Error,
+    char_boundary::{ceil_char_boundary, floor_char_boundary},
+};
 use fancy_regex::Regex;
 use serde_json::Value;
 use std::{
@@ -70,7 +73,7 @@ impl Library {
     pub(super) fn encode(&self, text: &str, into: &mut Vec<u32>) -> Result<(), Error> {
         let mut rest = text;
         while rest.len() > PART {
-            let end = rest.floor_char_boundary(PART);
+            let end = floor_char_boundary(rest, PART);
             let cut = self.last_cut(rest, end).ok_or_else(|| {
                 Error::Tokenizer(format!(
                     "a text of {} bytes cannot be cut anywhere in {PART} bytes without a change \
@@ -124,8 +127,8 @@ impl Library {
             encoded.ok().map(|()| ids)
         };
         CONTEXTS.iter().all(|context| {
-            let start = text.floor_char_boundary(cut.end.saturating_sub(*context));
-            let end = text.ceil_char_boundary((cut.start + context).min(text.len()));
+            let start = floor_char_boundary(text, cut.end.saturating_sub(*context));
+            let end = ceil_char_boundary(text, (cut.start + context).min(text.len()));
             let whole = ids(&[&text[start..end]]);
             whole.is_some() && whole == ids(&[&text[start..cut.end], &text[cut.start..end]])
         })
@@ -190,7 +193,7 @@ fn loses_unknown(model: &ModelPart, byte_level: bool) -> bool {
         .iter()
         .filter(|(_, byte)| occurs(**byte))
         .all(|(char, _)| ids.contains_key(char.encode_utf8(&mut [0; 4])));
-    !(model.byte_fallback == Some(true) && has_bytes) && !(byte_level && has_alphabet)
+    !(model.byte_fallback == Some(true) && has_bytes || byte_level && has_alphabet)
 }
 
 fn has_byte_level(part: &Value) -> bool {

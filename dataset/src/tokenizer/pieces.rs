@@ -1,7 +1,7 @@
 //! The encoding of one document that comes in pieces, with the ids of the whole.
 
 use super::{DocumentTokenizer, library::Cut};
-use crate::Error;
+use crate::{Error, char_boundary::floor_char_boundary};
 
 /// Text is encoded once this much is pending. Memory of the encoder stays in proportion to it.
 const PENDING: usize = 1 << 20;
@@ -64,7 +64,7 @@ impl DocumentTokenizer {
     pub(crate) fn last_cut(&self, text: &str) -> Option<Cut> {
         let Some(fast) = &self.fast else {
             // What follows the last bytes is not known yet.
-            let end = text.floor_char_boundary(text.len().saturating_sub(PENDING / 8));
+            let end = floor_char_boundary(text, text.len().saturating_sub(PENDING / 8));
             return self.library.last_cut(text, end);
         };
         fast.last_cut(text).map(|end| Cut { end, start: end })

@@ -1,7 +1,7 @@
 //! Training of a byte-level BPE as in GPT-2, which can encode any text.
 
 use super::{DocumentTokenizer, END_OF_DOCUMENT, library::without_panic, patterns::last_cut};
-use crate::Error;
+use crate::{Error, char_boundary::floor_char_boundary};
 use tokenizers::{
     AddedToken, TokenizerBuilder, models::bpe::BPE, models::bpe::BpeTrainerBuilder,
     pre_tokenizers::byte_level::ByteLevel,
@@ -82,7 +82,7 @@ fn parts(text: &str) -> Vec<String> {
     let mut parts = Vec::new();
     let mut rest = text;
     while rest.len() > PART {
-        let end = rest.floor_char_boundary(PART);
+        let end = floor_char_boundary(rest, PART);
         let cut = last_cut(&rest[..end], |_| true).unwrap_or(end);
         parts.push(rest[..cut].to_owned());
         rest = &rest[cut..];

@@ -177,3 +177,22 @@ fn pages_that_do_not_fit_in_memory_are_refused() {
         "a page of 64 MiB does not fit in the 32 MiB",
     );
 }
+
+#[test]
+fn flipped_bits_are_no_panic() {
+    for name in ["snappy", "row-groups", "nested", "dictionary"] {
+        let path = golden(&format!("{name}.parquet"));
+        let bytes = std::fs::read(path).unwrap();
+        let key = if name == "nested" { "doc.text" } else { "text" };
+        for at in 0..bytes.len() {
+            for mask in [1, 0x80, 0xFF] {
+                let mut bytes = bytes.clone();
+                bytes[at] ^= mask;
+                match read_one("a.parquet", &bytes, &with_key(key)) {
+                    Ok(read) => assert!(read.counts.rows <= 6, "{name} {at}"),
+                    Err(error) => assert!(error.to_string().contains("a.parquet"), "{error}"),
+                }
+            }
+        }
+    }
+}
