@@ -58,6 +58,27 @@ pub(crate) fn eod_token(config: &Config) -> Result<Option<u32>, Error> {
     Ok(config.data.eod_token.or(recorded))
 }
 
+/// Tokens at the ends of the documents that a run was trained on.
+#[derive(Debug, Default)]
+pub(crate) struct DocumentTokens {
+    pub(crate) begin: Option<u32>,
+    pub(crate) end: Option<u32>,
+}
+
+impl DocumentTokens {
+    /// Returns the tokens that the record of the first source names, with `data.eod_token` where it
+    /// names no end. Data that is no longer there names none.
+    pub(crate) fn of_run(config: &Config) -> DocumentTokens {
+        let source = config.data.train.first();
+        let record = source.and_then(|source| DatasetInfo::of_tokens(&source.path).ok().flatten());
+        let DatasetInfo { bos, eos, .. } = record.unwrap_or_default();
+        DocumentTokens {
+            begin: bos.map(|token| token.id),
+            end: eos.map(|token| token.id).or(config.data.eod_token),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,5 +139,19 @@ mod tests {
         record(&folder.join("b"), 8);
         let refused = needed(", eod_mask_loss: true").unwrap_err().to_string();
         assert!(refused.contains("different tokenizers"), "{refused}");
+    }
+
+    #[test]
+    fn texts_end_as_the_documents_of_the_data() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let of_run = |extra: &str| {
+            let DocumentTokens { begin, end } = DocumentTokens::of_run(&config_of(folder, extra));
+            [begin, end]
+        };
+        assert_eq!(of_run(""), [None, None]);
+        assert_eq!(of_run(", eod_token: 3"), [None, Some(3)]);
+        record(&folder.join("a"), 7);
+        assert_eq!(of_run(", eod_token: 3"), [None, Some(7)]);
     }
 }

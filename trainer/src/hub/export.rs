@@ -14,13 +14,14 @@ use super::{
 use crate::{
     Error,
     config::{Config, Dtype, ModelConfig},
+    data::eod_token::DocumentTokens,
     families::{Family, canonical::canonical, expression::express},
     inference::loaded::{FoundCheckpoint, find_checkpoint, find_tokenizer, tokenizers_of},
     train::saved_config::{read_run_state, saved_config},
 };
 use dataset::tokenizer::{END_OF_DOCUMENT, load_tokenizer};
 use safetensors::Dtype as StoredDtype;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::{
     fs::File,
     path::{Path, PathBuf},
@@ -235,21 +236,30 @@ impl Form {
             "model_max_length": run.data.sequence_length,
             "clean_up_tokenization_spaces": false,
         });
-        if let Some(end) = tokenizer.token_to_id(END_OF_DOCUMENT) {
-            for key in ["bos_token", "eos_token"] {
-                config[key] = json!(END_OF_DOCUMENT);
-            }
-            self.config.set("bos_token_id", end);
-            self.config.set("eos_token_id", end);
-            let generation = json!({"bos_token_id": end, "eos_token_id": end});
-            self.add_text("generation_config.json", &generation);
+        let documents = DocumentTokens::of_run(run);
+        let end = documents.end.or(tokenizer.token_to_id(END_OF_DOCUMENT));
+        let begin = documents.begin.or(end);
+        let mut generation = Map::new();
+        for (name, token) in [("bos_token", begin), ("eos_token", end)] {
+            let Some(id) = token else { continue };
+            // An id that the tokenizer does not have is that of another tokenizer.
+            let Some(text) = tokenizer.id_to_token(id) else {
+                continue;
+            };
+            config[name] = json!(text);
+            let key = format!("{name}_id");
+            self.config.set(&key, id);
+            generation.insert(key, json!(id));
+        }
+        if !generation.is_empty() {
+            self.add_text("generation_config.json", &Value::Object(generation));
         }
         self.add_text("tokenizer_config.json", &config);
         self.copies.push(path);
         Ok(())
     }
 
-    fn add_text(&mut self, name: &str, value: &serde_json::Value) {
+    fn add_text(&mut self, name: &str, value: &Value) {
         let text = serde_json::to_string_pretty(value).expect("the value is plain data");
         self.texts.push((name.to_string(), text + "\n"));
     }

@@ -57,7 +57,7 @@ pub fn generate(
 
     let failed =
         |error: tokenizers::Error| Error::Tokenizer(format!("the tokenizer failed: {error}"));
-    if run.is_some() || end_tokens.is_empty() {
+    if end_tokens.is_empty() {
         end_tokens.extend(tokenizer.token_to_id(END_OF_DOCUMENT));
     }
     // Most released models expect the tokens that their tokenizers put before a text.

@@ -3,6 +3,7 @@
 use crate::{
     Error,
     config::{Config, Dtype},
+    data::eod_token::DocumentTokens,
     hub::{ByteProgress, config_json::CONFIG_FILE, model_folder::ModelFolder},
     model::{
         BuildContext, Model, ModelPart,
@@ -31,9 +32,9 @@ const MAX_CONTEXT: usize = 32_768;
 pub(crate) struct LoadedModel {
     /// Most tokens that the model sees at once.
     pub(crate) context: usize,
-    /// Token that begins a text, if a folder names one.
+    /// Token that begins a text, if a folder or the data of a run names one.
     pub(crate) start_token: Option<u32>,
-    /// Tokens that end a text, if a folder names any.
+    /// Tokens that end a text, if a folder or the data of a run names any.
     pub(crate) end_tokens: Vec<u32>,
     /// Places of its tokenizer, the best first.
     pub(crate) tokenizers: Vec<PathBuf>,
@@ -116,10 +117,11 @@ impl LoadedModel {
         };
         let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &ctx);
         restore_model(&mut checkpoint, &model)?;
+        let documents = DocumentTokens::of_run(&config);
         Ok(LoadedModel {
             context: sequence_length,
-            start_token: None,
-            end_tokens: Vec::new(),
+            start_token: documents.begin.or(documents.end),
+            end_tokens: documents.end.into_iter().collect(),
             tokenizers: tokenizers_of(&config, &path),
             run: Some(TrainedBy {
                 step: state.step,
