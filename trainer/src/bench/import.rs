@@ -86,7 +86,7 @@ pub fn write_synthetic_folder(folder: &Path, bytes: u64) -> Result<u64, Error> {
     Ok(report.bytes)
 }
 
-/// What a rank does with the memory of its weights.
+/// Use that a rank makes of the memory of its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PartAction {
     /// Reads its part of the folder.

@@ -62,7 +62,7 @@ pub(super) fn write_latent(model: &ModelConfig, config: &mut ConfigJson) {
 pub(super) struct RouterDefaults {
     pub(super) normalize: bool,
     pub(super) scale: f64,
-    /// Groups of experts.
+    /// Groups into which the experts are divided.
     pub(super) groups: usize,
     /// Groups from which a token may choose.
     pub(super) top_groups: usize,

@@ -29,11 +29,11 @@ pub(super) struct RopeRules {
 /// Kinds of scaling that a family has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scalings {
-    /// None in all layers alike.
+    /// No kind that all layers share.
     None,
-    /// Those of transformers.
+    /// All kinds that transformers has for every family.
     Common,
-    /// Those of transformers, and `dynamic` is constant with `alpha`.
+    /// All kinds that transformers has, and `dynamic` is constant with `alpha`.
     CommonAndAlpha,
 }
 

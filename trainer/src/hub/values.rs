@@ -9,8 +9,8 @@ use tch::{Device, Tensor};
 
 /// A source of values, which several threads read.
 pub(crate) trait ModelValues: Sync {
-    /// Returns a slice of a tensor in host memory, in the dtype that it is stored in. Quantized values
-    /// are in fp32.
+    /// Returns a slice of a tensor in host memory, in the dtype that it is stored in. Quantized
+    /// values are in fp32.
     ///
     /// # Errors
     /// If there is no such tensor, or a file cannot be read.
