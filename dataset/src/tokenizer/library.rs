@@ -116,8 +116,8 @@ impl Library {
             .find(|&cut| cut.end > 0 && cut.start < text.len() && self.is_safe(text, cut))
     }
 
-    /// Encodes the neighbourhood of a cut in both ways. Several contexts are tried: in a long run of
-    /// one character, tokens depend on where the run starts, and one context can hide that.
+    /// Encodes the neighbourhood of a cut in both ways. Several contexts are tried: in a long run
+    /// of one character, tokens depend on where the run starts, and one context can hide that.
     fn is_safe(&self, text: &str, cut: Cut) -> bool {
         let ids = |parts: &[&str]| {
             let mut ids = Vec::new();

@@ -268,8 +268,8 @@ pub struct DataConfig {
     #[serde(default)]
     pub eod_token: Option<u32>,
     /// Keeps the documents of a sequence apart: a token attends only to tokens of its own document,
-    /// instead of all earlier tokens of its sequence. By default it is true if `eod_token` is set, as
-    /// in runs that began before this key existed.
+    /// instead of all earlier tokens of its sequence. By default it is true if `eod_token` is set,
+    /// as in runs that began before this key existed.
     #[on_resume(reported)]
     #[serde(default)]
     pub mask_documents: Option<bool>,
