@@ -91,7 +91,7 @@ fn layouts_agree(keys: &Value) {
     ];
     let mut first_losses = Vec::new();
     for mask in [true, false] {
-        let rules = |reset_positions: bool| json!({"mask_documents": mask, "reset_positions": reset_positions});
+        let rules = |reset: bool| json!({"mask_documents": mask, "reset_positions": reset});
         let single = trace(1, &json!({}), &rules(true));
         let in_sequences = trace(1, &json!({}), &rules(false));
         if mask {
