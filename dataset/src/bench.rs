@@ -49,6 +49,11 @@ fn measure(options: &Options, folder: &Path) -> Result<Value, Error> {
     let (tokenizer, _) = DocumentTokenizer::load(&options.tokenizer, &TokenizerOptions::default())?;
     let ours = folder.join("ours");
     let library = folder.join("library");
+    // The library uses the threads of the pool it is called in.
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(options.threads)
+        .build();
+    let pool = pool.map_err(|error| Error::Options(format!("cannot start threads: {error}")))?;
     let mut seconds = Seconds::default();
     let mut tokens = 0;
     for _ in 0..options.rounds {
@@ -57,7 +62,7 @@ fn measure(options: &Options, folder: &Path) -> Result<Value, Error> {
         tokens = prepare(&preparation(options, &corpus, &ours), &mut |_| ())?.train_tokens;
         seconds.ours.push(begun.elapsed().as_secs_f64());
         let begun = Instant::now();
-        prepare_with_library(&tokenizer, &corpus, &library)?;
+        pool.install(|| prepare_with_library(&tokenizer, &corpus, &library))?;
         seconds.library.push(begun.elapsed().as_secs_f64());
         let train = ours.join("train.bin");
         if hash_file(&train)? != hash_file(&library.with_extension("bin"))? {

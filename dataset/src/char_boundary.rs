@@ -19,3 +19,21 @@ pub(crate) fn ceil_char_boundary(text: &str, index: usize) -> usize {
     }
     index
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn characters_stay_whole() {
+        let ends = [0, 1, 2, 3, 4, usize::MAX];
+        assert_eq!(
+            ends.map(|end| floor_char_boundary("aéb", end)),
+            [0, 1, 1, 3, 4, 4]
+        );
+        assert_eq!(
+            ends.map(|end| ceil_char_boundary("aéb", end)),
+            [0, 1, 3, 3, 4, 4]
+        );
+    }
+}

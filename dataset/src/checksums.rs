@@ -1,7 +1,10 @@
 //! Comparison of token files with the checksums that `dataset.json` records.
 
-use crate::{Error, info::DatasetInfo, tokens::TokenPath};
-use std::{fs::File, path::Path};
+use crate::{
+    Error,
+    info::DatasetInfo,
+    tokens::{TokenPath, hash_file},
+};
 
 /// Result of a comparison that found no difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +30,7 @@ pub fn verify_checksums(path: &TokenPath) -> Result<Checksums, Error> {
             continue;
         }
         compared += 1;
-        let found = checksum(file)?;
+        let found = hash_file(file)?;
         if found != *expected {
             return Err(Error::Data(format!(
                 "{} is not the file that dataset.json records: its BLAKE3 hash is {found} instead \
@@ -40,19 +43,6 @@ pub fn verify_checksums(path: &TokenPath) -> Result<Checksums, Error> {
         0 => Checksums::Missing,
         _ => Checksums::Match,
     })
-}
-
-/// Returns the BLAKE3 hash of a file, in hexadecimal digits.
-///
-/// # Errors
-/// If the file cannot be read.
-pub fn checksum(path: &Path) -> Result<String, Error> {
-    let file = File::open(path).map_err(Error::io("cannot open", path))?;
-    let mut hasher = blake3::Hasher::new();
-    hasher
-        .update_reader(file)
-        .map_err(Error::io("cannot read", path))?;
-    Ok(hasher.finalize().to_hex().to_string())
 }
 
 #[cfg(test)]
@@ -78,8 +68,8 @@ mod tests {
             documents: 1,
             tokens: 3,
             bytes: 3,
-            bin: checksum(&bin).unwrap(),
-            idx: checksum(&idx).unwrap(),
+            bin: hash_file(&bin).unwrap(),
+            idx: hash_file(&idx).unwrap(),
         };
         let info = DatasetInfo {
             files: [("train".to_string(), file)].into(),

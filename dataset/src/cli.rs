@@ -11,7 +11,7 @@ use crate::{
     },
     printable::printable,
     progress::ProgressView,
-    tokenizer::TokenizerOptions,
+    tokenizer::{MAX_VOCABULARY, TokenizerOptions},
 };
 use clap::{Args, Subcommand, ValueEnum};
 use std::{
@@ -20,9 +20,6 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
 };
-
-/// Largest size of a vocabulary.
-const MAX_VOCABULARY: u64 = 1 << 31;
 
 /// Threads, at most. They are more than any machine has processors.
 const MAX_THREADS: u64 = 4096;
@@ -57,14 +54,20 @@ pub struct PrepareArgs {
     /// Token that ends documents, by text or id [default: named by the tokenizer's files]
     #[arg(long, value_name = "TOKEN", requires = "tokenizer")]
     pub eos: Option<String>,
-    /// Token that begins documents, by text or id [default: named by the tokenizer's files]
+    /// Token that begins documents, by text or id, or none [default: the one the tokenizer adds]
     #[arg(long, value_name = "TOKEN", requires = "tokenizer")]
     pub bos: Option<String>,
     /// Read special tokens in the text of documents as such, not as text
     #[arg(long)]
     pub special_tokens: bool,
     /// Vocabulary size of the trained tokenizer; it is trained on at most 64 MiB of the text
-    #[arg(long, default_value_t = 8192, value_name = "N", value_parser = whole(1..=MAX_VOCABULARY))]
+    #[arg(
+        long,
+        default_value_t = 8192,
+        value_name = "N",
+        value_parser = whole(1..=MAX_VOCABULARY),
+        conflicts_with = "tokenizer"
+    )]
     pub vocab_size: usize,
     /// Fraction of documents kept for validation; 0 writes no validation files
     #[arg(long, default_value_t = 0.02, value_name = "FRACTION", value_parser = fraction)]
@@ -198,7 +201,9 @@ pub fn run(command: DataCommand) -> Result<(), Error> {
     match command {
         DataCommand::Prepare(args) => run_prepare(*args),
         DataCommand::Merge(args) => {
-            let info = prepare::merge(&args.output, &args.inputs, args.force)?;
+            let view = &mut ProgressView::new();
+            let report = &mut |event: prepare::Event| view.show(event);
+            let info = prepare::merge(&args.output, &args.inputs, args.force, report)?;
             print(&summary(&args.output, &info))
         }
         DataCommand::Verify(args) => {
@@ -283,6 +288,7 @@ fn run_prepare(args: PrepareArgs) -> Result<(), Error> {
                 .map(|list| list.iter().map(extension).collect()),
             strict: args.strict,
             hidden: args.hidden,
+            output: None,
         },
         output: args.output,
         tokenizer: args.tokenizer,
@@ -323,6 +329,10 @@ fn summary(output: &Path, info: &DatasetInfo) -> String {
         (
             info.documents_without_tokens,
             "documents left out because the tokenizer leaves no token of them",
+        ),
+        (
+            info.documents_not_tokenized,
+            "documents left out because the tokenizer cannot encode them",
         ),
     ];
     let own = own.iter().filter(|(count, _)| *count > 0);

@@ -54,6 +54,13 @@ pub struct DatasetInfo {
     /// Documents with text of which the tokenizer leaves no token. They were not written.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub documents_without_tokens: u64,
+    /// Documents that the tokenizer cannot encode. They were not written.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub documents_not_tokenized: u64,
+    /// Of a part: BLAKE3 hash of the command without the part, in hexadecimal digits. The parts of
+    /// a corpus have the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub corpus: Option<String>,
     /// Options of the command that made the data set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub options: Option<OptionsInfo>,

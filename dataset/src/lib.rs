@@ -15,9 +15,11 @@ pub mod order;
 pub mod prepare;
 pub mod printable;
 mod progress;
+mod quiet_panic;
 pub mod tokenizer;
 pub mod tokens;
 
-pub use checksums::{Checksums, checksum, verify_checksums};
+pub use checksums::{Checksums, verify_checksums};
 pub use error::Error;
 pub use fingerprint::Fingerprint;
+pub use tokens::hash_file as checksum;

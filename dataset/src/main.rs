@@ -28,7 +28,20 @@ enum BenchCommand {
     Data(BenchDataArgs),
 }
 
+/// Version of the program that started this one.
+const FRONT_VERSION: &str = "MOERUN_FRONT_VERSION";
+
 fn main() -> ExitCode {
+    let own = env!("CARGO_PKG_VERSION");
+    let front = std::env::var(FRONT_VERSION);
+    if let Some(front) = front.ok().filter(|front| front != own) {
+        let program = std::env::current_exe().unwrap_or_default();
+        eprintln!(
+            "error: moerun is version {front}, and {} is version {own}: build both again",
+            program.display()
+        );
+        return ExitCode::FAILURE;
+    }
     let result = match Cli::parse().command {
         Command::Data(command) => dataset::cli::run(command),
         Command::Bench(BenchCommand::Data(args)) => dataset::cli::bench(&args),

@@ -69,6 +69,129 @@ fn merged_parts_and_shards_are_the_whole() {
     );
     let wrong = folder.fail(&["data", "merge", "merged", "part0of3"]);
     assert!(wrong.contains("merge all parts in order"), "{wrong}");
+    let twice = folder.fail(&["data", "merge", "merged", "part0of3", "./part0of3"]);
+    assert!(twice.contains("./part0of3 is named twice"), "{twice}");
+    // A part of the same corpus with another option.
+    let tokenizer = folder.path("part0of3/tokenizer.json");
+    let other = ["--tokenizer", tokenizer.to_str().unwrap(), "--part", "1/3"];
+    folder.prepare(&inputs, "other", &other);
+    let wrong = folder.fail(&["data", "merge", "merged", "part0of3", "other", "part2of3"]);
+    assert!(
+        wrong.contains("part0of3 and other are parts of different corpora"),
+        "{wrong}"
+    );
+    assert!(!folder.path("merged").exists());
+}
+
+#[test]
+fn pairs_are_merged_by_their_records() {
+    let folder = Folder::with_corpus(2, 50);
+    let options = ["--vocab-size", "400", "--validation-fraction", "0"];
+    folder.prepare(&["a.jsonl"], "a", &options);
+    folder.prepare(&["b.jsonl"], "b", &options);
+    let differ = folder.fail(&["data", "merge", "all", "a/train", "b/train"]);
+    assert!(
+        differ.contains("a/train and b/train have different tokenizers"),
+        "{differ}"
+    );
+    let tokenizer = folder.path("a/tokenizer.json");
+    let same = [
+        "--tokenizer",
+        tokenizer.to_str().unwrap(),
+        "--validation-fraction",
+        "0",
+    ];
+    folder.prepare(&["b.jsonl"], "b", &[&same[..], &["--force"]].concat());
+    folder.succeed(&["data", "merge", "all", "a/train", "b/train"]);
+    let verified = stdout(&folder.succeed(&["data", "verify", "all"]));
+    assert!(verified.contains("all: 100 documents"), "{verified}");
+    let first = std::fs::read(folder.path("all.bin")).unwrap();
+    let refused = folder.fail(&["data", "merge", "all", "b/train", "a/train"]);
+    assert!(refused.contains("all.bin exists"), "{refused}");
+    let twice = folder.fail(&["data", "merge", "more", "a/train", "a/../a/train"]);
+    assert!(twice.contains("is named twice"), "{twice}");
+    let own = folder.fail(&["data", "merge", "--force", "a/train", "b/train"]);
+    assert!(own.contains("a/train belongs to a data set"), "{own}");
+    // Damage in the middle leaves what was there.
+    flip(&folder.path("a/train.bin"), 4, 1);
+    let damaged = folder.fail(&["data", "merge", "--force", "all", "b/train", "a/train"]);
+    assert!(
+        damaged.contains("a/train.bin is damaged: its checksum"),
+        "{damaged}"
+    );
+    assert_eq!(std::fs::read(folder.path("all.bin")).unwrap(), first);
+    assert!(!folder.path(".all.unfinished").exists());
+    flip(&folder.path("a/train.bin"), 4, 1);
+    folder.succeed(&["data", "merge", "--force", "all", "b/train", "a/train"]);
+    assert_ne!(std::fs::read(folder.path("all.bin")).unwrap(), first);
+    // Pairs without a record are merged with a note.
+    let note = stderr(&folder.succeed(&["data", "merge", "again", "all", "a/train"]));
+    assert!(note.contains("all: no dataset.json lists it"), "{note}");
+}
+
+#[test]
+fn documents_that_cannot_be_tokenized_are_counted() {
+    let folder = Folder::new();
+    let tokenizer = serde_json::json!({
+        "added_tokens": [{
+            "id": 4, "content": "<|endoftext|>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true,
+        }],
+        "pre_tokenizer": {
+            "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+            "use_regex": true,
+        },
+        "model": {
+            "type": "BPE", "merges": [],
+            "vocab": {"a": 0, "b": 1, "\u{120}": 2, "\u{10a}": 3},
+        },
+    });
+    std::fs::write(folder.path("t.json"), tokenizer.to_string()).unwrap();
+    // The second one fails only after its first parts have been written.
+    let long = "a b\n".repeat(1 << 20) + "c";
+    for (name, text) in [
+        ("1.txt", "a b"),
+        ("2.txt", &*long),
+        ("3.txt", "c"),
+        ("4.txt", "b"),
+    ] {
+        std::fs::write(folder.path(name), text).unwrap();
+    }
+    let inputs = ["1.txt", "2.txt", "3.txt", "4.txt"];
+    let options = ["--tokenizer", "t.json", "--validation-fraction", "0"];
+    let made = folder.prepare(&inputs, "out", &options);
+    let line = "documents left out because the tokenizer cannot encode them: 2";
+    assert!(stdout(&made).contains(line), "{}", stdout(&made));
+    let info = info(&folder, "out");
+    assert_eq!(info["documents_not_tokenized"], 2);
+    assert_eq!(
+        (&info["documents"], &info["train_tokens"]),
+        (&2.into(), &6.into())
+    );
+    let example = info["counts"]["examples"][0].as_str().unwrap();
+    assert!(
+        example.contains("2.txt: document 0, counted from 0"),
+        "{example}"
+    );
+    assert!(info["unigram_entropy"].as_f64().unwrap() < 1.4, "{info}");
+    folder.succeed(&["data", "verify", "out"]);
+    folder.prepare(&["1.txt", "4.txt"], "rest", &options);
+    let train = |output: &str| std::fs::read(folder.path(output).join("train.bin")).unwrap();
+    assert_eq!(train("out"), train("rest"));
+    let strict = [
+        "data", "prepare", "1.txt", "3.txt", "-o", "strict", "--strict",
+    ];
+    let refused = folder.fail(&[&strict[..], &options].concat());
+    assert!(
+        refused.contains("3.txt: document 0, counted from 0: "),
+        "{refused}"
+    );
+    let most = ["data", "prepare", "1.txt", "2.txt", "3.txt", "-o", "most"];
+    let refused = folder.fail(&[&most[..], &options].concat());
+    assert!(
+        refused.contains("cannot encode 2 of 3 documents"),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -248,7 +371,31 @@ fn damage_is_found_and_named() {
         flip(path, at, mask);
     }
     folder.succeed(&["data", "verify", "out"]);
-    // Without the record only what the pair itself tells.
+    let record = std::fs::read_to_string(folder.path("out/dataset.json")).unwrap();
+    let change = |from: &str, to: &str| {
+        let changed = record.replacen(from, to, 1);
+        assert_ne!(changed, record);
+        std::fs::write(folder.path("out/dataset.json"), changed).unwrap();
+    };
+    change("\"documents\": 200", "\"documents\": 201");
+    let found = folder.fail(&["data", "verify", "out"]);
+    assert!(
+        found.contains("documents is 201, and the sum of its files is 200"),
+        "{found}"
+    );
+    std::fs::write(folder.path("out/dataset.json"), &record).unwrap();
+    let tokenizer = folder.path("out/tokenizer.json");
+    let text = std::fs::read_to_string(&tokenizer).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    std::fs::write(&tokenizer, serde_json::to_string_pretty(&json).unwrap()).unwrap();
+    folder.succeed(&["data", "verify", "out"]);
+    std::fs::write(&tokenizer, text.replace("<|endoftext|>", "<|unknown|>")).unwrap();
+    let found = folder.fail(&["data", "verify", "out"]);
+    assert!(
+        found.contains("is not the tokenizer that dataset.json records"),
+        "{found}"
+    );
+    // Without the record only what the pair itself tells, whatever the tokenizer calls its tokens.
     std::fs::remove_file(folder.path("out/dataset.json")).unwrap();
     let fine = stdout(&folder.succeed(&["data", "verify", "out/train"]));
     assert!(fine.contains("not checked: checksums"), "{fine}");
@@ -358,6 +505,19 @@ fn options_that_cannot_be_met_are_refused_at_once() {
         (&["--validation-fraction", "1"], "from 0 to below 1"),
         (&["--eos", "x"], "--tokenizer"),
         (&["--tokenizer", "missing.json"], "missing.json"),
+        (
+            &["--tokenizer", "t.json", "--vocab-size", "300"],
+            "cannot be used with",
+        ),
+        (&["--vocab-size", "5000000"], "5000000 is not in"),
+        (
+            &["--shards", "2", "--part", "0/3"],
+            "--part 0/3: there are only 2 shards",
+        ),
+        (
+            &["--shard-per-input", "--part", "0/2"],
+            "there are only 1 input files",
+        ),
     ] {
         let refused =
             folder.fail(&[&["data", "prepare", "a.jsonl", "-o", "out"], options].concat());

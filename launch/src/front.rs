@@ -16,6 +16,9 @@ use std::{
 /// stops moerun in order.
 const UCX_SIGNAL: &str = "UCX_DEBUG_SIGNO";
 
+/// Tells `moerun-data` the version of this program, so that it notices another build.
+const FRONT_VERSION: &str = "MOERUN_FRONT_VERSION";
+
 fn main() -> ExitCode {
     let own = match std::env::current_exe() {
         Ok(own) => own,
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
     let data_program = own.with_file_name("moerun-data");
     if is_about_data() && data_program.exists() {
         let mut data = Command::new(&data_program);
+        data.env(FRONT_VERSION, env!("CARGO_PKG_VERSION"));
         return become_program(data.arg0("moerun").args(std::env::args_os().skip(1)));
     }
     // `moerun-core` handles them. Best effort: a signal during the start may kill the process.
@@ -62,7 +66,11 @@ fn main() -> ExitCode {
 
 /// True for the commands that `moerun-data` has, which need no libtorch.
 fn is_about_data() -> bool {
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).take(2).collect();
+    let arguments = std::env::args_os().skip(1);
+    let arguments = arguments
+        .enumerate()
+        .filter(|(at, word)| *at > 0 || word != "help");
+    let arguments: Vec<OsString> = arguments.map(|(_, word)| word).take(2).collect();
     let is = |index: usize, name: &str| arguments.get(index).is_some_and(|word| word == name);
     is(0, "data") || (is(0, "bench") && is(1, "data"))
 }

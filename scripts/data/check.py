@@ -19,7 +19,7 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import zstandard
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 MOERUN = str(Path(sys.argv[1]).resolve())
 SCRIPTS = Path(__file__).parent
@@ -83,6 +83,38 @@ def trained(work: Path) -> Path:
     return work / "trained" / "tokenizer.json"
 
 
+def long_document() -> str:
+    """Returns a document of 5 MiB, which is tokenized in parts."""
+    block = "\n".join(texts())
+    return (block * (5 * 2**20 // len(block.encode()) + 1))[: 5 * 2**20]
+
+
+def beginning(folder: Path, library: Tokenizer) -> str | None:
+    """Returns the token that begins documents by the rules of transformers.
+
+    It is the first one that the library itself adds to a text, if the configuration calls it the
+    bos_token and it does not end documents.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def text(name: str) -> str | None:
+        token = config.get(name)
+        return token["content"] if isinstance(token, dict) else token
+
+    if config.get("add_bos_token") is False or ("bos_token" in config and not text("bos_token")):
+        return None
+    if config.get("add_bos_token"):
+        return text("bos_token") if text("bos_token") != text("eos_token") else None
+    with_added = library.encode("a", add_special_tokens=True).tokens
+    without = library.encode("a", add_special_tokens=False).tokens
+    added = with_added[: len(with_added) - len(without)]
+    if not added or with_added[len(added) :] != without or added[0] == text("eos_token"):
+        return None
+    known = ["<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "<s>"]
+    return added[0] if added[0] in [text("bos_token"), *known] else None
+
+
 def check_formats(work: Path) -> None:
     """Compares the tokens of one corpus in many files with those of JSON lines."""
     rows = texts()
@@ -144,7 +176,7 @@ def check_datasets(work: Path, rows: list[str], tokenizer: Path, wanted: list) -
 def check_tokenizers(work: Path) -> None:
     """Compares the ids of every document with those of the tokenizers library."""
     lines = work / "lines.jsonl"
-    rows = texts()
+    rows = [*texts(), long_document()]
     write_lines(lines, rows)
     made = subprocess.run(
         [sys.executable, SCRIPTS / "make_tokenizers.py"], capture_output=True, text=True, check=True
@@ -160,8 +192,11 @@ def check_tokenizers(work: Path) -> None:
         library = Tokenizer.from_file(str(folder / "tokenizer.json"))
         library.no_truncation()
         library.no_padding()
+        expected = beginning(folder, library)
+        found = info["bos"]["text"] if info.get("bos") else None
+        report(f"{name}: beginning", expected == found, f"{found}, expected {expected}")
         library.encode_special_tokens = True
-        bos = [info["bos"]["id"]] if info.get("bos") else []
+        bos = [library.token_to_id(expected)] if expected else []
         ours = documents(output / "train")
         wrong = [
             number
@@ -176,7 +211,7 @@ def check_tokenizers(work: Path) -> None:
 def check_datatrove(work: Path) -> None:
     """Compares token files with those of datatrove."""
     from datatrove.data import Document
-    from datatrove.pipeline.tokens import MegatronDocumentTokenizer
+    from datatrove.pipeline.tokens import DocumentTokenizer, MegatronDocumentTokenizer
 
     tokenizer = trained(work)
     rows = texts()
@@ -196,6 +231,42 @@ def check_datatrove(work: Path) -> None:
         theirs = next((work / "theirs").glob(f"*.{ending}")).read_bytes()
         ours = (work / "ours" / f"train.{ending}").read_bytes()
         report(f"datatrove .{ending}", ours == theirs, f"{len(ours)} and {len(theirs)} bytes")
+    step = DocumentTokenizer(
+        output_folder=str(work / "arrays"),
+        local_working_dir=str(work / "local"),
+        tokenizer_name_or_path=str(tokenizer),
+        eos_token="<|endoftext|>",
+        save_filename="arrays",
+        shuffle_documents=False,
+    )
+    step.run(named, rank=0, world_size=1)
+    array = next((work / "arrays").glob("*.ds"))
+    ours = (work / "ours" / "train.bin").read_bytes()
+    report("datatrove .ds", array.read_bytes() == ours, f"{array.stat().st_size} bytes")
+    ends = numpy.fromfile(f"{array}.index", numpy.uint64)
+    lengths = [len(document) for document in documents(work / "ours" / "train")]
+    report("datatrove .ds.index", ends.tolist() == numpy.cumsum(lengths).tolist())
+
+
+def check_vocabulary(work: Path) -> None:
+    """Compares ids above 65,535, which take four bytes, with those of the library."""
+    rows = [f"word{number} and word{number + 7}" for number in range(0, 70_000, 70)]
+    vocab = {"?": 0, "</s>": 1, "and": 2}
+    for number in range(70_010):
+        vocab[f"word{number}"] = len(vocab)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(work / "tokenizer.json"))
+    write_lines(work / "lines.jsonl", rows)
+    made = prepare(work / "out", work / "lines.jsonl", "--tokenizer", work / "tokenizer.json")
+    if made.returncode != 0:
+        report("vocabulary", False, made.stderr.strip()[-300:])
+        return
+    wanted = [[*tokenizer.encode(row).ids, 1] for row in rows]
+    found = documents(work / "out" / "train")
+    info = json.loads((work / "out" / "dataset.json").read_text())
+    report("vocabulary above 65,536", found == wanted and info["dtype"] == "int32", info["dtype"])
 
 
 def peak(output: Path, *arguments: object) -> float:
@@ -242,6 +313,7 @@ CHECKS = {
     "formats": check_formats,
     "tokenizers": check_tokenizers,
     "datatrove": check_datatrove,
+    "vocabulary": check_vocabulary,
     "memory": check_memory,
 }
 

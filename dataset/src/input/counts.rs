@@ -87,13 +87,15 @@ counts! {
     hidden: "hidden files and folders that were left out",
     /// Paths that name a file or folder again, left out.
     repeated: "paths left out because they name a file or folder again",
+    /// Files in folders that belong to other splits than `train`, left out.
+    other_splits: "files left out because they belong to other splits than train",
     /// Files in folders that are not known, left out.
     unknown: "files left out because their kind is unknown",
 }
 
 impl InputCounts {
     /// Adds an example, if there is room.
-    pub(super) fn add_example(&mut self, example: impl FnOnce() -> String) {
+    pub(crate) fn add_example(&mut self, example: impl FnOnce() -> String) {
         if self.examples.len() < MAX_EXAMPLES {
             self.examples.push(example());
         }

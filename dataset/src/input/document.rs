@@ -1,7 +1,7 @@
 //! The rules for text: makes valid pieces of documents from bytes, and counts what is odd.
 
 use super::counts::InputCounts;
-use crate::Error;
+use crate::{Error, char_boundary::floor_char_boundary};
 use memchr::{memchr, memchr_iter, memmem, memrchr};
 use std::fmt;
 
@@ -468,13 +468,4 @@ fn find_crlf(text: &str, after_cr: bool) -> Option<usize> {
     }
     memchr(b'\r', text.as_bytes())?;
     memmem::find(text.as_bytes(), b"\r\n").map(|at| at + 1)
-}
-
-/// Returns the end of the longest prefix of whole characters in at most `most` bytes.
-fn floor_char_boundary(text: &str, most: usize) -> usize {
-    let mut end = most.min(text.len());
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    end
 }

@@ -14,6 +14,7 @@ use super::{
 use crate::Error;
 use std::{
     collections::{BTreeSet, HashSet},
+    ffi::OsStr,
     fs::Metadata,
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
@@ -22,18 +23,20 @@ use std::{
 /// Most paths that a note names.
 const MAX_NAMES: usize = 10;
 
-/// Names of files that describe a data set, without suffix.
-const CARDS: [&str; 9] = [
+/// Names of files that describe a data set, whose suffix is one of [`CARD_SUFFIXES`] or none.
+const CARDS: [&str; 6] = [
     "readme",
     "license",
     "licence",
     "notice",
     "citation",
     "changelog",
-    "dataset_info",
-    "dataset_infos",
-    "state",
 ];
+
+const CARD_SUFFIXES: [&str; 5] = ["md", "markdown", "txt", "text", "rst"];
+
+/// Whole names of files that describe a data set.
+const RECORDS: [&str; 3] = ["dataset_info.json", "dataset_infos.json", "state.json"];
 
 /// The files to read.
 #[derive(Debug)]
@@ -59,6 +62,8 @@ pub fn find(inputs: &[String], options: &InputOptions) -> Result<Found, Error> {
     if matches!(&options.split, Split::Separator(separator) if separator.is_empty()) {
         return Err(Error::Options("the separator of documents is empty".into()));
     }
+    let output = options.output.as_ref();
+    let output = output.and_then(|folder| std::fs::metadata(folder).ok());
     let mut finder = Finder {
         options,
         found: Found {
@@ -68,6 +73,8 @@ pub fn find(inputs: &[String], options: &InputOptions) -> Result<Found, Error> {
         },
         seen_files: HashSet::new(),
         seen_folders: HashSet::new(),
+        output: output.map(|metadata| identity(&metadata)),
+        other_splits: Vec::new(),
         repeated: Vec::new(),
         unknown: Vec::new(),
         hidden: Vec::new(),
@@ -90,6 +97,9 @@ struct Finder<'o> {
     found: Found,
     seen_files: HashSet<Identity>,
     seen_folders: HashSet<Identity>,
+    /// The folder of the result.
+    output: Option<Identity>,
+    other_splits: Vec<String>,
     repeated: Vec<String>,
     unknown: Vec<String>,
     hidden: Vec<String>,
@@ -156,15 +166,9 @@ impl Finder<'_> {
         }
         let mut files = Vec::new();
         self.walk(path, &metadata, &mut files)?;
-        self.note_splits(path, &files);
-        let is_table = |path: &PathBuf| {
-            let suffix = Suffixes::of(path).inner;
-            let format = format_of_extension(suffix.as_deref().unwrap_or_default());
-            matches!(format, Some(Format::Json | Format::Parquet))
-        };
         let has_tables = self.options.extensions.is_none()
             && files.iter().any(|path| is_table(path) && !is_card(path));
-        for path in files {
+        for path in self.choose_split(path, files) {
             if has_tables && is_card(&path) {
                 let path = path.display();
                 self.unknown
@@ -202,7 +206,13 @@ impl Finder<'_> {
             }
             let metadata = std::fs::metadata(&path).map_err(Error::io("cannot open", &path))?;
             if metadata.is_dir() {
-                self.walk(&path, &metadata, files)?;
+                if self.output == Some(identity(&metadata)) {
+                    let output = path.display();
+                    let note = format!("left out {output}, the folder of the result");
+                    self.found.notes.push(note);
+                } else {
+                    self.walk(&path, &metadata, files)?;
+                }
                 continue;
             }
             let suffixes = Suffixes::of(&path);
@@ -236,6 +246,12 @@ impl Finder<'_> {
         }
         match file.open(self.options) {
             Ok(contents) => {
+                if in_folder && self.lacks_rows(&file)? {
+                    let key = &self.options.text_key;
+                    self.unknown
+                        .push(format!("{file} (it has no row with the key {key})"));
+                    return Ok(());
+                }
                 if let Contents::Parquet(table) = contents {
                     parquet_rows::check(table, &self.options.text_key)
                         .map_err(|cause| Error::Data(format!("{file}: {cause}")))?;
@@ -251,21 +267,58 @@ impl Finder<'_> {
         Ok(())
     }
 
-    /// Notes that a folder has files of several splits, which would all be read.
-    fn note_splits(&mut self, folder: &Path, files: &[PathBuf]) {
-        let names = files
-            .iter()
-            .filter_map(|path| path.strip_prefix(folder).ok());
-        let names = names.flat_map(|path| path.iter().filter_map(|name| name.to_str()));
-        let splits: BTreeSet<&str> = names.filter_map(find_split).collect();
-        if splits.len() > 1 {
-            let splits: Vec<_> = splits.into_iter().collect();
-            self.found.notes.push(format!(
-                "{} holds the splits {}, and all are read: to read one, name its files",
-                folder.display(),
-                splits.join(", ")
-            ));
+    /// True for a `.json` file of a folder without any document, such as a `package.json`. With
+    /// [`InputOptions::strict`], reading it names the reason.
+    fn lacks_rows(&self, file: &InputFile) -> Result<bool, Error> {
+        let suffix = file.path().and_then(|path| Suffixes::of(path).inner);
+        if suffix.as_deref() != Some("json") || self.options.strict {
+            return Ok(false);
         }
+        let mut has_document = false;
+        let mut ignored = InputCounts::default();
+        let read = file.read(self.options, &mut ignored, &mut |_| {
+            has_document = true;
+            // The first one is enough.
+            Err(Error::Data("a document was found".into()))
+        });
+        match read {
+            _ if has_document => Ok(false),
+            Ok(()) | Err(Error::Data(_)) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns the files of a folder to read. Of tables with several splits, that is `train`.
+    fn choose_split(&mut self, folder: &Path, files: Vec<PathBuf>) -> Vec<PathBuf> {
+        let split = |path: &PathBuf| {
+            let inner = path.strip_prefix(folder).ok().filter(|_| is_table(path))?;
+            let mut names = inner.iter().filter_map(|name| name.to_str());
+            names.find_map(find_split)
+        };
+        let splits: BTreeSet<&str> = files.iter().filter_map(split).collect();
+        if splits.len() < 2 {
+            return files;
+        }
+        let has_train = splits.contains(TRAIN);
+        let names: Vec<_> = splits.into_iter().collect();
+        let outcome = if has_train {
+            "only train is read: to read others, name their files"
+        } else {
+            "all are read: to read one, name its files"
+        };
+        self.found.notes.push(format!(
+            "{} holds the splits {}, and {outcome}",
+            folder.display(),
+            names.join(", ")
+        ));
+        if !has_train {
+            return files;
+        }
+        let is_read = |path: &PathBuf| split(path).is_none_or(|split| split == TRAIN);
+        let (read, others): (Vec<_>, Vec<_>) = files.into_iter().partition(is_read);
+        let others = others.iter().map(|path| path.display().to_string());
+        self.other_splits.extend(others);
+        read
     }
 
     fn finish(mut self, inputs: &[String]) -> Result<Found, Error> {
@@ -273,12 +326,17 @@ impl Finder<'_> {
         counts.hidden = self.hidden.len() as u64;
         counts.repeated = self.repeated.len() as u64;
         counts.unknown = self.unknown.len() as u64;
+        counts.other_splits = self.other_splits.len() as u64;
         let lists = [
             (
                 "left out hidden files and folders (--hidden reads them)",
                 self.hidden,
             ),
             ("left out files of unknown kinds", self.unknown),
+            (
+                "left out files of other splits than train",
+                self.other_splits,
+            ),
             ("read once, though named again", self.repeated),
         ];
         for (line, paths) in lists {
@@ -302,16 +360,28 @@ impl Finder<'_> {
 
 /// True if a file describes a data set.
 fn is_card(path: &Path) -> bool {
-    let stem = path.file_stem().and_then(|stem| stem.to_str());
-    let stem = stem.unwrap_or_default().to_lowercase();
-    CARDS.contains(&stem.as_str())
+    let lower = |part: Option<&OsStr>| part.and_then(OsStr::to_str).map(str::to_lowercase);
+    let is_record = lower(path.file_name()).is_some_and(|name| RECORDS.contains(&&*name));
+    let is_name = lower(path.file_stem()).is_some_and(|stem| CARDS.contains(&&*stem));
+    let suffix = lower(path.extension());
+    is_record || is_name && suffix.is_none_or(|suffix| CARD_SUFFIXES.contains(&&*suffix))
 }
+
+/// True if a file has rows, by its suffix.
+fn is_table(path: &Path) -> bool {
+    let suffix = Suffixes::of(path).inner;
+    let format = format_of_extension(suffix.as_deref().unwrap_or_default());
+    matches!(format, Some(Format::Json | Format::Parquet))
+}
+
+/// The split that is read.
+const TRAIN: &str = "train";
 
 /// Returns the split that a file or folder is named after.
 fn find_split(name: &str) -> Option<&'static str> {
     let word = name.split(['-', '_', '.']).next()?;
     match word.to_lowercase().as_str() {
-        "train" | "training" => Some("train"),
+        "train" | "training" => Some(TRAIN),
         "validation" | "valid" | "val" | "dev" => Some("validation"),
         "test" | "testing" => Some("test"),
         _ => None,

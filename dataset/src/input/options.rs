@@ -1,7 +1,7 @@
 //! Options of finding and reading documents.
 
 use crate::Error;
-use std::{fmt, str::FromStr};
+use std::{fmt, path::PathBuf, str::FromStr};
 
 /// Options of [`find`](super::find()) and [`InputFile::read`](super::InputFile::read).
 #[derive(Debug, Clone)]
@@ -17,6 +17,8 @@ pub struct InputOptions {
     pub strict: bool,
     /// True if hidden files in folders are read.
     pub hidden: bool,
+    /// The folder of the result, which is left out of the folders that contain it.
+    pub output: Option<PathBuf>,
 }
 
 impl Default for InputOptions {
@@ -27,6 +29,7 @@ impl Default for InputOptions {
             extensions: None,
             strict: false,
             hidden: false,
+            output: None,
         }
     }
 }

@@ -5,7 +5,7 @@ use super::{
     fields::{Row, Value, take_row},
     options::TextKey,
 };
-use crate::Error;
+use crate::{Error, quiet_panic::without_panic};
 use bytes::Bytes;
 use parquet::{
     basic::{ConvertedType, LogicalType, Type},
@@ -21,7 +21,6 @@ use parquet::{
 use std::{
     fs::File,
     io::{BufRead, BufReader},
-    panic::{AssertUnwindSafe, catch_unwind},
 };
 
 /// Largest number of bytes of an unpacked page of Parquet. Files with larger pages are refused.
@@ -58,8 +57,7 @@ impl Table {
 
 /// Calls the library, which panics at some damage, and returns an error instead.
 fn catch_panic<T>(call: impl FnOnce() -> ParquetResult<T>) -> ParquetResult<T> {
-    // Nothing that the call changed is used after a panic.
-    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| {
+    without_panic(call).unwrap_or_else(|_| {
         Err(ParquetError::General(
             "its contents are inconsistent".into(),
         ))
@@ -105,12 +103,11 @@ pub(super) fn read(file: File, key: &TextKey, documents: &mut Documents) -> Resu
     let Table { reader, columns } = table;
     let mut number = 0;
     for group in 0..reader.num_row_groups() {
-        let group = reader
-            .get_row_group(group)
-            .map_err(|e| failed(documents, e))?;
+        let group =
+            catch_panic(|| reader.get_row_group(group)).map_err(|e| failed(documents, e))?;
         let mut readers = columns
             .iter()
-            .map(|&column| Cells::new(&*group, column))
+            .map(|&column| catch_panic(|| Cells::new(&*group, column)))
             .collect::<ParquetResult<Vec<_>>>()
             .map_err(|e| failed(documents, e))?;
         for _ in 0..group.metadata().num_rows() {

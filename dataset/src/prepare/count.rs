@@ -9,6 +9,9 @@ use crate::{
 /// Most marks of a file.
 const MARKS: usize = 4096;
 
+/// Marks that all files share, 16 MiB. Every file has one in any case.
+const ALL_MARKS: usize = 1 << 20;
+
 /// The start of a document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mark {
@@ -29,13 +32,23 @@ pub(super) struct FileCount {
     pub(super) is_cut: bool,
     /// Documents between two marks.
     every: u64,
+    /// Most marks of this file.
+    most: usize,
 }
 
 impl FileCount {
+    fn new(most: usize) -> FileCount {
+        FileCount {
+            every: 1,
+            most,
+            ..FileCount::default()
+        }
+    }
+
     /// Returns the count of a file whose documents have these bytes.
     #[cfg(test)]
     pub(super) fn of(sizes: &[u64]) -> FileCount {
-        let mut count = FileCount::default();
+        let mut count = FileCount::new(MARKS);
         for &bytes in sizes {
             count.add(bytes);
         }
@@ -43,9 +56,8 @@ impl FileCount {
     }
 
     fn add(&mut self, bytes: u64) {
-        self.every = self.every.max(1);
         if self.documents.is_multiple_of(self.every) {
-            if self.marks.len() == MARKS {
+            if self.marks.len() == self.most {
                 self.every *= 2;
                 let every = self.every;
                 self.marks
@@ -71,10 +83,11 @@ pub(super) fn count(
     progress: &mut dyn FnMut(u64),
 ) -> Result<Vec<FileCount>, Error> {
     let mut counts = Vec::new();
+    let most = (ALL_MARKS / files.len().max(1)).clamp(1, MARKS);
     let mut left = limit.unwrap_or(u64::MAX);
     let mut done = 0;
     for file in files {
-        let mut count = FileCount::default();
+        let mut count = FileCount::new(most);
         if left > 0 {
             count_file(file, options, left, &mut count, &mut |bytes| {
                 progress(done + bytes)
@@ -129,5 +142,35 @@ mod tests {
             assert_eq!(mark.bytes, mark.document * 3);
         }
         assert_eq!(count.bytes, 300_000);
+        for most in 1..9 {
+            let mut count = FileCount::new(most);
+            for _ in 0..1000 {
+                count.add(1);
+                assert!((1..=most).contains(&count.marks.len()));
+            }
+            assert_eq!(count.marks[0].document, 0);
+        }
+    }
+
+    #[test]
+    fn many_files_share_their_marks() {
+        let folder = tempfile::tempdir().unwrap();
+        let lines = "a\n".repeat(5000);
+        for number in 0..ALL_MARKS / 1024 {
+            let name = format!("{number}.txt");
+            let text = if number == 0 { &lines } else { "b" };
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        let options = InputOptions {
+            split: crate::input::Split::Line,
+            ..InputOptions::default()
+        };
+        let path = folder.path().join("0.txt").display().to_string();
+        let rest = folder.path().display().to_string();
+        let found = crate::input::find(&[path, rest], &options).unwrap();
+        let counts = count(&found.files, &options, None, &mut |_| ()).unwrap();
+        assert_eq!(counts[0].documents, 5000);
+        assert!(counts[0].marks.len() <= 1024, "{}", counts[0].marks.len());
+        assert!(counts.iter().all(|count| !count.marks.is_empty()));
     }
 }

@@ -1,9 +1,9 @@
 //! `moerun data merge`: joins data sets, or pairs of token files.
 
 use super::{
-    read_info,
+    Event, read_info,
     shard_writer::file_info,
-    staging::{Begun, Staging, TOKENIZER_FILE},
+    staging::{Begun, Staging, TOKENIZER_FILE, Target, replace_synced},
     token_counts::TokenCounts,
     write_info,
 };
@@ -12,7 +12,10 @@ use crate::{
     info::{DatasetInfo, FileInfo, INFO_FILE, INFO_VERSION, InputInfo, OptionsInfo},
     tokens::{TokenPair, WrittenPair},
 };
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 /// Joins data sets into the folder `output`, or pairs of token files into the pair `output`, in the
 /// order of `inputs`. Every input is checked as it is read.
@@ -21,12 +24,19 @@ use std::path::{Path, PathBuf};
 /// of a corpus that was prepared with `--part` give the same bytes as the whole.
 ///
 /// # Errors
-/// If an input is missing or damaged, inputs differ in their tokens, parts are missing or in the
-/// wrong order, or the output exists (without `force`) or cannot be written.
-pub fn merge(output: &Path, inputs: &[PathBuf], force: bool) -> Result<DatasetInfo, Error> {
+/// If an input is missing, damaged or named twice, inputs differ in their tokens, parts are
+/// missing, in the wrong order or of different corpora, or the output exists (without `force`) or
+/// cannot be written.
+pub fn merge(
+    output: &Path,
+    inputs: &[PathBuf],
+    force: bool,
+    report: &mut dyn FnMut(Event),
+) -> Result<DatasetInfo, Error> {
+    check_repeated(inputs)?;
     let are_folders = inputs.iter().filter(|input| input.is_dir()).count();
     if are_folders == 0 {
-        return merge_pairs(output, inputs, force);
+        return merge_pairs(output, inputs, force, report);
     }
     if are_folders < inputs.len() {
         return Err(Error::Options(
@@ -37,13 +47,20 @@ pub fn merge(output: &Path, inputs: &[PathBuf], force: bool) -> Result<DatasetIn
         .iter()
         .map(|input| Set::open(input))
         .collect::<Result<_, _>>()?;
-    check_same(&sets)?;
+    let records: Vec<Record> = sets.iter().map(|set| (&*set.folder, &set.info)).collect();
+    check_same(&records)?;
     check_parts(&sets)?;
+    if common(&sets, |info| info.options.clone().map(without_part)).is_none() {
+        report(Event::Warning(
+            "the data sets were made with different options, so the new dataset.json has none",
+        ));
+    }
     let hashes: Vec<String> = sets.iter().map(Set::identity).collect();
     let command = blake3::hash(hashes.join("\n").as_bytes())
         .to_hex()
         .to_string();
-    let Begun::Open { staging, .. } = Staging::begin::<()>(output, &command, force)? else {
+    let target = Target::DataSet(output.to_path_buf());
+    let Begun::Open { staging, .. } = Staging::begin::<()>(target, &command, force, true)? else {
         return read_info(output);
     };
     match merge_sets(&sets, &staging) {
@@ -95,10 +112,43 @@ impl Set {
     }
 }
 
-fn check_same(sets: &[Set]) -> Result<(), Error> {
-    let first = &sets[0];
-    for set in &sets[1..] {
-        let own = (&set.info, &first.info);
+/// Returns a path with something appended to its name.
+fn with_ending(prefix: &Path, ending: &str) -> PathBuf {
+    let mut path = prefix.as_os_str().to_owned();
+    path.push(ending);
+    PathBuf::from(path)
+}
+
+/// Checks that no input is named twice, by whatever path.
+fn check_repeated(inputs: &[PathBuf]) -> Result<(), Error> {
+    let mut seen = HashSet::new();
+    for input in inputs {
+        let path = if input.is_dir() {
+            input.clone()
+        } else {
+            with_ending(input, ".idx")
+        };
+        // A missing file is named when it is opened.
+        let path = path.canonicalize().unwrap_or(path);
+        if !seen.insert(path) {
+            return Err(Error::Options(format!(
+                "{} is named twice: its documents would be there twice",
+                input.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A data set's record, with the path that it describes.
+type Record<'a> = (&'a Path, &'a DatasetInfo);
+
+fn check_same(records: &[Record]) -> Result<(), Error> {
+    let Some(first) = records.first() else {
+        return Ok(());
+    };
+    for record in &records[1..] {
+        let own = (record.1, first.1);
         let checks = [
             ("tokenizers", own.0.tokenizer_hash != own.1.tokenizer_hash),
             ("vocabulary sizes", own.0.vocab_size != own.1.vocab_size),
@@ -109,8 +159,8 @@ fn check_same(sets: &[Set]) -> Result<(), Error> {
         if let Some((property, _)) = checks.iter().find(|(_, differs)| *differs) {
             return Err(Error::Data(format!(
                 "{} and {} have different {property}",
-                first.folder.display(),
-                set.folder.display()
+                first.0.display(),
+                record.0.display()
             )));
         }
     }
@@ -131,7 +181,7 @@ fn check_parts(sets: &[Set]) -> Result<(), Error> {
     let count = count.unwrap_or(0);
     let expected: Vec<String> = (0..count).map(|index| format!("{index}/{count}")).collect();
     if parts == expected && parts.len() == sets.len() {
-        return Ok(());
+        return check_corpus(sets);
     }
     let shown = expected
         .iter()
@@ -144,6 +194,22 @@ fn check_parts(sets: &[Set]) -> Result<(), Error> {
         "the inputs are the parts {}; merge all parts in order: {shown}{more}",
         parts.join(", ")
     )))
+}
+
+/// Checks that parts were made by the same command, from the same files.
+fn check_corpus(sets: &[Set]) -> Result<(), Error> {
+    let first = &sets[0];
+    let differs = |set: &&Set| set.info.corpus != first.info.corpus;
+    match sets.iter().find(differs) {
+        None => Ok(()),
+        Some(other) => Err(Error::Data(format!(
+            "{} and {} are parts of different corpora: the options, the input files or their \
+             sizes differ; prepare the parts with the same command, except for --part and the \
+             output",
+            first.folder.display(),
+            other.folder.display()
+        ))),
+    }
 }
 
 fn merge_sets(sets: &[Set], staging: &Staging) -> Result<DatasetInfo, Error> {
@@ -165,6 +231,7 @@ fn merge_sets(sets: &[Set], staging: &Staging) -> Result<DatasetInfo, Error> {
         info.validation_tokens += set.info.validation_tokens;
         info.one_token_documents += set.info.one_token_documents;
         info.documents_without_tokens += set.info.documents_without_tokens;
+        info.documents_not_tokenized += set.info.documents_not_tokenized;
         info.counts.add(&set.info.counts);
         for input in &set.info.inputs {
             add_input(&mut info.inputs, input);
@@ -191,8 +258,8 @@ fn merge_sets(sets: &[Set], staging: &Staging) -> Result<DatasetInfo, Error> {
     }
     info.unigram_entropy = counts.entropy();
     let from = sets[0].folder.join(TOKENIZER_FILE);
-    let to = staging.path(TOKENIZER_FILE);
-    std::fs::copy(&from, &to).map_err(Error::io("cannot copy", &from))?;
+    let tokenizer = std::fs::read(&from).map_err(Error::io("cannot read", &from))?;
+    replace_synced(&staging.path(TOKENIZER_FILE), &tokenizer)?;
     write_info(&staging.path(INFO_FILE), &info)?;
     Ok(info)
 }
@@ -286,39 +353,57 @@ pub(super) fn check_recorded(
     Ok(())
 }
 
-fn merge_pairs(output: &Path, inputs: &[PathBuf], force: bool) -> Result<DatasetInfo, Error> {
-    let pairs: Vec<(PathBuf, Option<&FileInfo>)> =
-        inputs.iter().map(|input| (input.clone(), None)).collect();
-    let file = |prefix: &Path, extension: &str| {
-        let mut path = prefix.as_os_str().to_owned();
-        path.push(extension);
-        PathBuf::from(path)
+fn merge_pairs(
+    output: &Path,
+    inputs: &[PathBuf],
+    force: bool,
+    report: &mut dyn FnMut(Event),
+) -> Result<DatasetInfo, Error> {
+    let of_own = DatasetInfo::of_tokens(output)?;
+    if of_own.is_some_and(|info| info.file(output).is_some()) {
+        return Err(Error::Options(format!(
+            "{} belongs to a data set, of which {INFO_FILE} records the checksums: choose another \
+             name",
+            output.display()
+        )));
+    }
+    let records = inputs.iter().map(|input| DatasetInfo::of_tokens(input));
+    let records: Vec<Option<DatasetInfo>> = records.collect::<Result<_, _>>()?;
+    let mut known: Vec<Record> = Vec::new();
+    let mut pairs: Vec<(PathBuf, Option<&FileInfo>)> = Vec::new();
+    for (input, record) in inputs.iter().zip(&records) {
+        let file = record.as_ref().and_then(|record| record.file(input));
+        pairs.push((input.clone(), file));
+        match record {
+            Some(record) if file.is_some() => known.push((input, record)),
+            _ => report(Event::Note(&format!(
+                "{}: no {INFO_FILE} lists it, so its tokenizer and its checksums are not compared",
+                input.display()
+            ))),
+        }
+    }
+    check_same(&known)?;
+    // Nothing is kept of an interrupted command, so that its name matters little.
+    let target = Target::Pair(output.to_path_buf());
+    let Begun::Open { staging, .. } = Staging::begin::<()>(target, "merge", force, false)? else {
+        return Err(Error::Data("internal error: a pair was resumed".into()));
     };
-    for extension in [".bin", ".idx"] {
-        let path = file(output, extension);
-        if path.exists() && !force {
-            return Err(Error::Options(format!(
-                "{} exists; choose another name, or replace it with --force",
-                path.display()
-            )));
-        }
-    }
-    let new = file(output, ".unfinished");
+    let name = output.file_name().unwrap_or_default().to_string_lossy();
     let mut counts = TokenCounts::default();
-    let merged = join(&new, &pairs, &mut counts).inspect_err(|_| {
-        for extension in [".bin", ".idx", ".lengths"] {
-            // Best effort: the error that led here matters more.
-            let _ = std::fs::remove_file(file(&new, extension));
+    let merged = match join(&staging.path(&name), &pairs, &mut counts) {
+        Ok(merged) => merged,
+        Err(error) => {
+            staging.discard();
+            return Err(error);
         }
-    })?;
-    for extension in [".bin", ".idx"] {
-        let from = file(&new, extension);
-        std::fs::rename(&from, file(output, extension))
-            .map_err(Error::io("cannot rename", &from))?;
-    }
+    };
+    staging.complete(&[format!("{name}.bin"), format!("{name}.idx")])?;
+    let first = records.first().and_then(Option::as_ref);
     Ok(DatasetInfo {
         documents: merged.documents,
+        bytes: merged.bytes,
         train_tokens: merged.tokens,
+        vocab_size: first.map_or(0, |info| info.vocab_size),
         unigram_entropy: counts.entropy(),
         version: INFO_VERSION,
         ..DatasetInfo::default()

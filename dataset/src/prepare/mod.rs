@@ -1,9 +1,12 @@
 //! `moerun data prepare`: makes token files from documents.
 //!
 //! Readers, tokenizing threads and one writer are joined by bounded queues. Memory does not depend
-//! on the corpus: per tokenizing thread about six batches of 256 KiB of text with their tokens,
-//! and what the tokenizer needs for one piece of text; per reader one row of its file. The bytes
-//! of the result depend only on inputs and options, not on threads or interruptions.
+//! on the corpus. With T threads there are R = min(1 + T/16, 4) readers and at most R (T + 3)
+//! batches. A batch has at most 0.25 MiB of text from short documents and 2.25 MiB from long ones
+//! (6.25 MiB where 4 MiB of text have no place to cut), and 4 bytes per token. To this come one row
+//! or page of each reader, what the tokenizer needs for a piece of text on each thread, the list of
+//! files, and with a count 16 MiB of marks. The bytes of the result depend only on inputs and
+//! options, not on threads or interruptions.
 
 mod count;
 mod documents;
@@ -30,7 +33,7 @@ use self::{
     plan::Plan,
     sample::{CHECKED_SAMPLE, TRAINING_SAMPLE, sample},
     shard_writer::{Format, ShardNames, ShardRecord, ShardWriter},
-    staging::{Begun, Staging, write_synced},
+    staging::{Begun, Staging, Target, replace_synced, write_synced},
     token_counts::TokenCounts,
 };
 use crate::{
@@ -148,24 +151,43 @@ pub fn prepare(
     report: &mut dyn FnMut(Event),
 ) -> Result<DatasetInfo, Error> {
     let held_out = HeldOut::new(options.validation_fraction)?;
-    let found = find(&options.inputs, &options.input)?;
+    let input = InputOptions {
+        output: Some(options.output.clone()),
+        ..options.input.clone()
+    };
+    let found = find(&options.inputs, &input)?;
     for note in &found.notes {
         report(Event::Note(note));
     }
     check_streams(options, &found.files)?;
+    plan::check_part(found.files.len(), options.shards, options.part)?;
+    let states: Vec<FileState> = found.files.iter().map(FileState::of).collect();
     let given = options
         .tokenizer
         .as_ref()
         .map(|path| given_tokenizer(path, options, &found.files, report))
         .transpose()?;
-    let command = command_hash(options, &found.files, given.as_ref());
-    let begun = Staging::begin::<Entry>(&options.output, &command, options.force)?;
-    let Begun::Open { staging, log } = begun else {
+    let command = command_hash(options, &found.files, &states, given.as_ref());
+    // The documents of a stream are gone once they were read.
+    let resumes = found.files.iter().all(|file| file.bytes().is_some());
+    let target = Target::DataSet(options.output.clone());
+    let begun = Staging::begin::<Entry>(target, &command, options.force, resumes)?;
+    let Begun::Open {
+        staging,
+        log,
+        is_restarted,
+    } = begun
+    else {
         report(Event::Note(
             "the data set was complete; its files are now in place",
         ));
         return read_info(&options.output);
     };
+    if is_restarted {
+        report(Event::Note(
+            "a stream cannot be read again: the unfinished data set is made anew",
+        ));
+    }
     let mut state = State::default();
     for entry in log {
         state.add(entry);
@@ -174,6 +196,7 @@ pub fn prepare(
         options,
         found: &found,
         files: &found.files,
+        states,
         held_out,
         staging: &staging,
         state,
@@ -299,20 +322,52 @@ fn recorded(options: &PrepareOptions) -> OptionsInfo {
     }
 }
 
+/// Size and time of a file, by which a change is noticed. Streams have neither.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct FileState {
+    bytes: Option<u64>,
+    modified: Option<String>,
+}
+
+impl FileState {
+    fn of(file: &InputFile) -> FileState {
+        let bytes = file.bytes();
+        let metadata = file.path().and_then(|path| std::fs::metadata(path).ok());
+        let modified = metadata.and_then(|metadata| metadata.modified().ok());
+        let modified = modified.filter(|_| bytes.is_some());
+        FileState {
+            bytes,
+            modified: modified.map(|time| format!("{time:?}")),
+        }
+    }
+}
+
+/// Returns a hash of what the parts of a corpus share: options, files and their documents.
+fn corpus_hash(
+    options: &PrepareOptions,
+    files: &[InputFile],
+    states: &[FileState],
+    plan: &Plan,
+) -> String {
+    let sizes = states.iter().map(|state| state.bytes);
+    let files: Vec<_> = files.iter().map(InputFile::to_string).zip(sizes).collect();
+    let shared = OptionsInfo {
+        part: None,
+        ..recorded(options)
+    };
+    let everything = (INFO_VERSION, shared, files, &plan.first_documents);
+    let text = serde_json::to_vec(&everything).expect("plain data");
+    blake3::hash(&text).to_hex().to_string()
+}
+
 /// Returns a hash of everything that decides on the result.
 fn command_hash(
     options: &PrepareOptions,
     files: &[InputFile],
+    states: &[FileState],
     given: Option<&DocumentTokenizer>,
 ) -> String {
-    let identity = |file: &InputFile| {
-        let path = file.to_string();
-        let metadata = file.path().and_then(|path| std::fs::metadata(path).ok());
-        let modified = metadata.and_then(|metadata| metadata.modified().ok());
-        let modified = modified.map(|time| format!("{time:?}"));
-        (path, file.bytes(), modified)
-    };
-    let files: Vec<_> = files.iter().map(identity).collect();
+    let files: Vec<_> = files.iter().map(InputFile::to_string).zip(states).collect();
     let tokenizer = given.map(|tokenizer| {
         let bos = tokenizer.bos().map(|bos| bos.id);
         (tokenizer.hash(), tokenizer.eos().id, bos)
@@ -341,6 +396,8 @@ struct Preparation<'a> {
     options: &'a PrepareOptions,
     found: &'a Found,
     files: &'a [InputFile],
+    /// The files as they were before anything was read.
+    states: Vec<FileState>,
     held_out: HeldOut,
     staging: &'a Staging,
     state: State,
@@ -357,13 +414,28 @@ impl Preparation<'_> {
             Some(tokenizer) => tokenizer,
             None => self.trained()?,
         };
-        tokenizer.save(&self.staging.path(TOKENIZER_FILE))?;
+        let path = self.staging.path(TOKENIZER_FILE);
+        replace_synced(&path, tokenizer.json().as_bytes())?;
         let plan = self.plan()?;
         self.check_finished(&plan)?;
         self.write(&plan, &tokenizer)?;
+        self.check_files()?;
         let info = self.info(&plan, &tokenizer)?;
         write_info(&self.staging.path(INFO_FILE), &info)?;
         Ok(info)
+    }
+
+    /// Checks that no file has changed since the command began.
+    fn check_files(&mut self) -> Result<(), Error> {
+        let mut files = self.files.iter().zip(&self.states);
+        let Some((file, _)) = files.find(|(file, state)| FileState::of(file) != **state) else {
+            return Ok(());
+        };
+        // What was made is of no use.
+        self.state.shards.clear();
+        Err(Error::Data(format!(
+            "{file} changed while it was read: start again once nothing writes to it"
+        )))
     }
 
     /// Returns the tokenizer that an interrupted command trained, or trains one.
@@ -564,9 +636,14 @@ impl Preparation<'_> {
             tokenizer_hash: Some(tokenizer.hash()),
             encoder: Some(tokenizer.encoder().to_string()),
             options: Some(recorded(self.options)),
+            corpus: self
+                .options
+                .part
+                .map(|_| corpus_hash(self.options, self.files, &self.states, plan)),
             version: INFO_VERSION,
             ..DatasetInfo::default()
         };
+        info.counts = self.counts_of_inputs();
         let mut inputs: BTreeMap<usize, InputInfo> = BTreeMap::new();
         for (&shard, record) in &self.state.shards {
             let names = self.names(shard);
@@ -582,6 +659,10 @@ impl Preparation<'_> {
             }
             info.one_token_documents += record.one_token;
             info.documents_without_tokens += record.without_tokens;
+            info.documents_not_tokenized += record.refused;
+            for example in &record.examples {
+                info.counts.add_example(|| example.clone());
+            }
             for (&file, share) in &record.inputs {
                 let input = inputs.entry(file).or_insert_with(|| InputInfo {
                     path: self.files[file].to_string(),
@@ -592,7 +673,6 @@ impl Preparation<'_> {
                 input.documents += share.documents;
             }
         }
-        info.counts = self.counts_of_inputs();
         for &file in self.state.files.keys() {
             inputs.entry(file).or_insert_with(|| InputInfo {
                 path: self.files[file].to_string(),
@@ -604,6 +684,14 @@ impl Preparation<'_> {
         if let Some(name) = info.files.keys().next() {
             let pair = crate::tokens::TokenPair::open(&self.staging.path(name))?;
             info.dtype = Some(pair.dtype().into());
+        }
+        if info.documents_not_tokenized > info.documents {
+            return Err(Error::Tokenizer(format!(
+                "the tokenizer cannot encode {} of {} documents: {}",
+                info.documents_not_tokenized,
+                info.documents_not_tokenized + info.documents,
+                info.counts.examples.join("; ")
+            )));
         }
         let is_whole = self.options.part.is_none_or(|part| part.of == 1);
         if info.documents == 0 && is_whole {
@@ -716,5 +804,53 @@ impl Done {
             done: self.text,
             total: scaled.map(|total| u64::try_from(total).unwrap_or(u64::MAX)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_grows_while_it_is_read_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, "some text to read\n".repeat(100)).unwrap();
+        let output = folder.path().join("out");
+        let options = PrepareOptions {
+            inputs: vec![path.display().to_string()],
+            input: InputOptions {
+                split: Split::Line,
+                ..InputOptions::default()
+            },
+            output: output.clone(),
+            tokenizer: None,
+            tokenizing: TokenizerOptions::default(),
+            vocab_size: 300,
+            validation_fraction: 0.0,
+            max_bytes: None,
+            shards: Shards::Equal(2),
+            part: None,
+            threads: 1,
+            force: false,
+        };
+        for grows_after in ["counting", "tokenizing"] {
+            let mut grown = false;
+            let error = prepare(&options, &mut |event| {
+                if let Event::Progress { stage, done, .. } = event
+                    && stage == grows_after
+                    && done > 0
+                    && !std::mem::replace(&mut grown, true)
+                {
+                    let text = std::fs::read_to_string(&path).unwrap() + "one more\n";
+                    std::fs::write(&path, text).unwrap();
+                }
+            });
+            let error = error.err().unwrap().to_string();
+            assert!(error.contains("a.txt changed while it was read"), "{error}");
+            assert!(!output.join("train-00000.bin").exists());
+            let _ = std::fs::remove_dir_all(&output);
+        }
+        prepare(&options, &mut |_| ()).unwrap();
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! A reader cuts a file into batches. Each batch goes to the tokenizing threads, and a ticket for
 //! its result goes to the consumer, which redeems tickets in order. So the result does not depend
-//! on the number of threads. Bounded are the files that readers are ahead ([`reader_count`]) and
-//! the tickets of each file ([`tickets`]), and with them the batches in memory.
+//! on the number of threads. A reader continues with its next files while its earlier batches
+//! wait, so that many small files keep all threads busy. Each reader has a number of permits
+//! ([`batches_of_reader`]): a batch takes one until it is consumed, which bounds the memory.
 
 use super::{
     documents::{Documents, stop},
@@ -12,15 +13,16 @@ use super::{
 use crate::{
     Error,
     input::{InputCounts, InputFile, InputOptions, Piece},
+    quiet_panic::without_panic,
     tokenizer::{Cut, DocumentTokenizer},
 };
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 /// Bytes of text that make a batch, unless a single piece is longer.
@@ -29,8 +31,14 @@ const BATCH_BYTES: usize = 256 << 10;
 /// Most threads that read.
 const MAX_READERS: usize = 4;
 
+/// Time after which a reader that waits looks whether the run has stopped.
+const STOP_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Most files of which results wait.
+const MAX_WAITING_FILES: usize = 256;
+
 /// Most text that waits for a place where a document can be cut, in bytes.
-const MAX_CARRIED: usize = 16 << 20;
+const MAX_CARRIED: usize = 4 << 20;
 
 /// Leaves a text whole until more of its document is there, unless it is too long for that.
 fn carry_whole(text: &str) -> Option<Cut> {
@@ -69,6 +77,8 @@ pub(super) struct EncodedPart {
     /// Bytes of its text.
     pub(super) bytes: u64,
     pub(super) ends: bool,
+    /// The reason why the whole document is left out; it names the document.
+    pub(super) refused: Option<String>,
 }
 
 /// Statistics of a file that was read.
@@ -89,13 +99,50 @@ struct Batch {
 struct TextPart {
     document: u64,
     end: usize,
+    /// Bytes that were read for it, of which a cut may leave a space out.
+    bytes: u64,
     ends: bool,
+    /// The reason why the document cannot be tokenized.
+    refused: Option<String>,
 }
 
 /// A promise of a batch, or the end of a file.
 enum Ticket {
-    Batch(Receiver<Result<Encoded, Error>>),
+    Batch(Receiver<Result<Encoded, Error>>, Permit),
     End(Result<Box<FileEnd>, Error>),
+}
+
+/// A reader's permit for a batch, which is given back when it is dropped.
+struct Permit(Receiver<()>);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        // The reader has put it there.
+        let _ = self.0.try_recv();
+    }
+}
+
+/// The permits of a reader.
+struct Permits {
+    taken: Sender<()>,
+    returned: Receiver<()>,
+}
+
+impl Permits {
+    fn new(count: usize) -> Permits {
+        let (taken, returned) = bounded(count);
+        Permits { taken, returned }
+    }
+
+    /// Waits until a permit is free. Returns None once the run has stopped.
+    fn take(&self, stopped: &AtomicBool) -> Option<Permit> {
+        while self.taken.send_timeout((), STOP_INTERVAL).is_err() {
+            if stopped.load(Ordering::Relaxed) {
+                return None;
+            }
+        }
+        Some(Permit(self.returned.clone()))
+    }
 }
 
 type Job = (Batch, Sender<Result<Encoded, Error>>);
@@ -105,8 +152,8 @@ fn reader_count(threads: usize) -> usize {
     (1 + threads / 16).min(MAX_READERS)
 }
 
-/// Returns the largest number of batches of a file that wait for the consumer.
-fn tickets(threads: usize) -> usize {
+/// Returns the largest number of a reader's batches that are not consumed.
+fn batches_of_reader(threads: usize) -> usize {
     threads + 2
 }
 
@@ -125,23 +172,30 @@ pub(super) fn run(
         let (jobs, waiting) = bounded::<Job>(threads);
         for _ in 0..threads {
             let waiting = waiting.clone();
-            scope.spawn(|| tokenize(pipeline.tokenizer, waiting));
+            scope.spawn(|| tokenize(pipeline, waiting));
         }
         drop(waiting);
-        let (files, queues) = bounded::<Receiver<Ticket>>(1);
+        let (files, queues) = bounded::<Receiver<Ticket>>(MAX_WAITING_FILES);
         for _ in 0..reader_count(threads) {
             let jobs = jobs.clone();
             let files = files.clone();
             scope.spawn(move || {
+                let permits = Permits::new(batches_of_reader(threads));
                 // The lock keeps the queues in the order of the files.
                 while let Some((work, tickets)) = {
                     let mut next = next.lock().expect("no reader panics here");
                     next.next().and_then(|work| {
-                        let (tickets, queue) = bounded(tickets(threads));
+                        let (tickets, queue) = unbounded();
                         files.send(queue).ok().map(|()| (work, tickets))
                     })
                 } {
-                    read(pipeline, work, &jobs, &tickets, stopped);
+                    let to = Destination {
+                        jobs: &jobs,
+                        tickets: &tickets,
+                        permits: &permits,
+                        stopped,
+                    };
+                    read(pipeline, work, to);
                 }
             });
         }
@@ -163,9 +217,10 @@ fn redeem(
         let queue = queues.recv().map_err(|_| lost())?;
         loop {
             match queue.recv().map_err(|_| lost())? {
-                Ticket::Batch(batch) => {
+                Ticket::Batch(batch, permit) => {
                     let encoded = batch.recv().map_err(|_| lost())??;
                     consume(Item::Tokens(encoded))?;
+                    drop(permit);
                 }
                 Ticket::End(end) => {
                     consume(Item::FileEnd(end?))?;
@@ -177,29 +232,44 @@ fn redeem(
     Ok(())
 }
 
-fn tokenize(tokenizer: &DocumentTokenizer, jobs: Receiver<Job>) {
+fn tokenize(pipeline: &Pipeline, jobs: Receiver<Job>) {
     for (batch, result) in jobs {
-        let encoded = catch_unwind(AssertUnwindSafe(|| encode(tokenizer, batch)));
-        let encoded = encoded.unwrap_or_else(|_| {
-            let cause = "internal error: the tokenizer failed at a document";
-            Err(Error::Tokenizer(cause.into()))
-        });
         // Without a receiver the run has failed.
-        let _ = result.send(encoded);
+        let _ = result.send(encode(pipeline, batch));
     }
 }
 
-fn encode(tokenizer: &DocumentTokenizer, batch: Batch) -> Result<Encoded, Error> {
+/// Tokenizes a batch. Documents that the tokenizer refuses are marked, in strict mode an error.
+fn encode(pipeline: &Pipeline, batch: Batch) -> Result<Encoded, Error> {
     let mut tokens = Vec::with_capacity(batch.text.len() / 3);
     let mut parts = Vec::with_capacity(batch.parts.len());
     let mut start = 0;
-    for part in &batch.parts {
-        tokenizer.encode(&batch.text[start..part.end], &mut tokens)?;
+    for part in batch.parts {
+        let before = tokens.len();
+        let text = &batch.text[start..part.end];
+        let encoded = match part.refused {
+            Some(reason) => Err(reason),
+            None => encode_text(pipeline.tokenizer, text, &mut tokens),
+        };
+        let refused = encoded.err().map(|reason| {
+            tokens.truncate(before);
+            let file = &pipeline.files[batch.file];
+            format!(
+                "{file}: document {}, counted from 0: {reason}",
+                part.document
+            )
+        });
+        if let Some(reason) = refused.as_ref().filter(|_| pipeline.input.strict) {
+            return Err(Error::Tokenizer(format!(
+                "{reason} (left out without --strict)"
+            )));
+        }
         parts.push(EncodedPart {
             document: part.document,
             end: tokens.len(),
-            bytes: (part.end - start) as u64,
+            bytes: part.bytes,
             ends: part.ends,
+            refused,
         });
         start = part.end;
     }
@@ -211,27 +281,39 @@ fn encode(tokenizer: &DocumentTokenizer, batch: Batch) -> Result<Encoded, Error>
     })
 }
 
-fn read(
-    pipeline: &Pipeline,
-    work: &FileWork,
-    jobs: &Sender<Job>,
-    tickets: &Sender<Ticket>,
-    stopped: &AtomicBool,
-) {
+fn encode_text(
+    tokenizer: &DocumentTokenizer,
+    text: &str,
+    into: &mut Vec<u32>,
+) -> Result<(), String> {
+    let encoded = without_panic(|| tokenizer.encode(text, into))?;
+    encoded.map_err(|error| error.to_string())
+}
+
+/// Channels of a reader for one file.
+struct Destination<'a> {
+    jobs: &'a Sender<Job>,
+    tickets: &'a Sender<Ticket>,
+    permits: &'a Permits,
+    /// True once the run has failed.
+    stopped: &'a AtomicBool,
+}
+
+fn read(pipeline: &Pipeline, work: &FileWork, to: Destination) {
+    let tickets = to.tickets;
     let mut reader = Reader {
         pipeline,
         work,
-        jobs,
-        tickets,
+        to,
         documents: Documents::default(),
         batch: None,
         carried: String::new(),
+        refused: None,
         is_done: false,
     };
-    let read = catch_unwind(AssertUnwindSafe(|| reader.read(stopped)));
-    let end = read.unwrap_or_else(|_| {
+    let end = without_panic(|| reader.read()).unwrap_or_else(|panic| {
         let file = &pipeline.files[work.file];
-        let cause = format!("internal error: reading {file} failed");
+        let cause = format!("internal error: reading {file} failed: {panic}");
         Err(Error::Data(cause))
     });
     // Without a receiver the run has failed.
@@ -242,29 +324,34 @@ fn read(
 struct Reader<'a> {
     pipeline: &'a Pipeline<'a>,
     work: &'a FileWork,
-    jobs: &'a Sender<Job>,
-    tickets: &'a Sender<Ticket>,
+    to: Destination<'a>,
     documents: Documents,
     batch: Option<Batch>,
     /// Text of a long document that must be tokenized with the text after it.
     carried: String,
+    /// The document of which the rest is not tokenized.
+    refused: Option<u64>,
     /// True once the file need not be read further.
     is_done: bool,
 }
 
 impl Reader<'_> {
-    fn read(&mut self, stopped: &AtomicBool) -> Result<FileEnd, Error> {
+    fn read(&mut self) -> Result<FileEnd, Error> {
         let mut counts = InputCounts::default();
         let file = &self.pipeline.files[self.work.file];
         let read = file.read(self.pipeline.input, &mut counts, &mut |piece| {
-            if stopped.load(Ordering::Relaxed) {
+            if self.to.stopped.load(Ordering::Relaxed) {
                 return Err(stop());
             }
             self.take(&piece)
         });
-        if !self.is_done {
+        if self.is_done {
+            // Reading ended early, before it counted the file.
+            counts.files += 1;
+        } else {
             read?;
         }
+        self.check_documents()?;
         self.send_batch()?;
         Ok(FileEnd {
             file: self.work.file,
@@ -273,18 +360,40 @@ impl Reader<'_> {
         })
     }
 
+    /// Compares the documents that were read with those that were counted before.
+    fn check_documents(&self) -> Result<(), Error> {
+        let Some(known) = self.work.known else {
+            return Ok(());
+        };
+        let expected = if self.work.counts {
+            known
+        } else {
+            self.last_document()
+        };
+        let found = self.documents.ended();
+        if found == expected {
+            return Ok(());
+        }
+        let file = &self.pipeline.files[self.work.file];
+        Err(Error::Data(format!(
+            "{file} changed while it was read: {expected} documents were counted, and now there \
+             are {found}; start again once nothing writes to it"
+        )))
+    }
+
+    /// Returns the end of the last range of documents to tokenize.
+    fn last_document(&self) -> u64 {
+        let last = self.work.ranges.last();
+        last.map_or(0, |range| range.documents.end)
+    }
+
     fn take(&mut self, piece: &Piece) -> Result<(), Error> {
         let document = self.documents.next(piece);
         if let Some(shard) = self.shard(document) {
             self.add(shard, document, piece)?;
         }
         let next = self.documents.ended();
-        let last = self
-            .work
-            .ranges
-            .last()
-            .map_or(0, |range| range.documents.end);
-        let is_past = !self.work.counts && next >= last;
+        let is_past = !self.work.counts && next >= self.last_document();
         if is_past || next >= self.work.stop {
             self.is_done = true;
             return Err(stop());
@@ -312,26 +421,40 @@ impl Reader<'_> {
             parts: Vec::new(),
         });
         let start = batch.text.len();
-        batch.text.push_str(&carried);
-        batch.text.push_str(piece.text);
+        let mut refused = None;
+        if self.refused == Some(document) {
+            if !piece.ends_document {
+                return Ok(());
+            }
+        } else {
+            batch.text.push_str(&carried);
+            batch.text.push_str(piece.text);
+        }
         if !piece.ends_document {
             let text = &batch.text[start..];
             let cut = self.pipeline.tokenizer.last_cut(text);
-            let Some(cut) = cut.or_else(|| carry_whole(text)) else {
-                let file = &self.pipeline.files[self.work.file];
-                return Err(Error::Tokenizer(format!(
-                    "{file}: document {} has {MAX_CARRIED} bytes that cannot be tokenized in \
-                     parts: split the document",
-                    document
-                )));
-            };
-            self.carried = batch.text[start + cut.start..].to_string();
-            batch.text.truncate(start + cut.end);
+            match cut.or_else(|| carry_whole(text)) {
+                Some(cut) => {
+                    self.carried = batch.text[start + cut.start..].to_string();
+                    batch.text.truncate(start + cut.end);
+                }
+                None => {
+                    self.refused = Some(document);
+                    refused = Some(format!(
+                        "it has {} MiB of text that cannot be tokenized in parts: split the \
+                         document",
+                        MAX_CARRIED >> 20
+                    ));
+                    batch.text.truncate(start);
+                }
+            }
         }
         batch.parts.push(TextPart {
             document,
             end: batch.text.len(),
+            bytes: piece.text.len() as u64,
             ends: piece.ends_document,
+            refused,
         });
         if batch.text.len() >= BATCH_BYTES {
             self.send_batch()
@@ -345,11 +468,183 @@ impl Reader<'_> {
             return Ok(());
         };
         let (result, ticket) = bounded(1);
-        let sent = self.tickets.send(Ticket::Batch(ticket)).is_ok();
-        if sent && self.jobs.send((batch, result)).is_ok() {
+        let permit = self.to.permits.take(self.to.stopped).ok_or_else(stop)?;
+        let sent = self.to.tickets.send(Ticket::Batch(ticket, permit)).is_ok();
+        if sent && self.to.jobs.send((batch, result)).is_ok() {
             Ok(())
         } else {
             Err(stop())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        input::find,
+        prepare::plan::ShardRange,
+        tokenizer::{TokenizerOptions, train},
+    };
+
+    struct Corpus {
+        _folder: tempfile::TempDir,
+        files: Vec<InputFile>,
+        input: InputOptions,
+    }
+
+    impl Corpus {
+        fn new(texts: &[&str]) -> Corpus {
+            let folder = tempfile::tempdir().unwrap();
+            for (number, text) in texts.iter().enumerate() {
+                std::fs::write(folder.path().join(format!("{number:04}.txt")), text).unwrap();
+            }
+            let input = InputOptions::default();
+            let path = folder.path().display().to_string();
+            Corpus {
+                files: find(&[path], &input).unwrap().files,
+                input,
+                _folder: folder,
+            }
+        }
+
+        fn work(&self, known: Option<u64>) -> Vec<FileWork> {
+            let work = |file| FileWork {
+                file,
+                ranges: vec![ShardRange {
+                    shard: 0,
+                    documents: 0..u64::MAX,
+                }],
+                counts: true,
+                stop: u64::MAX,
+                known,
+            };
+            (0..self.files.len()).map(work).collect()
+        }
+
+        fn pipeline<'a>(
+            &'a self,
+            work: &'a [FileWork],
+            tokenizer: &'a DocumentTokenizer,
+            threads: usize,
+        ) -> Pipeline<'a> {
+            Pipeline {
+                files: &self.files,
+                input: &self.input,
+                work,
+                tokenizer,
+                threads,
+            }
+        }
+
+        /// Returns the parts of documents with their tokens, in order.
+        fn run(
+            &self,
+            tokenizer: &DocumentTokenizer,
+            threads: usize,
+            known: Option<u64>,
+        ) -> Result<Vec<(EncodedPart, Vec<u32>)>, Error> {
+            let work = self.work(known);
+            let pipeline = self.pipeline(&work, tokenizer, threads);
+            let mut found = Vec::new();
+            run(&pipeline, &mut |item| {
+                if let Item::Tokens(batch) = item {
+                    let mut start = 0;
+                    for part in batch.parts {
+                        let end = part.end;
+                        found.push((part, batch.tokens[start..end].to_vec()));
+                        start = end;
+                    }
+                }
+                Ok(())
+            })?;
+            Ok(found)
+        }
+    }
+
+    fn trained() -> DocumentTokenizer {
+        train(["some words to learn"].into_iter(), 300).unwrap().0
+    }
+
+    #[test]
+    fn many_small_files_stay_in_order() {
+        let texts: Vec<String> = (0..1000).map(|number| format!("text {number}")).collect();
+        let corpus = Corpus::new(&texts.iter().map(String::as_str).collect::<Vec<_>>());
+        let tokenizer = trained();
+        for threads in [1, 3, 40] {
+            let found = corpus.run(&tokenizer, threads, Some(1)).unwrap();
+            assert_eq!(found.len(), texts.len());
+            for ((part, tokens), text) in found.iter().zip(&texts) {
+                let mut expected = Vec::new();
+                tokenizer.encode(text, &mut expected).unwrap();
+                assert_eq!((tokens, part.bytes), (&expected, text.len() as u64));
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_of_the_consumer_ends_the_run() {
+        let corpus = Corpus::new(&["text"; 600]);
+        let tokenizer = trained();
+        let work = corpus.work(None);
+        for threads in [1, 20] {
+            let mut left = 3;
+            let result = run(&corpus.pipeline(&work, &tokenizer, threads), &mut |_| {
+                left -= 1;
+                if left > 0 { Ok(()) } else { Err(stop()) }
+            });
+            assert!(result.is_err() && left == 0);
+        }
+    }
+
+    #[test]
+    fn a_file_with_other_documents_than_were_counted_is_an_error() {
+        let corpus = Corpus::new(&["one"]);
+        let error = corpus
+            .run(&trained(), 1, Some(2))
+            .err()
+            .unwrap()
+            .to_string();
+        assert!(
+            error.contains("0000.txt changed while it was read"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn documents_that_cannot_be_tokenized_are_marked() {
+        let json = serde_json::json!({
+            "added_tokens": [],
+            "pre_tokenizer": {
+                "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+                "use_regex": true,
+            },
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "\u{120}": 2}, "merges": []},
+        });
+        let options = TokenizerOptions {
+            eos: Some("b".into()),
+            ..TokenizerOptions::default()
+        };
+        let (tokenizer, _) = DocumentTokenizer::of_json(&json.to_string(), &options).unwrap();
+        let long = "a".repeat(MAX_CARRIED + (3 << 20));
+        let mut corpus = Corpus::new(&["a a", "c", &long, "b"]);
+        let found = corpus.run(&tokenizer, 2, None).unwrap();
+        let refused: Vec<&str> = found
+            .iter()
+            .filter_map(|part| part.0.refused.as_deref())
+            .collect();
+        assert!(
+            refused[0].contains("0001.txt: document 0, counted from 0: "),
+            "{refused:?}"
+        );
+        assert!(refused[1].contains("0002.txt: document 0, counted from 0: it has 4 MiB"));
+        assert_eq!(refused.len(), 2);
+        let ends = found.iter().filter(|part| part.0.ends).count();
+        assert_eq!(ends, 4);
+        assert_eq!(found.first().unwrap().1, [0, 2, 0]);
+        assert_eq!(found.last().unwrap().1, [1]);
+        corpus.input.strict = true;
+        let error = corpus.run(&tokenizer, 2, None).err().unwrap().to_string();
+        assert!(error.contains("0001.txt: document 0"), "{error}");
     }
 }

@@ -44,6 +44,8 @@ pub(super) struct FileWork {
     pub(super) counts: bool,
     /// Reading stops before this document. `u64::MAX` without a limit.
     pub(super) stop: u64,
+    /// The documents that were counted in the file, up to the limit of text.
+    pub(super) known: Option<u64>,
 }
 
 /// The work of a command.
@@ -73,6 +75,27 @@ pub(super) fn needs_count(
         // The numbers of documents decide only on validation.
         Shards::PerInput => holds_out && part.is_some_and(|part| part.of > 1),
     }
+}
+
+/// Checks that every part has a shard: parts without one have no pairs that could be merged.
+///
+/// # Errors
+/// If there are more parts than shards.
+pub(super) fn check_part(files: usize, shards: Shards, part: Option<Part>) -> Result<(), Error> {
+    let Some(part) = part else {
+        return Ok(());
+    };
+    let (count, kind) = match shards {
+        Shards::One => return Ok(()),
+        Shards::Equal(shards) => (shards, "shards"),
+        Shards::PerInput => (files, "input files"),
+    };
+    if part.of <= count {
+        return Ok(());
+    }
+    Err(Error::Options(format!(
+        "--part {part}: there are only {count} {kind}; make at most as many parts"
+    )))
 }
 
 /// Divides `files` files, of which `counts` are known if [`needs_count`] says so.
@@ -140,6 +163,7 @@ pub(super) fn plan(
                     ranges: ranges.into_iter().collect(),
                     counts: counts_file,
                     stop: if is_limited { known } else { u64::MAX },
+                    known: counts.is_some().then_some(known),
                 }),
             }
         }
@@ -319,6 +343,17 @@ mod tests {
             .map(|work| (work.file, work.stop))
             .collect();
         assert_eq!(stops, [(0, u64::MAX), (1, 2)]);
+    }
+
+    #[test]
+    fn every_part_has_a_shard() {
+        let part = Some(Part { index: 0, of: 4 });
+        assert!(check_part(1, Shards::One, part).is_ok());
+        assert!(check_part(1, Shards::Equal(4), part).is_ok());
+        assert!(check_part(4, Shards::PerInput, part).is_ok());
+        let refused = |shards| check_part(3, shards, part).unwrap_err().to_string();
+        assert!(refused(Shards::Equal(3)).contains("only 3 shards"));
+        assert!(refused(Shards::PerInput).contains("only 3 input files"));
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use super::documents::stop;
 use crate::{
     Error,
+    char_boundary::floor_char_boundary,
     input::{InputCounts, InputFile, InputOptions},
+    tokenizer::TRAINING_BYTES,
 };
 
 /// Size of a sample.
@@ -17,7 +19,7 @@ pub(super) struct Size {
 
 /// The sample on which a tokenizer is trained.
 pub(super) const TRAINING_SAMPLE: Size = Size {
-    total: 64 << 20,
+    total: TRAINING_BYTES as u64,
     each: usize::MAX,
 };
 
@@ -51,7 +53,7 @@ pub(super) fn sample(
         let mut is_full = false;
         let mut counts = InputCounts::default();
         let read = file.read(options, &mut counts, &mut |piece| {
-            let text = beginning(piece.text, size.each);
+            let text = &piece.text[..floor_char_boundary(piece.text, size.each)];
             taken += text.len() as u64;
             if !text.trim().is_empty() {
                 texts.push(text.to_string());
@@ -64,14 +66,6 @@ pub(super) fn sample(
         }
     }
     Ok(texts)
-}
-
-/// Returns the first `bytes` bytes of a text, or a few less: a whole number of characters.
-fn beginning(text: &str, bytes: usize) -> &str {
-    let end = (0..=bytes.min(text.len()))
-        .rev()
-        .find(|&end| text.is_char_boundary(end));
-    &text[..end.unwrap_or(0)]
 }
 
 /// Returns for each file the bytes of text that it and the files before it may give.
@@ -88,18 +82,12 @@ fn quotas(sizes: &[u64], sample: u64) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{beginning, quotas};
+    use super::quotas;
 
     #[test]
     fn each_file_gives_its_share() {
         assert_eq!(quotas(&[10, 30, 0, 60], 50), [5, 20, 20, 50]);
         assert_eq!(quotas(&[1, 1], 1000), [500, 1000]);
         assert_eq!(quotas(&[0, 0], 1000), [0, 0]);
-    }
-
-    #[test]
-    fn characters_stay_whole() {
-        let texts = [0, 1, 2, 3, 4, usize::MAX].map(|bytes| beginning("aéb", bytes));
-        assert_eq!(texts, ["", "a", "a", "aé", "aéb", "aéb"]);
     }
 }

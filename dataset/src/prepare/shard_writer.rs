@@ -25,7 +25,16 @@ pub(super) struct ShardRecord {
     pub(super) inputs: BTreeMap<usize, FileShare>,
     pub(super) one_token: u64,
     pub(super) without_tokens: u64,
+    /// Documents that the tokenizer refused.
+    #[serde(default)]
+    pub(super) refused: u64,
+    /// The reasons for the first of them.
+    #[serde(default)]
+    pub(super) examples: Vec<String>,
 }
+
+/// Most reasons that a record keeps.
+const MAX_EXAMPLES: usize = 10;
 
 /// Properties of documents and files that all shards share.
 pub(super) struct Format {
@@ -42,9 +51,22 @@ pub(super) struct ShardWriter {
     inputs: BTreeMap<usize, FileShare>,
     one_token: u64,
     without_tokens: u64,
-    /// Tokens of the current document's text.
-    open_tokens: u64,
-    open_bytes: u64,
+    refused: u64,
+    examples: Vec<String>,
+    open: OpenDocument,
+}
+
+/// The document that has not ended.
+#[derive(Default)]
+struct OpenDocument {
+    /// True once a part of it has come.
+    begun: bool,
+    /// Tokens of its text.
+    tokens: u64,
+    bytes: u64,
+    /// Its training tokens, if it has several parts.
+    counts: TokenCounts,
+    is_refused: bool,
 }
 
 /// The names of a shard's pairs.
@@ -80,8 +102,9 @@ impl ShardWriter {
             inputs: BTreeMap::new(),
             one_token: 0,
             without_tokens: 0,
-            open_tokens: 0,
-            open_bytes: 0,
+            refused: 0,
+            examples: Vec::new(),
+            open: OpenDocument::default(),
         })
     }
 
@@ -100,37 +123,64 @@ impl ShardWriter {
             start = part.end;
             share.bytes += part.bytes;
             share.documents += u64::from(part.ends);
-            self.open_bytes += part.bytes;
+            let open = &mut self.open;
+            open.bytes += part.bytes;
             let is_valid = format.held_out.contains(first + part.document);
             let half = match &mut self.valid {
                 Some(valid) if is_valid => valid,
                 _ => &mut self.train,
             };
-            let mut append = |tokens: &[u32]| {
-                if !is_valid {
-                    counts.add(tokens);
-                }
-                half.writer.append(tokens)
-            };
-            let begins = self.open_tokens == 0 && !tokens.is_empty();
-            if let Some(bos) = format.bos.filter(|_| begins) {
-                append(&[bos])?;
+            // Most documents have one part, of which nothing is written if it is refused.
+            let is_single = !open.begun && part.ends;
+            if !open.begun && !is_single {
+                half.writer.begin_document()?;
             }
-            self.open_tokens += tokens.len() as u64;
-            append(tokens)?;
+            open.begun = true;
+            if let Some(reason) = part.refused.as_ref().filter(|_| !open.is_refused) {
+                open.is_refused = true;
+                if self.examples.len() < MAX_EXAMPLES {
+                    self.examples.push(reason.clone());
+                }
+            }
+            if !open.is_refused {
+                let counted = if is_single {
+                    &mut *counts
+                } else {
+                    &mut open.counts
+                };
+                let mut append = |tokens: &[u32]| {
+                    if !is_valid {
+                        counted.add(tokens);
+                    }
+                    half.writer.append(tokens)
+                };
+                let begins = open.tokens == 0 && !tokens.is_empty();
+                if let Some(bos) = format.bos.filter(|_| begins) {
+                    append(&[bos])?;
+                }
+                append(tokens)?;
+                open.tokens += tokens.len() as u64;
+                if part.ends && open.tokens > 0 {
+                    append(&[format.eos])?;
+                }
+            }
             if !part.ends {
                 continue;
             }
-            if self.open_tokens == 0 {
+            if open.is_refused {
+                half.writer.drop_document()?;
+                self.refused += 1;
+            } else if open.tokens == 0 {
                 self.without_tokens += 1;
             } else {
-                append(&[format.eos])?;
                 half.writer.end_document()?;
-                half.bytes += self.open_bytes;
-                self.one_token += u64::from(self.open_tokens == 1);
+                half.bytes += open.bytes;
+                self.one_token += u64::from(open.tokens == 1);
+                if !is_single {
+                    counts.merge(std::mem::take(&mut open.counts));
+                }
             }
-            self.open_tokens = 0;
-            self.open_bytes = 0;
+            self.open = OpenDocument::default();
         }
         Ok(())
     }
@@ -143,6 +193,8 @@ impl ShardWriter {
             inputs: self.inputs,
             one_token: self.one_token,
             without_tokens: self.without_tokens,
+            refused: self.refused,
+            examples: self.examples,
         })
     }
 }

@@ -1,6 +1,7 @@
 //! The folder in which a data set is made before it takes its place.
 //!
-//! A data set is written to `OUT/.unfinished`. Once complete, its files are renamed into `OUT`. A
+//! A data set is written to `OUT/.unfinished`, a single pair `OUT/NAME` to `OUT/.NAME.unfinished`.
+//! Once complete, the files are renamed into `OUT`. A
 //! process that is killed while it writes leaves the data set that was in `OUT` as it was. One that
 //! is killed while it renames leaves a list of the files, and the next command completes it.
 
@@ -26,9 +27,91 @@ const COMPLETE_FILE: &str = "complete.json";
 /// Name of the tokenizer in a data set.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
+/// The files that a command makes.
+#[derive(Debug, Clone)]
+pub(super) enum Target {
+    /// The files of a data set in this folder.
+    DataSet(PathBuf),
+    /// The pair of this path without ending.
+    Pair(PathBuf),
+}
+
+impl Target {
+    /// Returns the folder of the files.
+    fn folder(&self) -> &Path {
+        match self {
+            Target::DataSet(folder) => folder,
+            Target::Pair(prefix) => match prefix.parent() {
+                Some(folder) if folder != Path::new("") => folder,
+                _ => Path::new("."),
+            },
+        }
+    }
+
+    /// Returns the name of a pair.
+    fn name(prefix: &Path) -> String {
+        let name = prefix.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    /// Returns the folder of the unfinished files.
+    fn unfinished(&self) -> PathBuf {
+        match self {
+            Target::DataSet(folder) => folder.join(UNFINISHED),
+            Target::Pair(prefix) => {
+                let name = format!(".{}{UNFINISHED}", Target::name(prefix));
+                self.folder().join(name)
+            }
+        }
+    }
+
+    /// True for the names of files that the command may replace.
+    fn owns(&self, file: &str) -> bool {
+        match self {
+            Target::DataSet(_) => is_data_file(file),
+            Target::Pair(prefix) => {
+                let name = Target::name(prefix);
+                file == format!("{name}.bin") || file == format!("{name}.idx")
+            }
+        }
+    }
+
+    /// Returns the existing files that the command may replace, in order.
+    fn files(&self) -> Result<Vec<PathBuf>, Error> {
+        let folder = self.folder();
+        let entries = match std::fs::read_dir(folder) {
+            Ok(entries) => entries,
+            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(cause) => return Err(Error::io("cannot read", folder)(cause)),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(Error::io("cannot read", folder))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if name.is_some_and(|name| self.owns(name)) {
+                found.push(path);
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    fn refuse_existing(&self, force: bool) -> Result<(), Error> {
+        let found = self.files()?;
+        match found.first() {
+            Some(path) if !force => Err(Error::Options(format!(
+                "{} already has data: {} exists; choose another place, or replace it with --force",
+                self.folder().display(),
+                path.display()
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The folder of an unfinished data set. Only one process uses it.
 pub(super) struct Staging {
-    output: PathBuf,
+    target: Target,
     folder: PathBuf,
     log: Option<File>,
     /// Locked for as long as it is open.
@@ -46,27 +129,35 @@ struct Header {
 pub(super) enum Begun<T> {
     /// Nothing was there, or an unfinished data set of the same command, with the entries of its
     /// log.
-    Open { staging: Staging, log: Vec<T> },
+    Open {
+        staging: Staging,
+        log: Vec<T>,
+        /// True if an unfinished data set of the same command was dropped.
+        is_restarted: bool,
+    },
     /// A killed process of the same command had completed the data set.
     Complete,
 }
 
 impl Staging {
-    /// Opens the folder of the unfinished data set in `output`.
+    /// Opens the folder of the unfinished data set of `target`.
     ///
     /// `force` allows to replace a data set, and drops what another command left unfinished.
+    /// Without `resumes`, what the same command left unfinished is dropped, too.
     ///
     /// # Errors
-    /// If `output` has a data set, another command's unfinished one, or another process uses it.
+    /// If `target` exists, another command left it unfinished, or another process makes it.
     pub(super) fn begin<T: DeserializeOwned>(
-        output: &Path,
+        target: Target,
         command: &str,
         force: bool,
+        resumes: bool,
     ) -> Result<Begun<T>, Error> {
-        let folder = output.join(UNFINISHED);
+        let folder = target.unfinished();
+        let output = target.folder().to_path_buf();
         let is_resumed = folder.is_dir();
         if !is_resumed {
-            refuse_existing(output, force)?;
+            target.refuse_existing(force)?;
         }
         std::fs::create_dir_all(&folder).map_err(Error::io("cannot make", &folder))?;
         let path = folder.join(LOCK_FILE);
@@ -79,7 +170,7 @@ impl Staging {
             TryLockError::Error(cause) => Error::io("cannot lock", &path)(cause),
         })?;
         let mut staging = Staging {
-            output: output.to_path_buf(),
+            target,
             folder,
             log: None,
             _lock: lock,
@@ -88,36 +179,43 @@ impl Staging {
             Err(_) if force => None,
             saved => saved?,
         };
-        let is_same = saved.as_ref().is_some_and(|saved| saved.command == command);
+        let is_own = saved.as_ref().is_some_and(|saved| saved.command == command);
+        let is_same = is_own && resumes;
         if let Some(names) = staging.load_complete()? {
             staging.rename(&names)?;
             if is_same {
                 staging.remove()?;
                 return Ok(Begun::Complete);
             }
-            refuse_existing(output, force)?;
+            staging.target.refuse_existing(force)?;
         }
         if let Some(saved) = saved.filter(|_| is_same) {
             staging.open_log(saved.bytes)?;
-            let log = saved.entries;
-            return Ok(Begun::Open { staging, log });
+            return Ok(Begun::Open {
+                staging,
+                log: saved.entries,
+                is_restarted: false,
+            });
         }
         if is_resumed {
-            if staging.path(LOG_FILE).exists() && !force {
+            if staging.path(LOG_FILE).exists() && !force && !is_own {
                 return Err(Error::Options(format!(
                     "{} has the unfinished data set of another command, or the inputs have \
                      changed: choose another folder, or start again with --force",
                     output.display()
                 )));
             }
-            refuse_existing(output, force)?;
+            staging.target.refuse_existing(force)?;
             staging.clear()?;
         }
         staging.open_log(0)?;
         let command = command.to_string();
         staging.append(&[Header { command }])?;
-        let log = Vec::new();
-        Ok(Begun::Open { staging, log })
+        Ok(Begun::Open {
+            staging,
+            log: Vec::new(),
+            is_restarted: is_own,
+        })
     }
 
     /// Returns the path of a file of the unfinished data set.
@@ -154,23 +252,24 @@ impl Staging {
 
     /// Renames files that have not been renamed yet, and removes those of an older data set.
     fn rename(&self, names: &[String]) -> Result<(), Error> {
+        let output = self.target.folder();
         // The record last: its checksums reveal files of two data sets.
         let is_record = |name: &&String| name.as_str() == INFO_FILE;
         let others = names.iter().filter(|name| !is_record(name));
         for name in others.chain(names.iter().filter(is_record)) {
             let path = self.path(name);
             if path.exists() {
-                std::fs::rename(&path, self.output.join(name))
+                std::fs::rename(&path, output.join(name))
                     .map_err(Error::io("cannot rename", &path))?;
             }
         }
-        for path in data_files(&self.output)? {
-            let is_new = |name: &String| self.output.join(name) == path;
+        for path in self.target.files()? {
+            let is_new = |name: &String| output.join(name) == path;
             if !names.iter().any(is_new) {
                 std::fs::remove_file(&path).map_err(Error::io("cannot remove", &path))?;
             }
         }
-        sync_folder(&self.output)
+        sync_folder(output)
     }
 
     /// Removes everything but the lock.
@@ -189,7 +288,9 @@ impl Staging {
     pub(super) fn discard(self) {
         // Best effort: the error that led here matters more.
         let _ = self.remove();
-        let _ = std::fs::remove_dir(&self.output);
+        if let Target::DataSet(folder) = &self.target {
+            let _ = std::fs::remove_dir(folder);
+        }
     }
 
     fn remove(&self) -> Result<(), Error> {
@@ -250,11 +351,8 @@ impl Staging {
 
     /// Writes the list of files so that it is always whole.
     fn store_complete(&self, names: &[String]) -> Result<(), Error> {
-        let path = self.path(COMPLETE_FILE);
-        let new = self.path("complete.new");
         let text = serde_json::to_vec_pretty(names).expect("plain data");
-        write_synced(&new, &text)?;
-        std::fs::rename(&new, &path).map_err(Error::io("cannot rename", &new))?;
+        replace_synced(&self.path(COMPLETE_FILE), &text)?;
         sync_folder(&self.folder)
     }
 }
@@ -275,6 +373,15 @@ fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     }
 }
 
+/// Writes a file so that it is always whole: to a temporary path, which is synced and renamed.
+pub(super) fn replace_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    write_synced(&new, bytes)?;
+    std::fs::rename(&new, path).map_err(Error::io("cannot rename", &new))
+}
+
 /// Writes a file and syncs it to disk.
 pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut file = File::create(path).map_err(Error::io("cannot write", path))?;
@@ -286,37 +393,6 @@ pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
 fn sync_folder(path: &Path) -> Result<(), Error> {
     let synced = File::open(path).and_then(|folder| folder.sync_all());
     synced.map_err(Error::io("cannot sync", path))
-}
-
-fn refuse_existing(output: &Path, force: bool) -> Result<(), Error> {
-    let found = data_files(output)?;
-    match found.first() {
-        Some(path) if !force => Err(Error::Options(format!(
-            "{} already has data: {} exists; choose another folder, or replace it with --force",
-            output.display(),
-            path.display()
-        ))),
-        _ => Ok(()),
-    }
-}
-
-/// Returns the files of a data set in a folder, in order.
-fn data_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(cause) => return Err(Error::io("cannot read", folder)(cause)),
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(Error::io("cannot read", folder))?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        if name.is_some_and(is_data_file) {
-            found.push(path);
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 fn is_data_file(name: &str) -> bool {
@@ -347,7 +423,7 @@ mod tests {
     use super::*;
 
     fn begin(output: &Path, command: &str, force: bool) -> Result<Vec<u32>, String> {
-        match Staging::begin::<u32>(output, command, force) {
+        match Staging::begin::<u32>(Target::DataSet(output.into()), command, force, true) {
             Ok(Begun::Open { log, .. }) => Ok(log),
             Ok(Begun::Complete) => Err("complete".into()),
             Err(error) => Err(error.to_string()),
@@ -355,7 +431,7 @@ mod tests {
     }
 
     fn open(output: &Path, command: &str, force: bool) -> Staging {
-        match Staging::begin::<u32>(output, command, force) {
+        match Staging::begin::<u32>(Target::DataSet(output.into()), command, force, true) {
             Ok(Begun::Open { staging, .. }) => staging,
             _ => panic!("cannot begin"),
         }
@@ -384,6 +460,60 @@ mod tests {
         );
         assert_eq!(begin(&output, "b", true), Ok(vec![]));
         assert!(!output.join(".unfinished/train.bin").exists());
+    }
+
+    #[test]
+    fn a_stream_is_never_resumed() {
+        let folder = tempfile::tempdir().unwrap();
+        let output = folder.path().join("out");
+        let staging = open(&output, "a", false);
+        staging.append(&[7u32]).unwrap();
+        std::fs::write(staging.path("train.bin"), "old").unwrap();
+        drop(staging);
+        let target = Target::DataSet(output.clone());
+        let begun = Staging::begin::<u32>(target, "a", false, false)
+            .ok()
+            .unwrap();
+        let Begun::Open {
+            log, is_restarted, ..
+        } = begun
+        else {
+            panic!("it was resumed");
+        };
+        assert!(is_restarted && log.is_empty());
+        assert!(!output.join(".unfinished/train.bin").exists());
+    }
+
+    #[test]
+    fn a_pair_replaces_only_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["all.bin", "all.idx", "train.bin", "dataset.json"] {
+            std::fs::write(folder.path().join(name), "old").unwrap();
+        }
+        let target = || Target::Pair(folder.path().join("all"));
+        let refused = Staging::begin::<u32>(target(), "a", false, true)
+            .err()
+            .unwrap();
+        assert!(refused.to_string().contains("all.bin exists"), "{refused}");
+        let begun = Staging::begin::<u32>(target(), "a", true, true)
+            .ok()
+            .unwrap();
+        let Begun::Open { staging, .. } = begun else {
+            panic!("nothing was complete");
+        };
+        let used = Staging::begin::<u32>(target(), "a", true, true)
+            .err()
+            .unwrap();
+        assert!(used.to_string().contains("is in use"), "{used}");
+        for name in ["all.bin", "all.idx"] {
+            std::fs::write(staging.path(name), "new").unwrap();
+        }
+        let names = ["all.bin".to_string(), "all.idx".to_string()];
+        staging.complete(&names).unwrap();
+        let read = |name: &str| std::fs::read_to_string(folder.path().join(name)).unwrap();
+        assert_eq!([read("all.bin"), read("all.idx")], ["new", "new"]);
+        assert_eq!([read("train.bin"), read("dataset.json")], ["old", "old"]);
+        assert!(!folder.path().join(".all.unfinished").exists());
     }
 
     #[test]

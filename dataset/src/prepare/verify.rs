@@ -7,9 +7,9 @@ use super::{
 };
 use crate::{
     Error,
-    info::{DatasetInfo, INFO_FILE},
-    tokenizer::{DocumentTokenizer, TokenizerOptions},
-    tokens::{TokenPair, TokenPart},
+    info::{DatasetInfo, FileInfo, INFO_FILE},
+    tokenizer::load_tokenizer,
+    tokens::{TokenPair, TokenPart, hash_file},
 };
 use std::path::{Path, PathBuf};
 
@@ -25,7 +25,8 @@ pub struct Verified {
 }
 
 /// Checks a data set's folder or a pair: index pointers, document boundaries, token ids, and,
-/// as far as `dataset.json` has them, counts, ends of documents and checksums.
+/// as far as `dataset.json` has them, counts, ends of documents and checksums. In a folder, also
+/// the sums of `dataset.json` and the tokenizer.
 ///
 /// # Errors
 /// If a file is missing or damaged; the message names the first damaged place.
@@ -43,8 +44,69 @@ pub fn verify(path: &Path) -> Result<Vec<Verified>, Error> {
     } else {
         vec![path.into()]
     };
+    if path.is_dir()
+        && let Some(info) = &info
+    {
+        check_sums(path, info)?;
+        check_tokenizer(path, info)?;
+    }
     let known = Known { info, vocab_size };
     prefixes.iter().map(|prefix| known.verify(prefix)).collect()
+}
+
+/// Checks that the totals of a record are the sums of its files.
+fn check_sums(folder: &Path, info: &DatasetInfo) -> Result<(), Error> {
+    if info.files.is_empty() {
+        return Ok(());
+    }
+    let sum = |kind: &str, count: fn(&FileInfo) -> u64| -> u64 {
+        let files = info.files.iter();
+        let files = files.filter(|(name, _)| name.starts_with(kind));
+        files.map(|(_, file)| count(file)).sum()
+    };
+    for (name, recorded, found) in [
+        ("documents", info.documents, sum("", |file| file.documents)),
+        ("bytes", info.bytes, sum("", |file| file.bytes)),
+        (
+            "train_tokens",
+            info.train_tokens,
+            sum("train", |file| file.tokens),
+        ),
+        (
+            "validation_tokens",
+            info.validation_tokens,
+            sum("valid", |file| file.tokens),
+        ),
+    ] {
+        if recorded != found {
+            return Err(Error::Data(format!(
+                "{} is damaged: {name} is {recorded}, and the sum of its files is {found}",
+                folder.join(INFO_FILE).display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the tokenizer of a folder is the one that its record names.
+fn check_tokenizer(folder: &Path, info: &DatasetInfo) -> Result<(), Error> {
+    let Some(recorded) = &info.tokenizer_hash else {
+        return Ok(());
+    };
+    let path = folder.join(TOKENIZER_FILE);
+    if hash_file(&path)? == *recorded {
+        return Ok(());
+    }
+    // The file may have been written in another form.
+    let json = load_tokenizer(&path)?.to_string(false);
+    let json = json.map_err(|error| Error::Tokenizer(error.to_string()))?;
+    if blake3::hash(json.as_bytes()).to_hex().as_str() == recorded {
+        return Ok(());
+    }
+    Err(Error::Data(format!(
+        "{} is not the tokenizer that {INFO_FILE} records: its hash differs",
+        path.display()
+    )))
 }
 
 /// Returns the pairs of a folder: those of its record, or else those with the usual names.
@@ -82,8 +144,8 @@ fn vocabulary(folder: &Path, info: Option<&DatasetInfo>) -> Result<Option<usize>
     if !path.exists() {
         return Ok(None);
     }
-    let (tokenizer, _) = DocumentTokenizer::load(&path, &TokenizerOptions::default())?;
-    Ok(Some(tokenizer.vocab_size()))
+    let largest = load_tokenizer(&path)?.get_vocab(true).into_values().max();
+    Ok(Some(largest.map_or(0, |id| id as usize + 1)))
 }
 
 /// Facts about a folder's pairs.

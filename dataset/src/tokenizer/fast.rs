@@ -151,6 +151,9 @@ impl FastEncoder {
         let normalizer = Normalizer::of(&normalizer)?;
         let pre_tokenizer = value(serde_json::to_value(tokenizer.get_pre_tokenizer()))?;
         let patterns = patterns_of(&pre_tokenizer)?;
+        if !patterns.iter().any(|pattern| pattern.splits_words()) {
+            return Err("words are not split, so long documents cannot be cut safely".into());
+        }
         let vocabulary = vocabulary_of(model)?;
         let as_text = tokenizer.get_encode_special_tokens();
         let mut raw = Vec::new();
@@ -248,7 +251,22 @@ impl FastEncoder {
     /// Returns the last position of a text at which it may be cut: the ids of both parts are those
     /// of the whole, whatever follows the text.
     pub(super) fn last_cut(&self, text: &str) -> Option<usize> {
-        last_cut(text, |cut| !self.added_token_spans(text, cut))
+        last_cut(text, |cut| {
+            self.is_stable_before(text, cut) && !self.added_token_spans(text, cut)
+        })
+    }
+
+    /// True if normalization leaves the character before `cut`: a cut depends on its class.
+    fn is_stable_before(&self, text: &str, cut: usize) -> bool {
+        if self.normalizer != Some(Normalizer::Nfkc) {
+            return true;
+        }
+        let last = text[..cut].chars().next_back();
+        last.is_none_or(|last| {
+            let mut bytes = [0; 4];
+            let char = &*last.encode_utf8(&mut bytes);
+            Normalizer::Nfkc.apply(char) == char
+        })
     }
 
     fn added_token_spans(&self, text: &str, cut: usize) -> bool {

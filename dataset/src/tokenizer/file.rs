@@ -7,10 +7,11 @@ use serde::{
     Deserialize, Deserializer,
     de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
+use serde_json::Value;
 use std::{collections::HashMap, fmt};
 
 /// Ids must be less than this. Vocabularies of published models are an order of magnitude smaller.
-pub(super) const MAX_VOCABULARY: u64 = 1 << 22;
+pub const MAX_VOCABULARY: u64 = 1 << 22;
 
 /// The parts of a `tokenizer.json` that need checks.
 #[derive(Deserialize)]
@@ -19,6 +20,8 @@ pub(super) struct TokenizerFile {
     pub(super) added_tokens: Vec<AddedTokenId>,
     pub(super) truncation: Option<IgnoredAny>,
     pub(super) padding: Option<IgnoredAny>,
+    #[serde(default)]
+    pub(super) post_processor: Value,
     pub(super) model: ModelPart,
 }
 

@@ -7,14 +7,10 @@ use super::{
 use crate::{
     Error,
     char_boundary::{ceil_char_boundary, floor_char_boundary},
+    quiet_panic::without_panic,
 };
 use fancy_regex::Regex;
 use serde_json::Value;
-use std::{
-    cell::Cell,
-    panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook},
-    sync::Once,
-};
 use tokenizers::Tokenizer;
 
 /// Longer texts are encoded in parts of about this many bytes; the library needs some hundred
@@ -237,32 +233,4 @@ fn collect_expressions(part: &Value, into: &mut Vec<Regex>) {
 /// The library has compiled the same expression before.
 fn compiled(expression: impl AsRef<str>) -> Option<Regex> {
     Regex::new(expression.as_ref()).ok()
-}
-
-thread_local! {
-    /// True while a panic of the library is an expected error.
-    static QUIET: Cell<bool> = const { Cell::new(false) };
-}
-
-static HOOK: Once = Once::new();
-
-/// Calls a function of the library, and returns a panic as an error instead of printing it.
-pub(super) fn without_panic<T>(call: impl FnOnce() -> T) -> Result<T, String> {
-    HOOK.call_once(|| {
-        let previous = take_hook();
-        set_hook(Box::new(move |panic| {
-            if !QUIET.get() {
-                previous(panic);
-            }
-        }));
-    });
-    QUIET.set(true);
-    let result = catch_unwind(AssertUnwindSafe(call));
-    QUIET.set(false);
-    result.map_err(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-        text.unwrap_or("internal error of the tokenizers library")
-            .to_owned()
-    })
 }

@@ -3,7 +3,6 @@
 //! [`DocumentTokenizer`] encodes with the fast encoder if that gives the ids of the `tokenizers`
 //! library for the vocabulary at hand, and with the library otherwise.
 
-mod bench;
 mod classes;
 mod fast;
 mod file;
@@ -14,18 +13,21 @@ mod pieces;
 mod special;
 mod train;
 
-pub use bench::{Speed, measure};
+pub use file::MAX_VOCABULARY;
 pub(crate) use library::Cut;
-pub use pieces::DocumentEncoder;
 pub use special::Special;
 pub use train::{TRAINING_BYTES, train};
 
-use crate::Error;
+use crate::{
+    Error,
+    info::{DatasetInfo, INFO_FILE, SpecialToken},
+    quiet_panic::without_panic,
+};
 use fast::FastEncoder;
 use file::{AddedTokenId, TokenizerFile};
-use library::{Library, without_panic};
+use library::Library;
 use serde_json::Value;
-use special::{NameOrId, Named, Role, Tokens, choose, listed};
+use special::{NameOrId, Named, StartRules, Tokens, choose_end, choose_start, listed};
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
@@ -43,7 +45,7 @@ const SAMPLE: &str = include_str!("sample.txt");
 pub struct TokenizerOptions {
     /// Text or id of the token that ends documents.
     pub eos: Option<String>,
-    /// Text or id of the token that begins documents.
+    /// Text or id of the token that begins documents, or `none`.
     pub bos: Option<String>,
     /// True if the text of a special token inside of a document becomes that token. Otherwise it
     /// is encoded like any other text. Added tokens that are not special, such as runs of spaces,
@@ -65,9 +67,9 @@ pub struct DocumentTokenizer {
 impl DocumentTokenizer {
     /// Loads a `tokenizer.json`, or a folder that has one, and chooses the special tokens.
     ///
-    /// `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json` and
-    /// `config.json` in the same folder may name them. Also returns notes for the user: what was
-    /// chosen and why, and what was ignored.
+    /// `dataset.json`, `tokenizer_config.json`, `special_tokens_map.json`,
+    /// `generation_config.json` and `config.json` in the same folder may name them. Also returns
+    /// notes for the user: what was chosen and why, and what was ignored.
     ///
     /// # Errors
     /// If a file is missing or damaged, or no file and no known name tells what ends documents.
@@ -112,14 +114,27 @@ impl DocumentTokenizer {
         tokenizer.set_encode_special_tokens(!options.special_tokens_in_text);
         let tokens = LoadedTokens(&tokenizer);
         let eos = options.eos.as_deref();
-        let eos = choose(Role::End, eos, &names.eos, &tokens, &mut notes)?.ok_or_else(|| {
+        let eos = choose_end(eos, &names.eos, &tokens, &mut notes)?.ok_or_else(|| {
             format!(
                 "no file tells which token ends documents; choose it with --eos; {}",
                 listed(&tokens)
             )
         })?;
         let bos = options.bos.as_deref();
-        let bos = choose(Role::Start, bos, &names.bos, &tokens, &mut notes)?;
+        let mut rules = names.start.clone();
+        add_template(&file.post_processor, &mut rules.template);
+        let bos = choose_start(bos, &names.bos, &rules, &eos, &tokens, &mut notes)?;
+        let ordinary = tokenizer.get_added_tokens_decoder().into_values();
+        let ordinary = ordinary.filter(|token| !token.special);
+        let mut ordinary: Vec<String> = ordinary.map(|token| token.content).collect();
+        ordinary.sort();
+        if let Some(first) = ordinary.first() {
+            notes.push(format!(
+                "{} added tokens are not special, such as {first:?}: text inside of documents \
+                 becomes them",
+                ordinary.len()
+            ));
+        }
         let largest = tokenizer.get_vocab(true).into_values().max();
         let json = tokenizer
             .to_string(false)
@@ -153,16 +168,19 @@ impl DocumentTokenizer {
         self.encoder = format!("the tokenizers library, which is slower ({reason})");
     }
 
-    /// Compares the fast encoder with the library on texts. Uses the library from now on if they
-    /// differ, and returns a warning. Texts that one of them refuses tell nothing.
+    /// Compares the fast encoder with the library on texts, whole and cut. Uses the library from
+    /// now on if they differ, and returns a warning. Texts that one of them refuses tell nothing.
     pub fn verify_on(&mut self, sample: &[&str]) -> Option<String> {
         let fast = self.fast.as_ref()?;
         let differs = |text: &&str| {
-            let mut ids = [Vec::new(), Vec::new()];
+            let mut ids = [Vec::new(), Vec::new(), Vec::new()];
+            let cut = fast.last_cut(text).unwrap_or(0);
             let encoded = fast
                 .encode(text, &mut ids[0])
-                .and_then(|()| self.library.encode(text, &mut ids[1]));
-            encoded.is_ok() && ids[0] != ids[1]
+                .and_then(|()| self.library.encode(text, &mut ids[1]))
+                .and_then(|()| fast.encode(&text[..cut], &mut ids[2]))
+                .and_then(|()| fast.encode(&text[cut..], &mut ids[2]));
+            encoded.is_ok() && (ids[0] != ids[1] || ids[0] != ids[2])
         };
         let number = sample.iter().position(differs)?;
         self.use_library(&format!(
@@ -180,11 +198,6 @@ impl DocumentTokenizer {
             Some(fast) => fast.encode(text, into),
             None => self.library.encode(text, into),
         }
-    }
-
-    /// Returns an encoder for one document that comes in pieces.
-    pub fn document(&self) -> DocumentEncoder<'_> {
-        DocumentEncoder::new(self)
     }
 
     /// Returns the token that ends documents.
@@ -207,17 +220,9 @@ impl DocumentTokenizer {
         blake3::hash(self.json.as_bytes()).to_hex().to_string()
     }
 
-    /// Returns the tokenizer's canonical JSON, which [`save`](Self::save) writes.
+    /// Returns the tokenizer's canonical JSON: the text of its `tokenizer.json`.
     pub fn json(&self) -> &str {
         &self.json
-    }
-
-    /// Writes the tokenizer as a `tokenizer.json`.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
-    pub fn save(&self, path: &Path) -> Result<(), Error> {
-        std::fs::write(path, &self.json).map_err(Error::io("cannot write", path))
     }
 
     /// Returns the encoder in use, and the reason if it is not the fast one.
@@ -301,16 +306,57 @@ fn tokenizer_file(path: &Path) -> Result<PathBuf, Error> {
     )))
 }
 
+/// Appends the texts of the tokens that a post-processor's template puts before a text.
+fn add_template(post_processor: &Value, into: &mut Vec<String>) {
+    for part in post_processor["processors"]
+        .as_array()
+        .into_iter()
+        .flatten()
+    {
+        add_template(part, into);
+    }
+    if post_processor["type"] != "TemplateProcessing" {
+        return;
+    }
+    let pieces = post_processor["single"].as_array().into_iter().flatten();
+    let before = pieces.map_while(|piece| piece["SpecialToken"]["id"].as_str());
+    into.extend(before.flat_map(|id| {
+        let tokens = &post_processor["special_tokens"][id]["tokens"];
+        let tokens = tokens.as_array().into_iter().flatten();
+        tokens.filter_map(|token| token.as_str().map(str::to_owned))
+    }));
+}
+
 /// Names of special tokens in the files of a folder, the most reliable first.
 #[derive(Default)]
 struct Names {
     eos: Vec<Named>,
     bos: Vec<Named>,
+    start: StartRules,
 }
 
-/// Files that may name special tokens, and whether they do so by id.
+impl Names {
+    /// Takes the tokens of a prepared data set: its `tokenizer.json` does not tell what was added.
+    fn add_record(&mut self, info: DatasetInfo) {
+        let Some(eos) = info.eos else {
+            return;
+        };
+        let named = |token: SpecialToken| Named {
+            file: INFO_FILE,
+            token: NameOrId::Name(token.text),
+        };
+        self.start.adds = Some(info.bos.is_some());
+        self.eos.push(named(eos));
+        self.bos.extend(info.bos.map(named));
+    }
+}
+
+/// The file that tells whether a tokenizer adds a token to the beginning of texts.
+const CONFIGURATION: &str = "tokenizer_config.json";
+
+/// Files that may name special tokens, by text or by id.
 const FILES: [&str; 4] = [
-    "tokenizer_config.json",
+    CONFIGURATION,
     "special_tokens_map.json",
     "generation_config.json",
     "config.json",
@@ -318,6 +364,11 @@ const FILES: [&str; 4] = [
 
 fn names_in(folder: &Path) -> Result<Names, Error> {
     let mut names = Names::default();
+    // Other programs have files of this name, too.
+    let record = std::fs::read(folder.join(INFO_FILE)).ok();
+    if let Some(info) = record.and_then(|text| serde_json::from_slice(&text).ok()) {
+        names.add_record(info);
+    }
     for file in FILES {
         let path = folder.join(file);
         if !path.is_file() {
@@ -326,6 +377,11 @@ fn names_in(folder: &Path) -> Result<Names, Error> {
         let text = std::fs::read_to_string(&path).map_err(Error::io("cannot read", &path))?;
         let json: Value = serde_json::from_str(&text)
             .map_err(|error| Error::Tokenizer(format!("{}: {error}", path.display())))?;
+        if file == CONFIGURATION {
+            let rules = &mut names.start;
+            rules.adds = rules.adds.or(json["add_bos_token"].as_bool());
+            rules.is_null = json.get("bos_token").is_some_and(Value::is_null);
+        }
         for (list, key) in [(&mut names.eos, "eos_token"), (&mut names.bos, "bos_token")] {
             let by_id = json.get(format!("{key}_id"));
             let values =

@@ -146,6 +146,16 @@ impl Pattern {
         })
     }
 
+    /// True if a letter or number and a following space or mark are always in different pieces.
+    pub(super) fn splits_words(self) -> bool {
+        match self {
+            Pattern::Gpt2 | Pattern::Cl100k { .. } | Pattern::O200k { .. } | Pattern::DeepSeek => {
+                true
+            }
+            Pattern::Numbers { .. } | Pattern::KanaOrHan | Pattern::Digits { .. } => false,
+        }
+    }
+
     /// Returns the end of the piece that starts at `start`, which is before the text's end.
     #[inline(always)]
     fn piece(self, text: Text, start: usize) -> usize {
@@ -187,7 +197,7 @@ pub(super) fn split<F: FnMut(&[u8])>(patterns: &[Pattern], text: Text, take: &mu
 }
 
 /// Returns the last position of a text at which it may be cut: the pieces of both parts are those
-/// of the whole, with every pattern and whatever follows the text.
+/// of the whole, whatever follows the text, if a pattern [splits words](Pattern::splits_words).
 ///
 /// A letter or number and a following space or punctuation mark are in different pieces, and
 /// neither decides about pieces of the other side. `allowed` can refuse a position.

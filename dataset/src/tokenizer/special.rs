@@ -127,6 +127,35 @@ fn ends_turns(text: &str) -> bool {
     TURN_ENDS.contains(&text)
 }
 
+/// Finds the token of an option. A number is an id, never the text of a token.
+fn find_by_option(flag: &str, text: &str, tokens: &dyn Tokens) -> Result<Token, String> {
+    let by_text = tokens.by_text(text);
+    let found = match text.parse::<u32>() {
+        Ok(id) => {
+            let by_id = tokens.by_id(id);
+            if let Some(token) = by_text.filter(|token| token.special.id != id) {
+                let other = match &by_id {
+                    Some(token) => format!("is the id of {:?}", token.special.text),
+                    None => "is no id of a token".into(),
+                };
+                return Err(format!(
+                    "{flag} {text} is ambiguous: {text} {other}, and {text:?} is the text of the \
+                     token {}; give the text or the id of another token",
+                    token.special.id
+                ));
+            }
+            by_id
+        }
+        Err(_) => by_text,
+    };
+    found.ok_or_else(|| {
+        format!(
+            "{flag} {text}: the tokenizer has no such token; {}",
+            listed(tokens)
+        )
+    })
+}
+
 /// Returns the known names in the vocabulary. One that can be part of ordinary text, such as
 /// Gemma's `</s>`, which is HTML there, counts only as a special token.
 fn known(role: Role, tokens: &dyn Tokens) -> Vec<Special> {
@@ -141,29 +170,116 @@ fn known(role: Role, tokens: &dyn Tokens) -> Vec<Special> {
 /// Chooses the token for a role and appends notes for the user. `Ok(None)` if nothing names one.
 ///
 /// # Errors
-/// If the option's token is not in the vocabulary.
-pub(super) fn choose(
-    role: Role,
+/// If the option's token is not in the vocabulary, or the option is ambiguous.
+pub(super) fn choose_end(
     option: Option<&str>,
     named: &[Named],
     tokens: &dyn Tokens,
     notes: &mut Vec<String>,
 ) -> Result<Option<Special>, String> {
+    choose(Role::End, option, named, tokens, &|_| true, notes)
+}
+
+/// A tokenizer's own rules for the beginning of texts.
+#[derive(Debug, Clone, Default)]
+pub(super) struct StartRules {
+    /// `add_bos_token` of the configuration.
+    pub(super) adds: Option<bool>,
+    /// True if the configuration has `bos_token: null`.
+    pub(super) is_null: bool,
+    /// Texts of the tokens that the post-processor puts before a text.
+    pub(super) template: Vec<String>,
+}
+
+/// Value of `--bos` for documents without a token at their beginning.
+pub(super) const NO_TOKEN: &str = "none";
+
+/// Chooses the token that begins documents and appends notes for the user.
+///
+/// A token that files or the vocabulary name is used only if the tokenizer itself adds it to texts.
+/// The end of documents never begins them: models would see it twice between documents.
+///
+/// # Errors
+/// If the option's token is not in the vocabulary or is the end of documents, or the option is
+/// ambiguous.
+pub(super) fn choose_start(
+    option: Option<&str>,
+    named: &[Named],
+    rules: &StartRules,
+    end: &Special,
+    tokens: &dyn Tokens,
+    notes: &mut Vec<String>,
+) -> Result<Option<Special>, String> {
+    if option == Some(NO_TOKEN) {
+        notes.push("no token begins documents, by --bos none".into());
+        return Ok(None);
+    }
+    if option.is_some() {
+        let chosen = choose(Role::Start, option, named, tokens, &|_| true, notes)?;
+        if chosen.as_ref() == Some(end) {
+            return Err(format!(
+                "--bos {:?}: the same token ends documents; give --bos none, or another token",
+                end.text
+            ));
+        }
+        return Ok(chosen);
+    }
+    let refused = match rules {
+        StartRules {
+            adds: Some(false), ..
+        } => Some("its files say that texts begin without one"),
+        StartRules {
+            is_null: true,
+            adds: None,
+            ..
+        } => Some("its configuration has bos_token: null"),
+        _ => None,
+    };
+    if let Some(reason) = refused {
+        notes.push(format!(
+            "no token begins documents: {reason} (choose one with --bos)"
+        ));
+        return Ok(None);
+    }
+    let is_added =
+        |token: &Special| rules.adds == Some(true) || rules.template.contains(&token.text);
+    let accepts = |token: &Special| is_added(token) && token.id != end.id;
+    let chosen = choose(Role::Start, None, named, tokens, &accepts, notes)?;
+    if chosen.is_none() {
+        let found = named.iter().filter_map(|name| find(tokens, &name.token));
+        let mut found = found
+            .map(|token| token.special)
+            .chain(known(Role::Start, tokens));
+        if let Some(other) = found.find(|token| token.id != end.id) {
+            notes.push(format!(
+                "no token begins documents: the tokenizer has {:?} but does not add it to texts \
+                 (choose it with --bos)",
+                other.text
+            ));
+        }
+    }
+    Ok(chosen)
+}
+
+/// `accepts` limits the choice among tokens that no option names.
+fn choose(
+    role: Role,
+    option: Option<&str>,
+    named: &[Named],
+    tokens: &dyn Tokens,
+    accepts: &dyn Fn(&Special) -> bool,
+    notes: &mut Vec<String>,
+) -> Result<Option<Special>, String> {
     let verb = role.verb();
     let flag = role.option();
     if let Some(text) = option {
-        let by_id = || text.parse().ok().and_then(|id| tokens.by_id(id));
-        let Some(token) = tokens.by_text(text).or_else(by_id) else {
-            return Err(format!(
-                "{flag} {text}: the tokenizer has no such token; {}",
-                listed(tokens)
-            ));
-        };
+        let token = find_by_option(flag, text, tokens)?;
         warn_of(role, &token, notes);
         notes.push(chosen(role, &token.special, &format!("by {flag}")));
         return Ok(Some(token.special));
     }
-    let known = known(role, tokens);
+    let mut known = known(role, tokens);
+    known.retain(accepts);
     for name in named {
         let Some(token) = find(tokens, &name.token) else {
             notes.push(format!(
@@ -173,6 +289,9 @@ pub(super) fn choose(
             ));
             continue;
         };
+        if !accepts(&token.special) {
+            continue;
+        }
         let text = &token.special.text;
         let ordinary = !token.is_special && !text.starts_with("<|");
         let doubtful = role == Role::End && (ends_turns(text) || ordinary);
@@ -315,7 +434,7 @@ mod tests {
     ) -> (String, usize) {
         let mut notes = Vec::new();
         let tokens = Vocabulary(vocabulary);
-        let chosen = choose(Role::End, option, named, &tokens, &mut notes).unwrap();
+        let chosen = choose_end(option, named, &tokens, &mut notes).unwrap();
         let warnings = notes
             .iter()
             .filter(|note| note.starts_with("warning"))
@@ -333,15 +452,63 @@ mod tests {
         );
         assert_eq!(end(tokens, Some("2"), &config), ("<|im_end|>".into(), 1));
         assert_eq!(end(tokens, Some("a"), &config), ("a".into(), 1));
-        let unknown = choose(
-            Role::End,
-            Some("x"),
-            &[],
-            &Vocabulary(tokens),
-            &mut Vec::new(),
-        );
-        let error = unknown.unwrap_err();
+        let refused = |vocabulary, option| {
+            choose_end(Some(option), &[], &Vocabulary(vocabulary), &mut Vec::new()).unwrap_err()
+        };
+        let error = refused(tokens, "x");
         assert!(error.contains("--eos x") && error.contains("<|endoftext|>, <|im_end|>"));
+        // The text of one token and the id of another.
+        let digits = &["2", "1", "*</s>"];
+        let error = refused(digits, "2");
+        assert!(
+            error.contains("2 is the id of \"</s>\", and \"2\" is the text of the token 0"),
+            "{error}"
+        );
+        assert_eq!(end(digits, Some("1"), &[]).0, "1");
+        assert_eq!(end(digits, Some("0"), &[]).0, "2");
+        assert!(refused(digits, "7").contains("no such token"));
+        assert!(refused(&["9"], "9").contains("9 is no id of a token"));
+    }
+
+    #[test]
+    fn documents_begin_only_with_a_token_that_the_tokenizer_adds() {
+        let tokens = &["*<s>", "*</s>", "*<b>", "none"];
+        let start = |option: Option<&str>, named: &[Named], rules: &StartRules, end: &str| {
+            let vocabulary = Vocabulary(tokens);
+            let end = vocabulary.by_text(end).unwrap().special;
+            let mut notes = Vec::new();
+            let chosen = choose_start(option, named, rules, &end, &vocabulary, &mut notes);
+            chosen.map(|token| (token.map(|token| token.text), notes.join("\n")))
+        };
+        let rules = |adds, is_null, template: &[&str]| StartRules {
+            adds,
+            is_null,
+            template: template.iter().map(|text| text.to_string()).collect(),
+        };
+        let config = [name("tokenizer_config.json", "<s>")];
+        let text = |rules: StartRules| start(None, &config, &rules, "</s>").unwrap().0;
+        assert_eq!(text(rules(None, false, &[])), None);
+        assert_eq!(text(rules(Some(true), false, &[])).as_deref(), Some("<s>"));
+        assert_eq!(text(rules(None, false, &["<s>"])).as_deref(), Some("<s>"));
+        assert_eq!(text(rules(None, false, &["<b>"])), None);
+        assert_eq!(text(rules(Some(false), false, &["<s>"])), None);
+        assert_eq!(text(rules(None, true, &["<s>"])), None);
+        // A known name that no file has.
+        let added = rules(None, false, &["<s>"]);
+        let known = start(None, &[], &added, "</s>").unwrap();
+        assert_eq!(known.0.as_deref(), Some("<s>"));
+        let none = start(None, &config, &rules(None, false, &[]), "</s>")
+            .unwrap()
+            .1;
+        assert!(none.contains("has \"<s>\" but does not add it"), "{none}");
+        // The end of documents does not begin them.
+        let both = rules(Some(true), false, &["<s>"]);
+        assert_eq!(start(None, &config, &both, "<s>").unwrap().0, None);
+        let error = start(Some("<s>"), &config, &both, "<s>").unwrap_err();
+        assert!(error.contains("the same token ends documents"), "{error}");
+        assert_eq!(start(Some("none"), &config, &both, "</s>").unwrap().0, None);
+        let chosen = start(Some("<b>"), &config, &rules(Some(false), true, &[]), "</s>");
+        assert_eq!(chosen.unwrap().0.as_deref(), Some("<b>"));
     }
 
     #[test]
@@ -391,7 +558,7 @@ mod tests {
             name("config.json", "0"),
         ];
         let mut notes = Vec::new();
-        let token = choose(Role::End, None, &named, &Vocabulary(tokens), &mut notes).unwrap();
+        let token = choose_end(None, &named, &Vocabulary(tokens), &mut notes).unwrap();
         assert_eq!(token.unwrap().text, "<b>");
         assert!(notes[0].contains("\"<missing>\", which is not in the vocabulary"));
         assert!(

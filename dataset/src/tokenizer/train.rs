@@ -1,7 +1,7 @@
 //! Training of a byte-level BPE as in GPT-2, which can encode any text.
 
-use super::{DocumentTokenizer, END_OF_DOCUMENT, library::without_panic, patterns::last_cut};
-use crate::{Error, char_boundary::floor_char_boundary};
+use super::{DocumentTokenizer, END_OF_DOCUMENT, patterns::last_cut};
+use crate::{Error, char_boundary::floor_char_boundary, quiet_panic::without_panic};
 use tokenizers::{
     AddedToken, TokenizerBuilder, models::bpe::BPE, models::bpe::BpeTrainerBuilder,
     pre_tokenizers::byte_level::ByteLevel,

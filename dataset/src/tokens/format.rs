@@ -96,6 +96,18 @@ impl<'a> TokenPath<'a> {
         }
     }
 
+    /// Returns a warning about data next to the file that is not read.
+    pub fn warning(&self) -> Option<String> {
+        let loss = with_extension(self.path, "loss");
+        let has_mask = self.format() == TokenFormat::Datatrove && loss.exists();
+        has_mask.then(|| {
+            format!(
+                "{} masks the loss of some tokens and is not read: all tokens are trained on",
+                loss.display()
+            )
+        })
+    }
+
     /// Returns the files that hold the tokens and their boundaries, existing or not.
     pub(crate) fn files(&self) -> Vec<std::path::PathBuf> {
         match self.format() {
@@ -206,6 +218,21 @@ mod tests {
         ] {
             assert_eq!(named(Path::new(name)).format(), format, "{name}");
         }
+    }
+
+    #[test]
+    fn masks_of_the_loss_are_warned_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("00000.ds");
+        assert_eq!(named(&path).warning(), None);
+        std::fs::write(with_extension(&path, "loss"), [1]).unwrap();
+        assert!(
+            named(&path)
+                .warning()
+                .unwrap()
+                .contains("00000.ds.loss masks")
+        );
+        assert_eq!(TokenPath::megatron(&path).warning(), None);
     }
 
     #[test]

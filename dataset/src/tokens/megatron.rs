@@ -26,10 +26,11 @@ const VERIFIED_AT_ONCE: u64 = 4096;
 const DOCUMENT_ENTRY: u64 = 8;
 
 /// The counts in the header of an index.
-struct IndexHeader {
-    width: Width,
-    sequences: u64,
-    documents: u64,
+pub(super) struct IndexHeader {
+    pub(super) width: Width,
+    pub(super) sequences: u64,
+    /// Number of document boundaries.
+    pub(super) documents: u64,
 }
 
 impl IndexHeader {
@@ -57,7 +58,7 @@ impl IndexHeader {
     }
 
     /// Returns the length of the index in bytes, or None if it exceeds 64 bits.
-    fn index_len(&self) -> Option<u64> {
+    pub(super) fn index_len(&self) -> Option<u64> {
         let sequences = self.sequences.checked_mul(LENGTH_BYTES + OFFSET_BYTES)?;
         let documents = self.documents.checked_mul(DOCUMENT_ENTRY)?;
         sequences.checked_add(documents)?.checked_add(HEADER as u64)
@@ -65,14 +66,16 @@ impl IndexHeader {
 }
 
 /// An open index, of which only the header has been read.
-struct Index {
+pub(super) struct Index {
     path: PathBuf,
     file: File,
-    header: IndexHeader,
+    pub(super) header: IndexHeader,
+    /// Bytes of the file.
+    pub(super) len: u64,
 }
 
 impl Index {
-    fn open(prefix: &Path) -> Result<Index, Error> {
+    pub(super) fn open(prefix: &Path) -> Result<Index, Error> {
         let path = with_extension(prefix, "idx");
         let mut file = File::open(&path).map_err(Error::io("cannot open", &path))?;
         let len = file_len(&file, &path)?;
@@ -92,7 +95,12 @@ impl Index {
             );
             return Err(damaged(&path, cause));
         }
-        Ok(Index { path, file, header })
+        Ok(Index {
+            path,
+            file,
+            header,
+            len,
+        })
     }
 
     fn read_at<const N: usize>(&self, offset: u64, count: usize) -> Result<Vec<[u8; N]>, Error> {

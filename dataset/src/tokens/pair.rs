@@ -1,10 +1,9 @@
 //! Whole pairs of token files: their documents in order, every field checked.
 
 use super::{
-    layout::{
-        DOCUMENTS_OFFSET, DTYPE_OFFSET, HEADER, MAGIC, SEQUENCES_OFFSET, VERSION, VERSION_OFFSET,
-        Width, with_extension,
-    },
+    file::damaged,
+    layout::{HEADER, Width, with_extension},
+    megatron::Index,
     writer::{TokenWriter, WrittenPair},
 };
 use crate::Error;
@@ -52,56 +51,29 @@ impl TokenPair {
     pub fn open(prefix: &Path) -> Result<TokenPair, Error> {
         let bin = with_extension(prefix, "bin");
         let idx = with_extension(prefix, "idx");
-        let file = File::open(&idx).map_err(Error::io("cannot open", &idx))?;
-        let len = file.metadata().map_err(Error::io("cannot read", &idx))?;
-        let len = len.len();
-        let mut header = [0u8; HEADER];
-        if len < HEADER as u64 {
-            let cause = format!("{len} bytes are less than its header of {HEADER}");
-            return Err(damaged(&idx, cause));
-        }
-        file.read_exact_at(&mut header, 0)
-            .map_err(Error::io("cannot read", &idx))?;
-        if !header.starts_with(MAGIC) {
-            let cause = "it does not begin with MMIDIDX; it is no Megatron index".to_string();
-            return Err(damaged(&idx, cause));
-        }
-        let number = |offset: usize| {
-            let field = header[offset..offset + 8].try_into();
-            u64::from_le_bytes(field.expect("eight bytes"))
-        };
-        if number(VERSION_OFFSET) != VERSION {
-            let version = number(VERSION_OFFSET);
-            let cause = format!("its version is {version}; only {VERSION} is known");
-            return Err(damaged(&idx, cause));
-        }
-        let code = header[DTYPE_OFFSET];
-        let width = Width::from_code(code)
-            .ok_or_else(|| damaged(&idx, format!("dtype code {code} is not an integer type")))?;
-        let sequences = number(SEQUENCES_OFFSET);
-        let boundaries = number(DOCUMENTS_OFFSET);
-        if sequences.checked_add(1) != Some(boundaries) {
+        let Index { header, len, .. } = Index::open(prefix)?;
+        if header.sequences.checked_add(1) != Some(header.documents) {
             return Err(Error::Data(format!(
-                "{}: {sequences} sequences and {boundaries} document boundaries: only files with \
-                 one sequence per document are supported",
-                idx.display()
+                "{}: {} sequences and {} document boundaries: only files with one sequence per \
+                 document are supported",
+                idx.display(),
+                header.sequences,
+                header.documents
             )));
         }
-        let expected = sequences
-            .checked_mul(LENGTH_BYTES + 2 * WORD_BYTES)
-            .and_then(|bytes| bytes.checked_add(HEADER as u64 + WORD_BYTES));
-        if expected != Some(len) {
+        if header.index_len() != Some(len) {
             let cause = format!(
-                "it has {len} bytes, which are not those of the {sequences} sequences that its \
-                 header announces"
+                "it has {len} bytes, which are not those of the {} sequences that its header \
+                 announces",
+                header.sequences
             );
             return Err(damaged(&idx, cause));
         }
         Ok(TokenPair {
             bin,
             idx,
-            width,
-            sequences,
+            width: header.width,
+            sequences: header.sequences,
         })
     }
 
@@ -263,11 +235,6 @@ pub fn hash_file(path: &Path) -> Result<String, Error> {
         .update_reader(file)
         .map_err(Error::io("cannot read", path))?;
     Ok(hasher.finalize().to_hex().to_string())
-}
-
-fn damaged(path: &Path, cause: String) -> Error {
-    let path = path.display();
-    Error::Data(format!("{path} is damaged: {cause}"))
 }
 
 /// A column of the index, entry by entry.

@@ -4,7 +4,7 @@ use super::layout::{HEADER, MAGIC, VERSION, Width, with_extension};
 use crate::Error;
 use std::{
     fs::File,
-    io::{BufReader, BufWriter, Read, Seek, Write},
+    io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
 };
 
@@ -36,6 +36,8 @@ pub struct TokenWriter {
     tokens: u64,
     /// Tokens of the document that has not ended.
     open: u64,
+    /// The end of the last document, if the current one may be dropped.
+    mark: Option<Mark>,
     encoded: Vec<u8>,
 }
 
@@ -75,6 +77,7 @@ impl TokenWriter {
             documents: 0,
             tokens: 0,
             open: 0,
+            mark: None,
             encoded: Vec::new(),
         })
     }
@@ -133,6 +136,27 @@ impl TokenWriter {
         self.bin.write(bytes)
     }
 
+    /// Begins a document that [`TokenWriter::drop_document`] can drop later.
+    ///
+    /// # Errors
+    /// If the disk is full.
+    pub fn begin_document(&mut self) -> Result<(), Error> {
+        self.mark = Some(self.bin.mark()?);
+        Ok(())
+    }
+
+    /// Drops the tokens of the current document, which [`TokenWriter::begin_document`] began.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn drop_document(&mut self) -> Result<(), Error> {
+        if let Some(mark) = self.mark.take() {
+            self.bin.return_to(mark)?;
+            self.open = 0;
+        }
+        Ok(())
+    }
+
     /// Ends the current document, which may be empty.
     ///
     /// # Errors
@@ -145,6 +169,7 @@ impl TokenWriter {
         self.documents += 1;
         self.tokens += self.open;
         self.open = 0;
+        self.mark = None;
         Ok(())
     }
 
@@ -206,6 +231,12 @@ impl TokenWriter {
     }
 }
 
+/// A state of a file to return to.
+struct Mark {
+    hasher: blake3::Hasher,
+    len: u64,
+}
+
 /// A file that is hashed as it is written.
 struct HashedFile {
     path: PathBuf,
@@ -258,6 +289,26 @@ impl HashedFile {
             .map_err(Error::io("cannot write", &self.path))
     }
 
+    fn mark(&mut self) -> Result<Mark, Error> {
+        self.flush()?;
+        Ok(Mark {
+            hasher: self.hasher.clone(),
+            len: self.len,
+        })
+    }
+
+    /// Drops everything that was written after the mark.
+    fn return_to(&mut self, mark: Mark) -> Result<(), Error> {
+        self.buffer.clear();
+        self.file
+            .set_len(mark.len)
+            .and_then(|()| self.file.seek(SeekFrom::Start(mark.len)))
+            .map_err(Error::io("cannot write", &self.path))?;
+        self.hasher = mark.hasher;
+        self.len = mark.len;
+        Ok(())
+    }
+
     /// Syncs the file to disk and returns its hash.
     fn finish(mut self) -> Result<String, Error> {
         self.flush()?;
@@ -300,6 +351,30 @@ mod tests {
             idx: hash(&index),
         };
         assert_eq!(written, expected);
+    }
+
+    #[test]
+    fn a_dropped_document_leaves_no_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let plain = folder.path().join("plain");
+        let mut writer = TokenWriter::create(&plain, 10).unwrap();
+        writer.push(&[1, 2]).unwrap();
+        writer.push(&[3]).unwrap();
+        let plain = writer.finish().unwrap();
+        let other = folder.path().join("other");
+        let mut writer = TokenWriter::create(&other, 10).unwrap();
+        writer.push(&[1, 2]).unwrap();
+        writer.begin_document().unwrap();
+        for _ in 0..3 {
+            writer.append(&[7; 200_000]).unwrap();
+            writer.append(&[8]).unwrap();
+        }
+        writer.drop_document().unwrap();
+        writer.drop_document().unwrap();
+        writer.push(&[3]).unwrap();
+        assert_eq!(writer.finish().unwrap(), plain);
+        let bytes = std::fs::read(with_extension(&other, "bin")).unwrap();
+        assert_eq!(blake3::hash(&bytes).to_hex().to_string(), plain.bin);
     }
 
     #[test]

@@ -159,14 +159,17 @@ fn data_set_folders_are_read_without_their_cards() {
         ("en/test-00000-of-00001.jsonl", b"{\"text\":\"t\"}"),
     ]);
     let found = files.read(&[""], &InputOptions::default()).unwrap();
-    assert_eq!(found.texts, ["t", "a", "b"]);
-    assert_eq!(found.counts.unknown, 2);
+    assert_eq!(found.texts, ["a", "b"]);
+    assert_eq!((found.counts.unknown, found.counts.other_splits), (2, 1));
     assert!(
-        found.notes[0].contains("the splits test, train"),
+        found.notes[0].contains("the splits test, train, and only train is read"),
         "{:?}",
         found.notes
     );
     assert!(found.notes[1].contains("README.md (it describes the data set)"));
+    assert!(found.notes[2].contains("test-00000-of-00001.jsonl"));
+    let all = files.read(&["", "en/test-*"], &InputOptions::default());
+    assert_eq!(all.unwrap().texts, ["a", "b", "t"]);
     let found = files
         .read(&["en/train-*"], &InputOptions::default())
         .unwrap();
@@ -175,6 +178,65 @@ fn data_set_folders_are_read_without_their_cards() {
         .read(&["README.md"], &InputOptions::default())
         .unwrap();
     assert_eq!(named.texts.len(), 1);
+}
+
+#[test]
+fn only_tables_have_splits_and_only_texts_are_cards() {
+    let files = Files::new(&[
+        ("src/train.py", b"code of training"),
+        ("src/test_model.py", b"code of tests"),
+        ("state.txt", b"a state"),
+        ("citation.jsonl", b"{\"text\":\"cited\"}"),
+        ("license.md", b"a license"),
+    ]);
+    let found = files.read(&[""], &InputOptions::default()).unwrap();
+    let expected = ["cited", "code of tests", "code of training", "a state"];
+    assert_eq!(found.texts, expected);
+    assert_eq!((found.counts.unknown, found.counts.other_splits), (1, 0));
+    let files = Files::new(&[
+        ("test/a.jsonl", b"{\"text\":\"t\"}"),
+        ("dev/a.jsonl", b"{\"text\":\"v\"}"),
+    ]);
+    let found = files.read(&[""], &InputOptions::default()).unwrap();
+    assert_eq!(found.texts, ["v", "t"]);
+    assert!(found.notes[0].contains("all are read"), "{:?}", found.notes);
+}
+
+#[test]
+fn json_files_without_rows_are_left_out_of_folders() {
+    let files = Files::new(&[
+        ("a.py", b"code"),
+        ("package.json", b"{\n  \"name\": \"x\"\n}\n"),
+        ("tsconfig.json", b"{\"compilerOptions\": {}}"),
+        ("list.json", b"[{\"id\": 1}, {\"id\": 2}]"),
+        ("rows.json", b"{\"text\": \"one\"}\n{\"text\": \"two\"}\n"),
+        ("array.json", b"[{\"text\": \"three\"}]"),
+    ]);
+    let options = InputOptions::default();
+    let found = files.read(&[""], &options).unwrap();
+    assert_eq!(found.texts, ["code", "three", "one", "two"]);
+    assert_eq!(found.counts.unknown, 3);
+    for name in ["package.json", "tsconfig.json", "list.json"] {
+        let part = format!("{name} (it has no row with the key text)");
+        assert!(found.notes[0].contains(&part), "{:?}", found.notes);
+    }
+    // A file that the user names is an error.
+    let refused = files.read(&["package.json"], &options);
+    assert_refused(refused, &["rows cannot be used"]);
+}
+
+#[test]
+fn the_folder_of_the_result_is_left_out() {
+    let files = Files::new(&[("a.txt", b"text"), ("out/old.txt", b"made before")]);
+    let options = InputOptions {
+        output: Some(files.path("out").into()),
+        ..InputOptions::default()
+    };
+    let found = files.read(&[""], &options).unwrap();
+    assert_eq!(found.texts, ["text"]);
+    assert!(found.notes[0].contains("the folder of the result"));
+    let named = files.read(&["out"], &options).unwrap();
+    assert_eq!(named.texts, ["made before"]);
 }
 
 #[test]
