@@ -4,7 +4,11 @@ mod folder;
 
 use folder::{Folder, contents, flip, stderr, stdout};
 use serde_json::Value;
-use std::time::{Duration, Instant};
+use std::{
+    io::Write,
+    process::Stdio,
+    time::{Duration, Instant},
+};
 
 /// Documents of the usual corpus.
 const DOCUMENTS: usize = 600;
@@ -619,6 +623,72 @@ fn standard_input_is_read_once() {
         assert!(stderr(&refused).contains(expected), "{}", stderr(&refused));
         assert!(!folder.path("other").exists());
     }
+}
+
+#[test]
+fn a_stream_is_never_resumed() {
+    let folder = Folder::with_corpus(2, 12_000);
+    let first = [
+        "--vocab-size",
+        "400",
+        "--validation-fraction",
+        "0",
+        "--max-mb",
+        "0.1",
+    ];
+    folder.prepare(&["a.jsonl"], "first", &first);
+    let tokenizer = folder.path("first/tokenizer.json");
+    let tokenizer = tokenizer.to_str().unwrap();
+    let options = [
+        "--tokenizer",
+        tokenizer,
+        "--validation-fraction",
+        "0",
+        "--shard-per-input",
+    ];
+    let prepare = |output: &str| folder.command_prepare(&["a.jsonl", "-"], output, &options);
+    let mut killed = prepare("out").stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = killed.stdin.take().unwrap();
+    let lines = std::fs::read(folder.path("a.jsonl")).unwrap();
+    input.write_all(&lines).unwrap();
+    let log = folder.path("out/.unfinished/log.jsonl");
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !std::fs::read_to_string(&log).is_ok_and(|log| log.contains("\"shard\":{")) {
+        assert!(Instant::now() < deadline && killed.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    let other = || std::fs::File::open(folder.path("b.jsonl")).unwrap();
+    let again = prepare("out").stdin(other()).output().unwrap();
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert!(
+        stderr(&again).contains("is made anew"),
+        "{}",
+        stderr(&again)
+    );
+    let fresh = prepare("fresh").stdin(other()).output().unwrap();
+    assert!(fresh.status.success(), "{}", stderr(&fresh));
+    let fresh = contents(&folder.path("fresh"));
+    assert_eq!(contents(&folder.path("out")), fresh);
+}
+
+#[test]
+fn another_version_of_moerun_is_refused() {
+    let run = |version: &str| {
+        let mut command = std::process::Command::new(folder::PROGRAM);
+        let command = command.env("MOERUN_FRONT_VERSION", version);
+        command.args(["help", "data"]).output().unwrap()
+    };
+    let help = run(env!("CARGO_PKG_VERSION"));
+    assert!(stdout(&help).contains("prepare"), "{}", stderr(&help));
+    let refused = run("0.0.0");
+    assert!(!refused.status.success());
+    assert!(
+        stderr(&refused).contains("moerun is version 0.0.0"),
+        "{}",
+        stderr(&refused)
+    );
 }
 
 #[test]
