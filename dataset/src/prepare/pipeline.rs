@@ -488,7 +488,7 @@ mod tests {
     };
 
     struct Corpus {
-        _folder: tempfile::TempDir,
+        folder: tempfile::TempDir,
         files: Vec<InputFile>,
         input: InputOptions,
     }
@@ -504,7 +504,7 @@ mod tests {
             Corpus {
                 files: find(&[path], &input).unwrap().files,
                 input,
-                _folder: folder,
+                folder,
             }
         }
 
@@ -580,6 +580,45 @@ mod tests {
                 assert_eq!((tokens, part.bytes), (&expected, text.len() as u64));
             }
         }
+    }
+
+    /// While the consumer holds the first result, the reader opens a pipe that is the 30th file.
+    #[test]
+    fn readers_continue_with_files_while_results_wait() {
+        use std::{
+            fs::File,
+            io::Write,
+            os::unix::fs::OpenOptionsExt,
+            time::{Duration, Instant},
+        };
+        const O_NONBLOCK: i32 = 0o4000;
+        let mut corpus = Corpus::new(&["text"; 30]);
+        let pipe = corpus.folder.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        let found = find(&[pipe.display().to_string()], &corpus.input).unwrap();
+        corpus.files.extend(found.files);
+        let tokenizer = trained();
+        let work = corpus.work(None);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut opened = 0;
+        run(&corpus.pipeline(&work, &tokenizer, 40), &mut |_| {
+            while opened == 0 {
+                // Fails until the reader has opened the other end.
+                let writer = File::options()
+                    .write(true)
+                    .custom_flags(O_NONBLOCK)
+                    .open(&pipe);
+                if let Ok(mut writer) = writer {
+                    writer.write_all(b"more").unwrap();
+                    opened += 1;
+                }
+                assert!(Instant::now() < deadline, "the reader waits");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        })
+        .unwrap();
     }
 
     #[test]

@@ -219,6 +219,20 @@ fn documents_in_pieces_have_the_ids_of_the_whole() {
 }
 
 #[test]
+fn text_is_not_cut_after_characters_that_normalization_changes() {
+    let last_cut = |name: &str, text: &str| {
+        let styles = styles();
+        let style = styles.iter().position(|style| style.0 == name).unwrap();
+        LOADED[style].fast.as_ref().unwrap().last_cut(text)
+    };
+    for text in ["ab① x", "abﬁ x"] {
+        assert_eq!(last_cut("GPT-2", text), Some(5));
+        assert_eq!(last_cut("Claude", text), None);
+    }
+    assert_eq!(last_cut("Claude", "①ab x"), Some(5));
+}
+
+#[test]
 fn without_words_the_library_encodes() {
     // "a." is a token: a cut between a letter and a mark would change it.
     let mut file = trained();
