@@ -302,6 +302,14 @@ fn a_given_token_that_is_not_the_recorded_one_is_a_warning() {
     }
 }
 
+/// Returns the id of the token of a line feed.
+fn line_feed(experiment: &Experiment) -> u64 {
+    let tokenizer = std::fs::read(experiment.path("data/tokenizer.json")).unwrap();
+    let tokenizer: Value = serde_json::from_slice(&tokenizer).unwrap();
+    // The byte-level name of a line feed.
+    tokenizer["model"]["vocab"]["\u{10a}"].as_u64().unwrap()
+}
+
 /// Returns the lines of JSON that a command prints.
 fn printed(mut command: Command) -> Vec<Value> {
     let output = finish(&mut command);
@@ -318,10 +326,9 @@ fn printed(mut command: Command) -> Vec<Value> {
 #[test]
 fn evaluation_is_the_validation_of_a_run_with_document_rules() {
     let experiment = Experiment::new();
-    change_record(
-        &experiment,
-        json!({"eos": {"id": 0, "text": "<|endoftext|>"}}),
-    );
+    // Lines are the documents: several in each sequence.
+    let id = line_feed(&experiment);
+    change_record(&experiment, json!({"eos": {"id": id, "text": "line feed"}}));
     let rules = |name: &str| -> Vec<String> {
         let keys = ["mask_documents", "reset_positions", "eod_mask_loss"];
         let set = |key: &str| name.contains(key).then(|| format!("data.{key}=true"));
@@ -340,7 +347,8 @@ fn evaluation_is_the_validation_of_a_run_with_document_rules() {
         let output = finish(&mut experiment.train(2, &changes));
         let said = text(&output);
         assert!(output.status.success(), "{said}");
-        assert!(said.contains("data.eod_token is 0"), "{said}");
+        let line = format!("data.eod_token is {id} (\"line feed\"), as dataset.json records it");
+        assert!(said.contains(&line), "{said}");
         let path = experiment.path(&format!("run{index}/metrics.jsonl"));
         let lines = std::fs::read_to_string(path).unwrap();
         let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
@@ -372,11 +380,7 @@ fn evaluation_is_the_validation_of_a_run_with_document_rules() {
 #[test]
 fn a_recorded_beginning_comes_before_texts() {
     let experiment = Experiment::new();
-    let tokenizer = std::fs::read(experiment.path("data/tokenizer.json")).unwrap();
-    let tokenizer: Value = serde_json::from_slice(&tokenizer).unwrap();
-    // The byte-level name of a line feed.
-    let id = &tokenizer["model"]["vocab"]["\u{10a}"];
-    assert!(id.is_u64(), "{id}");
+    let id = line_feed(&experiment);
     let train = |dir: &str| {
         let dir = format!("run.dir={dir}");
         let output =
