@@ -400,6 +400,89 @@ fn a_recorded_beginning_comes_before_texts() {
     let begun = score("with", "return");
     assert!((begun - score("without", "\nreturn")).abs() < 1e-9);
     assert!((begun - score("without", "return")).abs() > 1e-9);
+
+    // The checkpoint keeps the tokens, and an export has them.
+    std::fs::remove_file(experiment.path("data/dataset.json")).unwrap();
+    let arguments = ["model", "export", "--checkpoint", "with", "-o", "exported"];
+    let exported = finish(&mut experiment.moerun(&arguments));
+    assert!(exported.status.success(), "{}", text(&exported));
+    let generation = std::fs::read(experiment.path("exported/generation_config.json")).unwrap();
+    let generation: Value = serde_json::from_slice(&generation).unwrap();
+    assert_eq!(generation["bos_token_id"], id);
+    assert!((score("with", "return") - begun).abs() < 1e-9);
+}
+
+/// A run that resumes repeats the validation of its state on the same contents, wherever they are,
+/// and leaves the line of others as it is.
+#[test]
+fn a_validation_is_repeated_on_the_same_contents() {
+    let repeated_after = |change: &dyn Fn(&Path, &mut Config)| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        write(&path("train"), &easy(2000));
+        write(&path("valid"), &hard(2000, 3));
+        let data = json!({
+            "train": [{"path": path("train")}],
+            "validation": [{"path": path("valid")}],
+            "sequence_length": LENGTH,
+        });
+        let mut config = run(folder.path(), data, json!({"every": 2, "sequences": 4}));
+        config.train.steps = 2;
+        std::fs::create_dir_all(&config.run.dir).unwrap();
+        train_on(&config);
+        let metrics = config.run.dir.join("metrics.jsonl");
+        let lines = std::fs::read_to_string(&metrics).unwrap();
+        let (rest, last) = lines.trim_end().rsplit_once('\n').unwrap();
+        let mut last: Value = serde_json::from_str(last).unwrap();
+        let loss = last["validation_loss"].take();
+        last["validation_loss"] = json!(9.5);
+        std::fs::write(&metrics, format!("{rest}\n{last}\n")).unwrap();
+        change(folder.path(), &mut config);
+        config.train.steps = 3;
+        train_on(&config);
+        let lines = std::fs::read_to_string(&metrics).unwrap();
+        let lines = lines
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let mut of_state =
+            lines.filter(|line| line["step"] == 2 && !line["validation_loss"].is_null());
+        let line = of_state.next().unwrap();
+        assert_eq!(of_state.next(), None);
+        let is_repeated = line["validation_loss"] == loss;
+        assert!(is_repeated || line["validation_loss"] == 9.5, "{line}");
+        is_repeated
+    };
+    assert!(repeated_after(&|_, _| {}));
+    assert!(repeated_after(&|folder, config| {
+        for extension in ["bin", "idx"] {
+            let file = |name: &str| folder.join(name).with_extension(extension);
+            std::fs::rename(file("valid"), file("moved")).unwrap();
+        }
+        config.data.validation[0].path = folder.join("moved");
+    }));
+    assert!(repeated_after(&|folder, _| write(
+        &folder.join("train"),
+        &easy(1000)
+    )));
+    assert!(!repeated_after(&|folder, _| write(
+        &folder.join("valid"),
+        &hard(2000, 4)
+    )));
+    assert!(!repeated_after(&|folder, config| {
+        write(&folder.join("valid"), &hard(2000, 4));
+        config.data.validation[0].name = Some("other".into());
+    }));
+}
+
+/// Trains on one rank, from the newest checkpoint on.
+fn train_on(config: &Config) {
+    let config = config.clone();
+    tch::set_num_threads(1);
+    run_on_threads(1, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, config.clone());
+        trainer.resume(&mut |_| {}).unwrap();
+        trainer.run(&|| false, &mut Silent).unwrap();
+    });
 }
 
 /// A progress report that shows nothing.
