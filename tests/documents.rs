@@ -198,3 +198,39 @@ fn routing_is_sampled_by_the_rules_of_the_run() {
     assert_eq!(experts(true), experts(true));
     assert_ne!(experts(true), experts(false));
 }
+
+/// The record on other machines may be another one, or missing.
+#[test]
+fn only_rank_0_reads_the_record() {
+    let losses = |other_records: [Option<u32>; 2]| {
+        let folder = tempfile::tempdir().unwrap();
+        for (rank, end) in other_records.into_iter().enumerate() {
+            let own = folder.path().join(format!("rank{rank}"));
+            std::fs::create_dir(&own).unwrap();
+            write_documents(&own);
+            let Some(end) = end else { continue };
+            let record = json!({
+                "documents": 200, "bytes": 1, "train_tokens": 1, "validation_tokens": 0,
+                "vocab_size": VOCAB, "unigram_entropy": 1.0, "eos": {"id": end, "text": "</s>"},
+            });
+            std::fs::write(own.join("dataset.json"), record.to_string()).unwrap();
+        }
+        tch::set_num_threads(1);
+        let folder = folder.path().to_path_buf();
+        run_on_threads(2, TIMEOUT, move |world| {
+            let own = folder.join(format!("rank{}", world.rank()));
+            let rules = json!({
+                "mask_documents": true, "reset_positions": true, "eod_mask_loss": true,
+                "eod_token": null,
+            });
+            let config = config(&own, &json!({"context": 2}), &json!({}), &rules);
+            let mut trainer = trainer_on(world, config);
+            let step = |_| trainer.train_step(false).unwrap().0.loss;
+            (0..2).map(step).collect::<Vec<f64>>()
+        })
+    };
+    let both = losses([Some(0), Some(0)]);
+    assert_eq!(both, losses([Some(0), None]));
+    assert_eq!(both, losses([Some(0), Some(1)]));
+    assert_ne!(both, losses([Some(1), Some(0)]));
+}
