@@ -2,7 +2,7 @@
 
 use crate::{
     agreement::{TIMEOUT, trainer_on},
-    fixture::{Experiment, finish, text},
+    fixture::{Experiment, finish, finish_child, free_port, ranks, text},
 };
 use dataset::tokens::TokenWriter;
 use parallel::run_on_threads;
@@ -13,6 +13,7 @@ use std::{
     process::Command,
 };
 use trainer::{
+    Progress, StepMetrics, ValidationMetrics,
     config::{Config, SourceConfig},
     data::Dataset,
 };
@@ -236,6 +237,309 @@ fn data_that_does_not_fit_is_refused_before_the_run() {
     write("data", "two");
     let both = "data.train=[{path: data/train}, {path: other/train}]";
     commands(&[both], &["data.train[1] was made with another tokenizer"]);
+    commands(
+        &["data.tokenizer=data/tokenizer.json"],
+        &["data.tokenizer: data/tokenizer.json is another tokenizer than that of data.train[0]"],
+    );
+    let masked = "data.train=[{path: data/train, mask: data/valid}]";
+    commands(&[masked], &["the mask data/valid.bin has"]);
+    let named = "data.validation=[{path: data/valid, name: a}, {path: data/train, name: a}]";
+    refused_by(
+        &names[..2],
+        &[named],
+        &["data.validation[1].name is \"a\", which data.validation[0] has already"],
+    );
+}
+
+/// Replaces keys of the record of the experiment's data.
+fn change_record(experiment: &Experiment, changes: Value) {
+    let path = experiment.path("data/dataset.json");
+    let mut info: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let changes = changes.as_object().unwrap().clone();
+    info.as_object_mut().unwrap().extend(changes);
+    std::fs::write(path, info.to_string()).unwrap();
+}
+
+#[test]
+fn ranks_of_another_launcher_compare_the_records() {
+    let experiment = Experiment::new();
+    change_record(&experiment, json!({"vocab_size": 600}));
+    let port = free_port();
+    let started = ranks(&experiment, 2, &[], |_, rank| {
+        format!(
+            "RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+        )
+    });
+    for child in started {
+        let output = finish_child(child);
+        let said = text(&output);
+        assert!(!output.status.success(), "{said}");
+        let expected = "model.vocab_size 512 is less than the 600 of the data of data.train[0]";
+        assert!(said.contains(expected), "{said}");
+    }
+}
+
+#[test]
+fn a_given_token_that_is_not_the_recorded_one_is_a_warning() {
+    let experiment = Experiment::new();
+    change_record(
+        &experiment,
+        json!({"eos": {"id": 0, "text": "<|endoftext|>"}}),
+    );
+    let warning = "data.eod_token is 5, but the documents of data.train[0] end with token 0";
+    for (command, is_warned) in [
+        (&["config", "check"][..], true),
+        (&["train"], true),
+        (&["doctor"], true),
+        (&["config", "check"], false),
+    ] {
+        let mut command = experiment.moerun(command);
+        command.args(["small.yaml", "-n", "2", "--set", "train.steps=1"]);
+        let token = if is_warned { 5 } else { 0 };
+        command.args(["--set", &format!("data.eod_token={token}")]);
+        let said = text(&finish(&mut command));
+        assert_eq!(said.contains(warning), is_warned, "{said}");
+    }
+}
+
+/// Returns the id of the token of a line feed.
+fn line_feed(experiment: &Experiment) -> u64 {
+    let tokenizer = std::fs::read(experiment.path("data/tokenizer.json")).unwrap();
+    let tokenizer: Value = serde_json::from_slice(&tokenizer).unwrap();
+    // The byte-level name of a line feed.
+    tokenizer["model"]["vocab"]["\u{10a}"].as_u64().unwrap()
+}
+
+/// Returns the lines of JSON that a command prints.
+fn printed(mut command: Command) -> Vec<Value> {
+    let output = finish(&mut command);
+    assert!(output.status.success(), "{}", text(&output));
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let lines = lines
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
+    lines.collect()
+}
+
+/// `moerun evaluate --data` has the loss of the run's own validation, by the token that the
+/// checkpoint keeps: the record is gone.
+#[test]
+fn evaluation_is_the_validation_of_a_run_with_document_rules() {
+    let experiment = Experiment::new();
+    // Lines are the documents: several in each sequence.
+    let id = line_feed(&experiment);
+    change_record(&experiment, json!({"eos": {"id": id, "text": "line feed"}}));
+    let rules = |name: &str| -> Vec<String> {
+        let keys = ["mask_documents", "reset_positions", "eod_mask_loss"];
+        let set = |key: &str| name.contains(key).then(|| format!("data.{key}=true"));
+        keys.into_iter().filter_map(set).collect()
+    };
+    let runs = [
+        "mask_documents",
+        "reset_positions",
+        "eod_mask_loss mask_documents",
+    ];
+    let mut expected = Vec::new();
+    for (index, name) in runs.into_iter().enumerate() {
+        let mut changes = vec!["train.steps=10".to_string(), format!("run.dir=run{index}")];
+        changes.extend(rules(name));
+        let changes: Vec<&str> = changes.iter().map(String::as_str).collect();
+        let output = finish(&mut experiment.train(2, &changes));
+        let said = text(&output);
+        assert!(output.status.success(), "{said}");
+        let line = format!("data.eod_token is {id} (\"line feed\"), as dataset.json records it");
+        assert!(said.contains(&line), "{said}");
+        let path = experiment.path(&format!("run{index}/metrics.jsonl"));
+        let lines = std::fs::read_to_string(path).unwrap();
+        let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+        expected.push(last);
+    }
+    std::fs::remove_file(experiment.path("data/dataset.json")).unwrap();
+    for (index, expected) in expected.iter().enumerate() {
+        let run = format!("run{index}");
+        let mut evaluate = experiment.moerun(&["evaluate", "--checkpoint", &run]);
+        evaluate.args(["--data", "data/valid", "--sequences", "8"]);
+        let line = &printed(evaluate)[0];
+        let [ours, theirs] = [&line["loss"], &expected["validation_loss"]];
+        let [ours, theirs] = [ours, theirs].map(|loss| loss.as_f64().unwrap());
+        assert!(
+            (ours - theirs).abs() < 1e-4 * theirs,
+            "{run}: {ours} {theirs}"
+        );
+        assert_eq!(line["counted_tokens"], expected["counted_tokens"], "{run}");
+    }
+    let counted = |index: usize| expected[index]["counted_tokens"].as_u64().unwrap();
+    assert!(
+        counted(2) < counted(1),
+        "some tokens follow the end of a document"
+    );
+    assert_eq!(expected[2]["bits_per_byte"], Value::Null);
+}
+
+/// The token that begins documents comes before a scored text.
+#[test]
+fn a_recorded_beginning_comes_before_texts() {
+    let experiment = Experiment::new();
+    let id = line_feed(&experiment);
+    let train = |dir: &str| {
+        let dir = format!("run.dir={dir}");
+        let output =
+            finish(&mut experiment.train(1, &["parallel.expert=1", "train.steps=5", &dir]));
+        assert!(output.status.success(), "{}", text(&output));
+    };
+    train("without");
+    change_record(&experiment, json!({"bos": {"id": id, "text": "\u{10a}"}}));
+    train("with");
+    let score = |run: &str, context: &str| {
+        let request = json!({"context": context, "continuation": " self"});
+        std::fs::write(experiment.path("requests"), request.to_string()).unwrap();
+        let mut evaluate = experiment.moerun(&["evaluate", "--checkpoint", run]);
+        evaluate.args(["--requests", "requests"]);
+        printed(evaluate)[0]["log_likelihood"].as_f64().unwrap()
+    };
+    let begun = score("with", "return");
+    assert!((begun - score("without", "\nreturn")).abs() < 1e-9);
+    assert!((begun - score("without", "return")).abs() > 1e-9);
+
+    // The checkpoint keeps the tokens, and an export has them.
+    std::fs::remove_file(experiment.path("data/dataset.json")).unwrap();
+    let arguments = ["model", "export", "--checkpoint", "with", "-o", "exported"];
+    let exported = finish(&mut experiment.moerun(&arguments));
+    assert!(exported.status.success(), "{}", text(&exported));
+    let generation = std::fs::read(experiment.path("exported/generation_config.json")).unwrap();
+    let generation: Value = serde_json::from_slice(&generation).unwrap();
+    assert_eq!(generation["bos_token_id"], id);
+    assert!((score("with", "return") - begun).abs() < 1e-9);
+}
+
+/// A run that resumes repeats the validation of its state on the same contents, wherever they are,
+/// and leaves the line of others as it is.
+#[test]
+fn a_validation_is_repeated_on_the_same_contents() {
+    let repeated_after = |change: &dyn Fn(&Path, &mut Config)| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        write(&path("train"), &easy(2000));
+        write(&path("valid"), &hard(2000, 3));
+        let data = json!({
+            "train": [{"path": path("train")}],
+            "validation": [{"path": path("valid")}],
+            "sequence_length": LENGTH,
+        });
+        let mut config = run(folder.path(), data, json!({"every": 2, "sequences": 4}));
+        config.train.steps = 2;
+        std::fs::create_dir_all(&config.run.dir).unwrap();
+        train_on(&config);
+        let metrics = config.run.dir.join("metrics.jsonl");
+        let lines = std::fs::read_to_string(&metrics).unwrap();
+        let (rest, last) = lines.trim_end().rsplit_once('\n').unwrap();
+        let mut last: Value = serde_json::from_str(last).unwrap();
+        let loss = last["validation_loss"].take();
+        last["validation_loss"] = json!(9.5);
+        std::fs::write(&metrics, format!("{rest}\n{last}\n")).unwrap();
+        change(folder.path(), &mut config);
+        config.train.steps = 3;
+        train_on(&config);
+        let lines = std::fs::read_to_string(&metrics).unwrap();
+        let lines = lines
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let mut of_state =
+            lines.filter(|line| line["step"] == 2 && !line["validation_loss"].is_null());
+        let line = of_state.next().unwrap();
+        assert_eq!(of_state.next(), None);
+        let is_repeated = line["validation_loss"] == loss;
+        assert!(is_repeated || line["validation_loss"] == 9.5, "{line}");
+        is_repeated
+    };
+    assert!(repeated_after(&|_, _| {}));
+    assert!(repeated_after(&|folder, config| {
+        for extension in ["bin", "idx"] {
+            let file = |name: &str| folder.join(name).with_extension(extension);
+            std::fs::rename(file("valid"), file("moved")).unwrap();
+        }
+        config.data.validation[0].path = folder.join("moved");
+    }));
+    assert!(repeated_after(&|folder, _| write(
+        &folder.join("train"),
+        &easy(1000)
+    )));
+    assert!(!repeated_after(&|folder, _| write(
+        &folder.join("valid"),
+        &hard(2000, 4)
+    )));
+    assert!(!repeated_after(&|folder, config| {
+        write(&folder.join("valid"), &hard(2000, 4));
+        config.data.validation[0].name = Some("other".into());
+    }));
+}
+
+/// Trains on one rank, from the newest checkpoint on.
+fn train_on(config: &Config) {
+    let config = config.clone();
+    tch::set_num_threads(1);
+    run_on_threads(1, TIMEOUT, move |world| {
+        let mut trainer = trainer_on(world, config.clone());
+        trainer.resume(&mut |_| {}).unwrap();
+        trainer.run(&|| false, &mut Silent).unwrap();
+    });
+}
+
+/// A progress report that shows nothing.
+struct Silent;
+
+impl Progress for Silent {
+    fn step(&mut self, _metrics: &StepMetrics, _steps: u64) {}
+    fn validation(&mut self, _metrics: &ValidationMetrics) {}
+    fn note(&mut self, _message: &str) {}
+    fn warn(&mut self, _message: &str) {}
+}
+
+/// A start that repeats step 0 replaces the line of its validation.
+#[test]
+fn the_initial_validation_has_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens");
+    write(&tokens, &easy(2000));
+    let source = json!([{"path": tokens}]);
+    let data = json!({"train": source, "validation": source, "sequence_length": LENGTH});
+    let mut config = run(folder.path(), data, json!({"every": 2, "sequences": 4}));
+    config.train.steps = 3;
+    let run = config.run.dir.clone();
+    std::fs::create_dir_all(&run).unwrap();
+    let start = |saves_only: bool| {
+        let config = config.clone();
+        tch::set_num_threads(1);
+        run_on_threads(1, TIMEOUT, move |world| {
+            let mut trainer = trainer_on(world, config.clone());
+            trainer.resume(&mut |warning| panic!("{warning}")).unwrap();
+            assert_eq!(trainer.step(), 0);
+            if saves_only {
+                trainer.save().unwrap();
+            } else {
+                trainer.run(&|| false, &mut Silent).unwrap();
+            }
+        });
+    };
+    let steps = || -> Vec<u64> {
+        let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        let lines = lines
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.map(|line| line["step"].as_u64().unwrap()).collect()
+    };
+    let forget = || std::fs::remove_dir_all(run.join("checkpoints")).unwrap();
+    start(false);
+    assert_eq!(steps(), [0, 1, 2, 2, 3, 3]);
+    // Killed before anything was saved.
+    forget();
+    start(false);
+    assert_eq!(steps(), [0, 1, 2, 2, 3, 3]);
+    // Killed after the state of step 0 was saved.
+    forget();
+    start(true);
+    start(false);
+    assert_eq!(steps(), [0, 1, 2, 2, 3, 3]);
 }
 
 #[test]
@@ -298,6 +602,20 @@ fn sources_are_described_and_validated_from_the_start() {
     assert_eq!(lines[0]["step"], 0);
     let last = lines.last().unwrap();
     assert_eq!(last["step"], 20);
+    // Bits of the mean byte of the whole file, by hand.
+    let record = std::fs::read(experiment.path("data/dataset.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    for (source, file) in [("valid", "valid"), ("seen", "train")] {
+        let file = &record["files"][file];
+        let [bytes, tokens] = ["bytes", "tokens"].map(|key| file[key].as_f64().unwrap());
+        let bits = last["validation"][source].as_f64().unwrap() * std::f64::consts::LOG2_E;
+        let expected = bits * tokens / bytes;
+        let figure = last["bits_per_byte"][source].as_f64().unwrap();
+        assert!(
+            (figure - expected).abs() < 1e-9,
+            "{source}: {figure} {expected}"
+        );
+    }
     for source in ["valid", "seen"] {
         let first = lines[0]["validation"][source].as_f64().unwrap();
         let loss = last["validation"][source].as_f64().unwrap();
@@ -357,7 +675,10 @@ fn doctor_compares_checksums() {
     info["files"] = files.into();
     std::fs::write(&record, info.to_string()).unwrap();
     let said = text(&doctor());
-    assert!(said.contains("2 files match their checksums"), "{said}");
+    assert!(
+        said.contains("2 token files are the recorded ones"),
+        "{said}"
+    );
     let mut bytes = std::fs::read(&bin).unwrap();
     bytes[10] ^= 1;
     std::fs::write(&bin, bytes).unwrap();

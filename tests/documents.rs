@@ -1,11 +1,12 @@
 //! Documents that share a sequence: masks and positions within documents do not depend on the
 //! layout, also if ranks split a document.
 
-use crate::agreement::{assert_same, softmax, trace_of};
+use crate::agreement::{TIMEOUT, assert_same, softmax, trace_of, trainer_on};
 use dataset::tokens::TokenWriter;
+use parallel::run_on_threads;
 use serde_json::{Value, json};
 use std::path::Path;
-use trainer::config::Config;
+use trainer::{config::Config, sample_routing};
 
 /// Number of different tokens. Token 0 ends documents.
 const VOCAB: u32 = 32;
@@ -146,4 +147,90 @@ fn a_mask_is_the_default_where_a_token_ends_documents() {
     assert_ne!(by_default, of(json!({"mask_documents": false})));
     let without_token = of(json!({"eod_token": null}));
     assert_eq!(without_token, of(json!({"mask_documents": false})));
+}
+
+/// Rank 0 reads the record for all ranks.
+#[test]
+fn a_recorded_token_does_as_a_given_one() {
+    let folder = tempfile::tempdir().unwrap();
+    write_documents(folder.path());
+    let record = json!({
+        "documents": 200, "bytes": 1, "train_tokens": 1, "validation_tokens": 0,
+        "vocab_size": VOCAB, "unigram_entropy": 1.0, "eos": {"id": 0, "text": "</s>"},
+    });
+    std::fs::write(folder.path().join("dataset.json"), record.to_string()).unwrap();
+    let layouts = [
+        json!({"tensor": 2, "context": 2, "expert": 2}),
+        json!({"pipeline": 2, "context": 2, "vocabulary": "vocab-1"}),
+    ];
+    for parallel in layouts {
+        let trace = |token: Value| {
+            let rules = json!({
+                "mask_documents": true, "reset_positions": true, "eod_mask_loss": true,
+                "eod_token": token,
+            });
+            trace_of(4, config(folder.path(), &parallel, &json!({}), &rules))
+        };
+        let given = trace(json!(0));
+        let recorded = trace(Value::Null);
+        assert_eq!(recorded.steps, given.steps, "{parallel}");
+        assert_eq!(recorded.weights, given.weights, "{parallel}");
+        let other = trace(json!(1));
+        assert_ne!(other.steps, given.steps, "{parallel}");
+    }
+}
+
+/// The sample of a router's decisions keeps documents apart as training did.
+#[test]
+fn routing_is_sampled_by_the_rules_of_the_run() {
+    let experts = |mask: bool| {
+        let folder = tempfile::tempdir().unwrap();
+        write_documents(folder.path());
+        let rules = json!({"mask_documents": mask});
+        let mut config = config(folder.path(), &json!({}), &json!({}), &rules);
+        let run = config.run.dir.clone();
+        config.train.steps = 1;
+        run_on_threads(1, TIMEOUT, move |world| {
+            trainer_on(world, config.clone()).save().unwrap();
+        });
+        sample_routing(&run, 2000).unwrap().experts
+    };
+    assert_eq!(experts(true), experts(true));
+    assert_ne!(experts(true), experts(false));
+}
+
+/// The record on other machines may be another one, or missing.
+#[test]
+fn only_rank_0_reads_the_record() {
+    let losses = |other_records: [Option<u32>; 2]| {
+        let folder = tempfile::tempdir().unwrap();
+        for (rank, end) in other_records.into_iter().enumerate() {
+            let own = folder.path().join(format!("rank{rank}"));
+            std::fs::create_dir(&own).unwrap();
+            write_documents(&own);
+            let Some(end) = end else { continue };
+            let record = json!({
+                "documents": 200, "bytes": 1, "train_tokens": 1, "validation_tokens": 0,
+                "vocab_size": VOCAB, "unigram_entropy": 1.0, "eos": {"id": end, "text": "</s>"},
+            });
+            std::fs::write(own.join("dataset.json"), record.to_string()).unwrap();
+        }
+        tch::set_num_threads(1);
+        let folder = folder.path().to_path_buf();
+        run_on_threads(2, TIMEOUT, move |world| {
+            let own = folder.join(format!("rank{}", world.rank()));
+            let rules = json!({
+                "mask_documents": true, "reset_positions": true, "eod_mask_loss": true,
+                "eod_token": null,
+            });
+            let config = config(&own, &json!({"context": 2}), &json!({}), &rules);
+            let mut trainer = trainer_on(world, config);
+            let step = |_| trainer.train_step(false).unwrap().0.loss;
+            (0..2).map(step).collect::<Vec<f64>>()
+        })
+    };
+    let both = losses([Some(0), Some(0)]);
+    assert_eq!(both, losses([Some(0), None]));
+    assert_eq!(both, losses([Some(0), Some(1)]));
+    assert_ne!(both, losses([Some(1), Some(0)]));
 }

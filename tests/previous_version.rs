@@ -5,7 +5,7 @@
 //! checkpoint of step 2.
 
 use crate::fixture::{Experiment, finish, text};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -103,10 +103,76 @@ fn its_configuration_is_refused_and_its_checkpoint_resumes() {
         let difference = (actual[step] - loss).abs() / loss;
         assert!(difference <= 1e-5, "step {step}: {} {loss}", actual[step]);
     }
+    // A rule of the earlier version is no change.
+    let restarts = std::fs::read_to_string(experiment.path("run/restarts.jsonl"));
+    assert!(
+        !restarts
+            .unwrap_or_default()
+            .contains("version 1 of the order")
+    );
     // The new lines have the new names.
     let metrics = std::fs::read_to_string(experiment.path("run/metrics.jsonl")).unwrap();
     let last = metrics.lines().last().unwrap();
     assert!(last.contains("internode_bytes"), "{last}");
+}
+
+/// Several sources of validation data were read as one: the figure of the saved step stays.
+#[test]
+fn its_validation_of_several_sources_is_not_repeated() {
+    let experiment = Experiment::new();
+    copy_folder(&fixture(), &experiment.path("."));
+    let path = experiment.path("run/checkpoints/step-00000002/manifest.json");
+    let mut manifest: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let config = &mut manifest["state"]["config"];
+    config["validation"] = json!({"every": 2, "sequences": 4});
+    config["data"]["validation"] = json!([
+        {"path": "data/valid", "weight": 1.0},
+        {"path": "data/train", "weight": 1.0},
+    ]);
+    std::fs::write(&path, manifest.to_string()).unwrap();
+    let metrics = experiment.path("run/metrics.jsonl");
+    let lines = std::fs::read_to_string(&metrics).unwrap();
+    let with_validation: Vec<String> = lines
+        .lines()
+        .take(2)
+        .map(str::to_string)
+        .chain([json!({"step": 2, "validation_loss": 9.5}).to_string()])
+        .collect();
+    std::fs::write(&metrics, with_validation.join("\n") + "\n").unwrap();
+    let path = experiment.path("old.yaml");
+    let mut config = std::fs::read_to_string(&path).unwrap();
+    for (old, new) in RENAMED {
+        config = config.replace(old, new);
+    }
+    let sources = "  validation: [{path: data/valid}, {path: data/train}]\n  sequence_length";
+    config = config.replace("  sequence_length", sources);
+    config += "validation: {every: 2, sequences: 4}\n";
+    std::fs::write(&path, config).unwrap();
+    let resumed = finish(&mut experiment.moerun(&["train", "old.yaml", "-n", "4"]));
+    let output = text(&resumed);
+    assert!(resumed.status.success(), "{output}");
+    assert!(
+        output.contains("the validation loss is now one over all sources of data.validation"),
+        "{output}"
+    );
+    assert!(
+        !output.contains("changed since the saved state: data."),
+        "{output}"
+    );
+    let lines = std::fs::read_to_string(&metrics).unwrap();
+    let lines = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let validations: Vec<Value> = lines
+        .filter(|line| !line["validation_loss"].is_null())
+        .collect();
+    let steps: Vec<u64> = validations
+        .iter()
+        .map(|line| line["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, [2, 4]);
+    assert_eq!(validations[0]["validation_loss"], 9.5);
+    assert!(validations[1]["validation"]["valid"].is_f64());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! process.
 
 use crate::fixture::{Experiment, finish, refused};
+use serde_json::Value;
 
 /// Returns the configuration with one part of its text replaced.
 fn changed(experiment: &Experiment, from: &str, to: &str) {
@@ -404,6 +405,11 @@ fn numbers_that_do_not_divide() {
 #[test]
 fn documents_and_loss_masks() {
     let experiment = Experiment::new();
+    // A record of an earlier version, which names no tokens.
+    let path = experiment.path("data/dataset.json");
+    let mut info: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    info.as_object_mut().unwrap().remove("eos");
+    std::fs::write(&path, info.to_string()).unwrap();
     let train = |change: &str| experiment.train(2, &[change]);
     for key in ["eod_mask_loss", "mask_documents", "reset_positions"] {
         refused(

@@ -26,13 +26,12 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// Reads some parts of the files, at most 128 KiB.
+    /// Reads some parts of the files, at most 128 KiB. `info` is their record, if there is one.
     ///
     /// # Errors
-    /// If the files or their record cannot be read.
-    pub fn of(path: &TokenPath) -> Result<Fingerprint, Error> {
+    /// If the files cannot be read.
+    pub fn of(path: &TokenPath, info: Option<&DatasetInfo>) -> Result<Fingerprint, Error> {
         let file = TokenFile::open_path(path)?;
-        let info = DatasetInfo::of_tokens(path.path)?;
         let recorded = info.and_then(|info| Some(info.file(path.path)?.bin.clone()));
         let mut hasher = blake3::Hasher::new();
         hasher.update(&file.bytes().to_le_bytes());
@@ -84,7 +83,8 @@ mod tests {
     }
 
     fn fingerprint(prefix: &Path) -> Fingerprint {
-        Fingerprint::of(&TokenPath::megatron(prefix)).unwrap()
+        let info = DatasetInfo::of_tokens(prefix).unwrap();
+        Fingerprint::of(&TokenPath::megatron(prefix), info.as_ref()).unwrap()
     }
 
     #[test]

@@ -3,7 +3,12 @@
 use crate::{Error, input::InputCounts};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, io::ErrorKind, path::Path};
+use std::{
+    collections::BTreeMap,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    rc::Rc,
+};
 
 /// Name of the record in the folder of the token files.
 pub const INFO_FILE: &str = "dataset.json";
@@ -118,7 +123,11 @@ impl DatasetInfo {
     /// # Errors
     /// If the record cannot be read.
     pub fn of_tokens(tokens: &Path) -> Result<Option<DatasetInfo>, Error> {
-        let folder = tokens.parent().unwrap_or(Path::new(""));
+        let info = DatasetInfo::of_folder(folder_of(tokens))?;
+        Ok(info.filter(|info| info.applies_to(tokens)))
+    }
+
+    fn of_folder(folder: &Path) -> Result<Option<DatasetInfo>, Error> {
         let path = folder.join(INFO_FILE);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
@@ -129,15 +138,18 @@ impl DatasetInfo {
             }
             Err(error) => return Err(Error::io("cannot read", &path)(error)),
         };
-        let info: DatasetInfo = serde_json::from_slice(&bytes).map_err(|error| {
+        let info = serde_json::from_slice(&bytes).map_err(|error| {
             Error::Data(format!(
                 "{} is no record of a data set: {error}; repair it, or move it to another folder",
                 path.display()
             ))
         })?;
+        Ok(Some(info))
+    }
+
+    fn applies_to(&self, tokens: &Path) -> bool {
         // Earlier versions did not list the files.
-        let applies = info.files.is_empty() || info.file(tokens).is_some();
-        Ok(applies.then_some(info))
+        self.files.is_empty() || self.file(tokens).is_some()
     }
 
     /// Returns the record of the token files at `tokens`, if it lists them.
@@ -153,6 +165,36 @@ impl DatasetInfo {
         let all = self.train_tokens + self.validation_tokens;
         let count = file.map_or(all, |file| file.tokens);
         (bytes > 0 && count > 0).then(|| bytes as f64 / count as f64)
+    }
+}
+
+/// The folder of token files.
+fn folder_of(tokens: &Path) -> &Path {
+    tokens.parent().unwrap_or(Path::new(""))
+}
+
+/// The records of several folders, each of which is read once: that of many inputs is long.
+#[derive(Debug, Default)]
+pub struct InfoCache {
+    folders: BTreeMap<PathBuf, Option<Rc<DatasetInfo>>>,
+}
+
+impl InfoCache {
+    /// Returns the record of token files as [`DatasetInfo::of_tokens`] does.
+    ///
+    /// # Errors
+    /// If the record cannot be read.
+    pub fn of_tokens(&mut self, tokens: &Path) -> Result<Option<Rc<DatasetInfo>>, Error> {
+        let folder = folder_of(tokens);
+        let info = match self.folders.get(folder) {
+            Some(info) => info.clone(),
+            None => {
+                let info = DatasetInfo::of_folder(folder)?.map(Rc::new);
+                self.folders.insert(folder.to_path_buf(), info.clone());
+                info
+            }
+        };
+        Ok(info.filter(|info| info.applies_to(tokens)))
     }
 }
 
@@ -229,8 +271,14 @@ mod tests {
         assert_eq!(per_token("train"), Some(2.0));
         assert_eq!(per_token("empty"), None);
         assert_eq!(read("other").unwrap(), None);
+        let mut cache = InfoCache::default();
+        let mut cached = |name: &str| cache.of_tokens(&folder.path().join(name));
+        assert_eq!(cached("train").unwrap().as_deref(), Some(&info));
+        assert_eq!(cached("other").unwrap(), None);
         std::fs::write(folder.path().join(INFO_FILE), "{}").unwrap();
         let refused = read("train").unwrap_err().to_string();
         assert!(refused.contains("is no record of a data set"), "{refused}");
+        // The record was read before, and is not read again.
+        assert_eq!(cached("empty").unwrap().as_deref(), Some(&info));
     }
 }

@@ -62,7 +62,7 @@ pub(crate) fn refuse_changes(config: &Config, accepted: &[String]) -> Result<()>
 pub(crate) fn run(args: &DiffArgs) -> Result<ExitCode> {
     let config = config_file::load(&args.config)?;
     let root = args.run.join("checkpoints");
-    let Some((path, saved)) = newest_config(&root)? else {
+    let Some((path, saved)) = newest_config(&root, &config)? else {
         let error = anyhow!("{} has no readable checkpoint", args.run.display());
         return Err(hinted(error, "name the folder of a run (run.dir)"));
     };

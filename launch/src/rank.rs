@@ -359,10 +359,13 @@ impl JoinedRank<'_> {
             .assignment()
             .is_some_and(Assignment::is_restart);
         // The first start has copied it, and a restart does not depend on the disk.
-        if self.is_rank0() && !is_restart {
+        let copies_tokenizer = self.is_rank0() && !is_restart;
+        let with_tokenizer = copies_tokenizer.then(|| config.clone());
+        let mut trainer = Trainer::new(config, self.world, device)?;
+        // A run refuses the tokenizer of other data.
+        if let Some(config) = with_tokenizer {
             copy_tokenizer(&config);
         }
-        let mut trainer = Trainer::new(config, self.world, device)?;
         tracing::info!("{start_line}");
         if self.is_rank0() && self.start().assignment().is_none() {
             // Shows users of another launcher that moerun understood it.
@@ -501,11 +504,15 @@ impl JoinedRank<'_> {
 
     /// Prints and records how the run differs from the one that it resumes.
     fn report_changes(&self, trainer: &Trainer, dir: &Path) {
-        let ResumeReport { changes, notes } = trainer.resume_report();
+        let ResumeReport {
+            changes,
+            notes,
+            data_rules,
+        } = trainer.resume_report();
         for change in changes {
             self.print(&format!("changed since the saved state: {change}"));
         }
-        for note in notes {
+        for note in notes.iter().chain(data_rules) {
             self.print(note);
         }
         if self.is_rank0()
@@ -613,8 +620,7 @@ fn threads(env: &RankEnv) -> Result<usize> {
 /// Returns the unigram entropy that `moerun data prepare` left next to the first source.
 fn unigram_entropy(config: &Config) -> Option<f64> {
     let source = config.data.train.first()?;
-    let path = source.path.parent()?.join("dataset.json");
-    let prepared: DatasetInfo = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    let prepared = DatasetInfo::of_tokens(&source.path).ok()??;
     Some(prepared.unigram_entropy)
 }
 

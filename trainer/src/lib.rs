@@ -73,7 +73,10 @@ mod train;
 pub use bench::copy_timer::CopyTimer;
 pub use bench::import::{PartAction, ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 pub use bench::reference::{GemmShape, ReferenceShape, ReferenceStep, StepTimes};
-pub use data::{eod_token::recorded_eod_token, report::DataReport};
+pub use data::{
+    records::{RecordCheck, Records},
+    report::DataReport,
+};
 pub use error::Error;
 pub use hub::{
     ByteProgress,

@@ -44,8 +44,9 @@ impl Blocks {
         }
         if let Some(source) = shares.iter().position(|&share| share == 0) {
             return Err(format!(
-                "the weight {} of source {source} is less than 1/{BLOCK} of the sum {total}; \
-                 raise it or leave the source out",
+                "the weight {} of source {source} is less than 1/{BLOCK} of the sum {total}, which \
+                 version 1 of the order of samples cannot mix, and the run began with that \
+                 version: raise the weight, leave the source out, or start a new run",
                 weights[source]
             ));
         }
@@ -108,7 +109,10 @@ mod tests {
         assert_eq!(blocks.counts(5001, 7).iter().sum::<u64>(), 5001);
         assert_eq!(blocks.shares(), [0.75, 0.25]);
         let refused = Blocks::new(&[1.0, 1e-9]).unwrap_err();
-        assert!(refused.contains("weight"), "{refused}");
+        assert!(
+            refused.contains("weight") && refused.contains("version 1 of the order"),
+            "{refused}"
+        );
     }
 
     /// Runs of earlier versions continue in exactly this order.

@@ -1,11 +1,11 @@
 //! The order of samples: a pure function from a sample's number to a window of a source.
 //!
 //! The position in the data is therefore a number, and the order is the same in every layout. A
-//! [`tree`] gives each source its share of any number of samples: below 3/2 of a sample apart, so
-//! that a count equals the exact share rounded to a whole number, to one sample. Within a
-//! source, the windows have a new order in each epoch: a [`permutation`] that is computed on
-//! demand, so that an epoch has every window once. Neither memory nor time depends on the step or
-//! the size of the data; a draw takes time in proportion to the depth of the tree.
+//! [`tree`] gives each source its share of any number of samples: the count differs by less than
+//! 3/2 from the exact share, and so by at most one from the exact share rounded to a whole number.
+//! Within a source, the windows have a new order in each epoch: a [`permutation`] that is computed
+//! on demand, so that an epoch has every window once. Neither memory nor time depends on the step
+//! or the size of the data; a draw takes time in proportion to the depth of the tree.
 
 mod blocks;
 mod permutation;

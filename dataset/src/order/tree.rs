@@ -215,6 +215,11 @@ mod tests {
                 let exact = u128::from(samples) * u128::from(weight);
                 let apart = (u128::from(count) * total).abs_diff(exact);
                 let error = apart as f64 / total as f64;
+                let rounded = (exact + total / 2) / total;
+                assert!(
+                    u128::from(count).abs_diff(rounded) <= 1,
+                    "{count}, {rounded}"
+                );
                 assert!(
                     error <= bound + 1e-6,
                     "{count} of {samples}: {error} > {bound}"

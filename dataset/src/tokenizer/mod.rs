@@ -136,9 +136,7 @@ impl DocumentTokenizer {
             ));
         }
         let largest = tokenizer.get_vocab(true).into_values().max();
-        let json = tokenizer
-            .to_string(false)
-            .map_err(|error| error.to_string())?;
+        let json = canonical_json(&tokenizer)?;
         let fast = FastEncoder::new(&tokenizer, &file.model);
         let library = Library::new(tokenizer, &file.model);
         let mut loaded = DocumentTokenizer {
@@ -217,7 +215,7 @@ impl DocumentTokenizer {
 
     /// Returns the BLAKE3 hash of the tokenizer's canonical JSON, in hexadecimal.
     pub fn hash(&self) -> String {
-        blake3::hash(self.json.as_bytes()).to_hex().to_string()
+        hash_of(&self.json)
     }
 
     /// Returns the tokenizer's canonical JSON: the text of its `tokenizer.json`.
@@ -247,6 +245,39 @@ pub fn load_tokenizer(path: &Path) -> Result<Tokenizer, Error> {
         let path = path.display();
         Error::Tokenizer(format!("cannot read the tokenizer {path}: {reason}"))
     })
+}
+
+/// Returns true if a `tokenizer.json` is the tokenizer of this [hash](DocumentTokenizer::hash).
+///
+/// # Errors
+/// If the file is missing or is no tokenizer.
+pub fn tokenizer_has_hash(path: &Path, hash: &str) -> Result<bool, Error> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("cannot read", path))?;
+    // A file that moerun wrote is canonical, so that the tokenizer need not be built.
+    if hash_of(&text) == hash {
+        return Ok(true);
+    }
+    let canonical = || -> Result<String, String> {
+        let file = TokenizerFile::parse(&text)?;
+        let mut tokenizer = load_checked(&text, &file)?;
+        reset(&mut tokenizer, &file, &mut Vec::new())?;
+        canonical_json(&tokenizer)
+    };
+    let json = canonical().map_err(|reason| {
+        let path = path.display();
+        Error::Tokenizer(format!("cannot read the tokenizer {path}: {reason}"))
+    })?;
+    Ok(hash_of(&json) == hash)
+}
+
+fn canonical_json(tokenizer: &Tokenizer) -> Result<String, String> {
+    tokenizer
+        .to_string(false)
+        .map_err(|error| error.to_string())
+}
+
+fn hash_of(json: &str) -> String {
+    blake3::hash(json.as_bytes()).to_hex().to_string()
 }
 
 fn load_checked(text: &str, file: &TokenizerFile) -> Result<Tokenizer, String> {

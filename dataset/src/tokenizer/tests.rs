@@ -314,6 +314,19 @@ fn saved_truncation_padding_and_post_processor_are_reset() {
         (&Value::Null, &Value::Null)
     );
     assert_eq!(saved["post_processor"], Value::Null);
+
+    // Both files are the tokenizer of this hash.
+    let folder = tempfile::tempdir().unwrap();
+    let [original, written] = ["original.json", "saved.json"].map(|name| folder.path().join(name));
+    std::fs::write(&original, file.to_string()).unwrap();
+    loaded.0.save(&written).unwrap();
+    let hash = loaded.0.hash();
+    for path in [&original, &written] {
+        assert!(tokenizer_has_hash(path, &hash).unwrap());
+        assert!(!tokenizer_has_hash(path, "other").unwrap());
+    }
+    std::fs::write(&original, "{}").unwrap();
+    assert!(tokenizer_has_hash(&original, &hash).is_err());
 }
 
 #[test]

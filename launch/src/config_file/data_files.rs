@@ -3,49 +3,46 @@
 use crate::hint::one_line;
 use dataset::{
     Checksums,
-    info::DatasetInfo,
     tokens::{TokenFile, TokenPath},
     verify_checksums,
 };
-use std::path::Path;
 use trainer::{
+    Records,
     config::{Config, SourceConfig},
-    recorded_eod_token,
+    data::check_mask,
 };
 
-/// Returns a message for each source of data that is missing or damaged, or does not fit the model
-/// or the other sources.
-pub(crate) fn data_file_problems(config: &Config) -> Vec<String> {
-    let mut problems = Vec::new();
-    let mut tokenizers = Tokenizers::default();
-    let mut sources_are_read = true;
-    for (key, source) in config.sources() {
-        if let Err(problem) = check_tokens(config, source) {
-            problems.push(format!("{key}.path: {problem}"));
-        }
-        match DatasetInfo::of_tokens(&source.path) {
-            Ok(Some(info)) => {
-                problems.extend(vocabulary_problem(config, &key, &info));
-                problems.extend(tokenizers.problem(&key, &info));
-            }
-            Ok(None) => {}
-            Err(error) => {
-                sources_are_read = false;
-                problems.push(format!("{key}.path: {error}"));
-            }
-        }
+/// The outcome of a check of a run's data, one line each.
+#[derive(Debug, Default)]
+pub(crate) struct DataCheck {
+    /// Sources that are missing or damaged, or do not fit the model or the other sources.
+    pub(crate) problems: Vec<String>,
+    /// Differences that are probably not meant.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Checks the files of all sources, and their records as a run does when it starts.
+pub(crate) fn check_data(config: &Config) -> DataCheck {
+    let records = Records::read(config).check();
+    let files = config.sources().into_iter().filter_map(|(key, source)| {
+        let problem = check_tokens(config, source).err()?;
+        Some(format!("{key}.path: {problem}"))
+    });
+    let lines = |texts: Vec<String>| texts.iter().map(|text| one_line(text)).collect();
+    DataCheck {
+        problems: lines(files.chain(records.problems).collect()),
+        warnings: lines(records.warnings),
     }
-    if sources_are_read && let Err(error) = recorded_eod_token(config) {
-        problems.push(error.to_string());
-    }
-    problems.iter().map(|problem| one_line(problem)).collect()
 }
 
 /// Opens token files and their mask. One process of the run reads the whole index, so that ranks
 /// need not.
 fn check_tokens(config: &Config, source: &SourceConfig) -> Result<(), String> {
-    let tokens = TokenFile::open_path_verified(&source.tokens());
-    let tokens = tokens.map_err(|error| error.to_string())?;
+    let open = |path: TokenPath| {
+        let file = TokenFile::open_path_verified(&path);
+        file.map_err(|error| error.to_string())
+    };
+    let tokens = open(source.tokens())?;
     let needed = config.data.sequence_length as u64 + 1;
     if tokens.len() < needed {
         return Err(format!(
@@ -55,58 +52,19 @@ fn check_tokens(config: &Config, source: &SourceConfig) -> Result<(), String> {
             config.data.sequence_length
         ));
     }
-    Ok(())
-}
-
-fn vocabulary_problem(config: &Config, key: &str, info: &DatasetInfo) -> Option<String> {
-    let vocab_size = config.model.vocab_size;
-    (info.vocab_size > vocab_size).then(|| {
-        format!(
-            "model.vocab_size {vocab_size} is less than the {} of the data of {key}, which its \
-             dataset.json records",
-            info.vocab_size
-        )
-    })
-}
-
-/// The tokenizer of the first source that records one.
-#[derive(Default)]
-struct Tokenizers {
-    first: Option<RecordedTokenizer>,
-}
-
-struct RecordedTokenizer {
-    key: String,
-    hash: String,
-}
-
-impl Tokenizers {
-    /// Returns a message if the source has another tokenizer than an earlier one.
-    fn problem(&mut self, key: &str, info: &DatasetInfo) -> Option<String> {
-        let hash = info.tokenizer_hash.as_ref()?;
-        let Some(first) = &self.first else {
-            self.first = Some(RecordedTokenizer {
-                key: key.to_string(),
-                hash: hash.clone(),
-            });
-            return None;
-        };
-        (first.hash != *hash).then(|| {
-            format!(
-                "{key} was made with another tokenizer than {}, as their dataset.json record: \
-                 prepare all sources with the same tokenizer",
-                first.key
-            )
-        })
-    }
+    let Some(mask) = &source.mask else {
+        return Ok(());
+    };
+    let mask = open(TokenPath::megatron(mask))?;
+    check_mask(&mask, &tokens).map_err(|error| error.to_string())
 }
 
 /// The comparison of a run's data with recorded checksums.
 #[derive(Default)]
 pub(crate) struct CheckedData {
-    /// Sources whose files are those that were recorded.
+    /// Token files, each with its index, that are the recorded ones.
     pub(crate) verified: usize,
-    /// Keys of sources without recorded checksums.
+    /// Keys of token files without recorded checksums.
     pub(crate) unrecorded: Vec<String>,
     pub(crate) problems: Vec<String>,
 }
@@ -115,12 +73,13 @@ pub(crate) struct CheckedData {
 pub(crate) fn verify_data(config: &Config) -> CheckedData {
     let mut checked = CheckedData::default();
     for (key, source) in config.sources() {
-        let mask: Option<&Path> = source.mask.as_deref();
-        let paths = [Some(source.tokens()), mask.map(TokenPath::megatron)];
-        for path in paths.iter().flatten() {
-            match verify_checksums(path) {
+        let mask = source.mask.as_deref().map(TokenPath::megatron);
+        let files = [(key.clone(), Some(source.tokens())), (key + ".mask", mask)];
+        for (key, path) in files {
+            let Some(path) = path else { continue };
+            match verify_checksums(&path) {
                 Ok(Checksums::Match) => checked.verified += 1,
-                Ok(Checksums::Missing) => checked.unrecorded.push(key.clone()),
+                Ok(Checksums::Missing) => checked.unrecorded.push(key),
                 Err(error) => checked.problems.push(one_line(&format!("{key}: {error}"))),
             }
         }

@@ -13,7 +13,7 @@ mod suggest;
 mod tls_files;
 mod value;
 
-pub(crate) use data_files::{data_file_problems, verify_data};
+pub(crate) use data_files::{DataCheck, check_data, verify_data};
 pub(crate) use suggest::nearest;
 
 use crate::{
@@ -47,7 +47,7 @@ pub(crate) fn load(args: &ConfigArgs) -> Result<Config> {
     if problems.is_empty() {
         return Ok(config);
     }
-    problems.extend(data_file_problems(&config));
+    problems.extend(check_data(&config).problems);
     problems.extend(tls_file_problems(&config));
     bail!("{path}: cannot run:\n  - {}", list(&problems));
 }
@@ -60,7 +60,8 @@ pub(crate) fn refuse_problems(args: &ConfigArgs, config: &Config, ranks: usize) 
     refuse(args, ranks, config.problems(ranks))
 }
 
-/// Refuses a configuration that cannot run on `ranks` ranks, or whose data cannot be read here.
+/// Refuses a configuration that cannot run on `ranks` ranks, or whose data cannot be read here or
+/// does not fit it. Returns warnings about the data, which a run repeats when it starts.
 ///
 /// # Errors
 /// If it cannot: every reason.
@@ -68,11 +69,13 @@ pub(crate) fn refuse_problems_and_data(
     args: &ConfigArgs,
     config: &Config,
     ranks: usize,
-) -> Result<()> {
+) -> Result<Vec<String>> {
+    let data = check_data(config);
     let mut problems = config.problems(ranks);
-    problems.extend(data_file_problems(config));
+    problems.extend(data.problems);
     problems.extend(tls_file_problems(config));
-    refuse(args, ranks, problems)
+    refuse(args, ranks, problems)?;
+    Ok(data.warnings)
 }
 
 fn refuse(args: &ConfigArgs, ranks: usize, problems: Vec<String>) -> Result<()> {
@@ -97,12 +100,12 @@ fn list(problems: &[String]) -> String {
 pub(crate) fn check(args: &CheckArgs) -> Result<ExitCode> {
     let ranks = args.nproc_per_node;
     let config = load(&args.config)?;
-    refuse_problems_and_data(&args.config, &config, ranks)?;
+    let data_warnings = refuse_problems_and_data(&args.config, &config, ranks)?;
     let mesh = config.mesh(0, ranks).map_err(|error| anyhow!(error))?;
     let resolved = config.resolved();
     let yaml = serde_saphyr::to_string(&resolved).context("cannot write the configuration")?;
     let path = args.config.config.display();
-    for warning in config.warnings() {
+    for warning in config.warnings().into_iter().chain(data_warnings) {
         eprintln!("warning: {warning}");
     }
     println!("# {path}: ok on {mesh}. With all defaults:");

@@ -262,8 +262,8 @@ pub struct DataConfig {
     #[on_resume(reported)]
     #[schemars(range(min = 1, max = MAX_TOKENS))]
     pub sequence_length: usize,
-    /// Token that ends a document. It belongs to the document that it ends. If another key needs it
-    /// and it is not set, it is the one that `dataset.json` records for all sources.
+    /// Token that ends a document. It belongs to the document that it ends. If it is not set, it is
+    /// the one that `dataset.json` records, which all sources need if another key needs the token.
     #[on_resume(reported)]
     #[serde(default)]
     pub eod_token: Option<u32>,
@@ -289,8 +289,8 @@ pub struct DataConfig {
     #[on_resume(reported)]
     #[serde(default)]
     pub eod_mask_loss: bool,
-    /// The tokenizer.json with which the data was made, for `moerun generate`. By default the one
-    /// in the folder of the first source.
+    /// The tokenizer.json with which the data was made, for `moerun generate`; a run whose data
+    /// records another one is refused. By default the one in the folder of the first source.
     #[on_resume(free)]
     #[schemars(extend("format" = "path"))]
     #[serde(default)]
@@ -341,8 +341,8 @@ pub struct SourceConfig {
     /// other formats with it.
     #[schemars(extend("format" = "path"))]
     pub path: PathBuf,
-    /// Name in reports. By default the file's name, with the folder's if several sources have the
-    /// same.
+    /// Name in reports, which no other source of the list has. By default the file's name, with the
+    /// folder's if several sources have the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Format of the files: `megatron`, `raw` (an array without header, such as OLMo's) or

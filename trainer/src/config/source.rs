@@ -68,6 +68,9 @@ impl DataConfig {
             }
         }
         for (list, sources) in [("train", &self.train), ("validation", &self.validation)] {
+            for problem in name_problems(list, sources) {
+                problems.add(problem);
+            }
             let lacking = sources.iter().position(|source| source.weight.is_none());
             let weighted = sources.iter().position(|source| source.weight.is_some());
             if let (Some(lacking), Some(weighted)) = (lacking, weighted) {
@@ -80,6 +83,28 @@ impl DataConfig {
             }
         }
     }
+}
+
+/// Returns a problem for each given name by which a source cannot be told from another.
+fn name_problems(list: &str, sources: &[SourceConfig]) -> Vec<String> {
+    let mut first_uses: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut problems = Vec::new();
+    for (index, source) in sources.iter().enumerate() {
+        let Some(name) = source.name.as_deref() else {
+            continue;
+        };
+        if name.trim().is_empty() {
+            problems.push(format!(
+                "data.{list}[{index}].name is empty: give a name, or leave it out"
+            ));
+        } else if let Some(first) = first_uses.get(name) {
+            problems.push(format!(
+                "data.{list}[{index}].name is {name:?}, which data.{list}[{first}] has already"
+            ));
+        }
+        first_uses.entry(name).or_insert(index);
+    }
+    problems
 }
 
 /// Returns the weights of sources, or None if they have none.
@@ -183,6 +208,29 @@ mod tests {
             endless,
             ["data.train[0].weight is inf; it must be a finite number"]
         );
+        let mut named = |names: &[&str]| {
+            data.train = sources(&vec![("a", None); names.len()]);
+            for (source, name) in data.train.iter_mut().zip(names) {
+                source.name = Some(name.to_string());
+            }
+            let mut problems = Problems::default();
+            data.check_sources(&mut problems);
+            problems.into_list()
+        };
+        assert!(named(&["web", "code"]).is_empty());
+        assert_eq!(
+            named(&["web", " ", "web"]),
+            [
+                "data.train[1].name is empty: give a name, or leave it out",
+                "data.train[2].name is \"web\", which data.train[0] has already",
+            ]
+        );
+        let mut problems = |list: &[(&str, Option<f64>)]| {
+            data.train = sources(list);
+            let mut problems = Problems::default();
+            data.check_sources(&mut problems);
+            problems.into_list()
+        };
         let raw = problems(&[("a.npy", None)]);
         assert!(raw[0].contains("data.train[0]: a.npy is an array without header"));
     }

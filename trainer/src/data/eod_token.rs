@@ -1,157 +1,154 @@
-//! The token that ends a document: given, or recorded by the data.
+//! The tokens at the ends of a run's documents.
 
-use crate::{Error, config::Config};
-use dataset::info::{DatasetInfo, SpecialToken};
+use super::records::Records;
+use crate::{
+    Error,
+    config::{Config, DataConfig, DocumentRules},
+};
+use dataset::info::DatasetInfo;
+use serde::{Deserialize, Serialize};
 
-/// Returns the token that ends documents by the records of all sources, if the run needs one and
-/// `data.eod_token` does not give it.
-///
-/// # Errors
-/// If a source has no record, or sources record different tokens.
-pub fn recorded_eod_token(config: &Config) -> Result<Option<SpecialToken>, Error> {
-    let Some(needed_by) = config.data.key_that_needs_eod_token() else {
-        return Ok(None);
-    };
-    if config.data.eod_token.is_some() {
-        return Ok(None);
-    }
-    let mut found: Option<(String, SpecialToken)> = None;
-    for (key, source) in config.sources() {
-        let info = DatasetInfo::of_tokens(&source.path)?;
-        let Some(recorded) = info.and_then(|info| info.eos) else {
-            return Err(Error::Config(format!(
-                "data.{needed_by} needs data.eod_token, the token that ends a document, because \
-                 no dataset.json records that of {key} ({}): give it, or leave {needed_by} out",
-                source.path.display()
-            )));
-        };
-        match &found {
-            Some((first, token)) if token.id != recorded.id => {
-                return Err(Error::Config(format!(
-                    "{key} ends documents with token {}, and {first} with {}: the sources were \
-                     made with different tokenizers",
-                    recorded.id, token.id
-                )));
-            }
-            Some(_) => {}
-            None => found = Some((key, recorded)),
-        }
-    }
-    Ok(found.map(|(_, token)| token))
-}
-
-/// Returns the token that ends documents, given or recorded.
-///
-/// # Errors
-/// If a key needs a token that is neither given nor recorded, or the model does not have it.
-pub(crate) fn eod_token(config: &Config) -> Result<Option<u32>, Error> {
-    let recorded = recorded_eod_token(config)?.map(|token| token.id);
-    let vocab_size = config.model.vocab_size;
-    if let Some(token) = recorded
-        && token as usize >= vocab_size
-    {
-        return Err(Error::Config(format!(
-            "the data ends documents with token {token}, which is outside of model.vocab_size \
-             {vocab_size}"
-        )));
-    }
-    Ok(config.data.eod_token.or(recorded))
-}
-
-/// Tokens at the ends of the documents that a run was trained on.
-#[derive(Debug, Default)]
+/// Tokens at the ends of the documents that a run is trained on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DocumentTokens {
+    /// Recorded token that begins each document.
+    #[serde(default)]
     pub(crate) begin: Option<u32>,
+    /// Token that ends each document: given, or else recorded.
+    #[serde(default)]
     pub(crate) end: Option<u32>,
 }
 
 impl DocumentTokens {
-    /// Returns the tokens that the record of the first source names, with `data.eod_token` where it
-    /// names no end. Data that is no longer there names none.
-    pub(crate) fn of_run(config: &Config) -> DocumentTokens {
+    /// Returns the tokens that a run is to be trained with.
+    ///
+    /// # Errors
+    /// If a key needs a token that is neither given nor recorded.
+    pub(crate) fn of_data(config: &Config, records: &Records) -> Result<DocumentTokens, Error> {
+        let recorded = records.recorded_end().map_err(Error::Config)?;
+        let begin = records.recorded_begin();
+        Ok(DocumentTokens {
+            begin: begin.map(|token| token.id),
+            end: config.data.eod_token.or(recorded.map(|token| token.id)),
+        })
+    }
+
+    /// Returns the tokens of a run that has trained: those that its state has, `saved`. States of
+    /// earlier versions have none: then the end is the given one, and the rest is what the record
+    /// of the first source names, if the data is still there.
+    pub(crate) fn of_run(saved: Option<&DocumentTokens>, config: &Config) -> DocumentTokens {
+        if let Some(saved) = saved {
+            return saved.clone();
+        }
         let source = config.data.train.first();
         let record = source.and_then(|source| DatasetInfo::of_tokens(&source.path).ok().flatten());
         let DatasetInfo { bos, eos, .. } = record.unwrap_or_default();
         DocumentTokens {
             begin: bos.map(|token| token.id),
-            end: eos.map(|token| token.id).or(config.data.eod_token),
+            end: config.data.eod_token.or(eos.map(|token| token.id)),
         }
+    }
+
+    /// Takes the tokens of a saved state where none are known any more. Returns a warning if
+    /// documents end with another token than that of the state.
+    pub(crate) fn resume(&mut self, saved: &DocumentTokens) -> Option<String> {
+        self.begin = self.begin.or(saved.begin);
+        self.end = self.end.or(saved.end);
+        let [now, before] = [self.end?, saved.end?];
+        (now != before).then(|| {
+            format!(
+                "documents end with token {now}, and those of the saved state with token {before}"
+            )
+        })
+    }
+
+    /// Returns the treatment of the documents of a run that has trained.
+    ///
+    /// # Errors
+    /// If a key of `data` needs the token that ends a document, and it is not known.
+    pub(crate) fn rules(&self, data: &DataConfig) -> Result<Option<DocumentRules>, Error> {
+        if let Some(needed_by) = data
+            .key_that_needs_eod_token()
+            .filter(|_| self.end.is_none())
+        {
+            return Err(Error::Config(format!(
+                "the run has data.{needed_by}, but neither its checkpoint nor its configuration \
+                 nor the dataset.json of its training data tells which token ends a document: \
+                 restore that file"
+            )));
+        }
+        Ok(data.document_rules(self.end))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::optim::schedule::tests::config;
-    use std::path::Path;
+    use crate::{config::SourceConfig, optim::schedule::tests::config};
+    use dataset::info::SpecialToken;
 
-    fn config_of(folder: &Path, extra: &str) -> Config {
+    #[test]
+    fn a_state_decides_and_then_the_configuration() {
+        let folder = tempfile::tempdir().unwrap();
         let mut config = config("steps: 1, global_batch: 4 | constant: {lr: 1.0}");
-        let source = |name: &str| folder.join(name).display().to_string();
-        let text = format!(
-            "{{train: [{{path: {}}}, {{path: {}}}], sequence_length: 8{extra}}}",
-            source("a/train"),
-            source("b/train")
-        );
-        config.data = serde_saphyr::from_str(&text).unwrap();
-        config
-    }
-
-    fn record(folder: &Path, id: u32) {
-        std::fs::create_dir_all(folder).unwrap();
-        let eos = SpecialToken {
+        config.data.train = vec![SourceConfig::new(folder.path().join("train"))];
+        let tokens = |begin, end| DocumentTokens { begin, end };
+        let given = |config: &Config| Config {
+            data: DataConfig {
+                eod_token: Some(3),
+                ..config.data.clone()
+            },
+            ..config.clone()
+        };
+        let of = |saved: Option<&DocumentTokens>, config: &Config| {
+            let records = Records::read(config);
+            let new = DocumentTokens::of_data(config, &records).unwrap();
+            [DocumentTokens::of_run(saved, config), new]
+        };
+        assert_eq!(of(None, &config), [tokens(None, None), tokens(None, None)]);
+        assert_eq!(of(None, &given(&config))[0], tokens(None, Some(3)));
+        let token = |id| SpecialToken {
             id,
             text: "</s>".into(),
         };
         let info = DatasetInfo {
-            eos: Some(eos),
+            eos: Some(token(7)),
+            bos: Some(token(1)),
             ..DatasetInfo::default()
         };
         let text = serde_json::to_string(&info).unwrap();
-        std::fs::write(folder.join("dataset.json"), text).unwrap();
-    }
-
-    #[test]
-    fn the_recorded_token_is_used_where_one_is_needed() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path();
-        let needed = |extra: &str| recorded_eod_token(&config_of(folder, extra));
-        let id = |extra: &str| needed(extra).unwrap().map(|token| token.id);
-        let token = |extra: &str| eod_token(&config_of(folder, extra)).unwrap();
-        assert_eq!(id(""), None);
-        let refused = needed(", eod_mask_loss: true").unwrap_err().to_string();
+        std::fs::write(folder.path().join("dataset.json"), text).unwrap();
+        let recorded = tokens(Some(1), Some(7));
+        assert_eq!(of(None, &config), [recorded.clone(), recorded.clone()]);
+        let mixed = tokens(Some(1), Some(3));
+        assert_eq!(of(None, &given(&config)), [mixed.clone(), mixed.clone()]);
+        let saved = tokens(None, Some(5));
+        assert_eq!(of(Some(&saved), &given(&config)), [saved.clone(), mixed]);
+        let mut unknown = DocumentTokens::default();
+        assert_eq!(unknown.resume(&recorded), None);
+        assert_eq!(unknown, recorded);
+        let change = unknown.resume(&saved).unwrap();
         assert!(
-            refused.contains("data.eod_mask_loss needs data.eod_token"),
-            "{refused}"
+            change.contains("token 7") && change.contains("token 5"),
+            "{change}"
         );
-        record(&folder.join("a"), 7);
-        assert!(needed(", eod_mask_loss: true").is_err());
-        record(&folder.join("b"), 7);
-        assert_eq!(id(", eod_mask_loss: true"), Some(7));
-        assert_eq!(token(", eod_mask_loss: true"), Some(7));
-        assert_eq!(token(", mask_documents: true"), Some(7));
-        assert_eq!(token(", reset_positions: true"), Some(7));
-        assert_eq!(id(", eod_mask_loss: true, eod_token: 3"), None);
-        assert_eq!(token(", eod_mask_loss: true, eod_token: 3"), Some(3));
-        assert_eq!(token(", eod_token: 3"), Some(3));
-        assert_eq!(token(", mask_documents: false"), None);
-        assert_eq!(id(""), None);
-        record(&folder.join("b"), 8);
-        let refused = needed(", eod_mask_loss: true").unwrap_err().to_string();
-        assert!(refused.contains("different tokenizers"), "{refused}");
+        assert_eq!(unknown, recorded);
     }
 
     #[test]
-    fn texts_end_as_the_documents_of_the_data() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path();
-        let of_run = |extra: &str| {
-            let DocumentTokens { begin, end } = DocumentTokens::of_run(&config_of(folder, extra));
-            [begin, end]
+    fn a_key_that_needs_an_unknown_token_is_an_error() {
+        let config = config("steps: 1, global_batch: 4 | constant: {lr: 1.0}");
+        let mut data = config.data;
+        let unknown = DocumentTokens::default();
+        let known = DocumentTokens {
+            begin: None,
+            end: Some(7),
         };
-        assert_eq!(of_run(""), [None, None]);
-        assert_eq!(of_run(", eod_token: 3"), [None, Some(3)]);
-        record(&folder.join("a"), 7);
-        assert_eq!(of_run(", eod_token: 3"), [None, Some(7)]);
+        assert_eq!(unknown.rules(&data).unwrap(), None);
+        assert_eq!(known.rules(&data).unwrap(), None);
+        data.reset_positions = true;
+        let refused = unknown.rules(&data).unwrap_err().to_string();
+        assert!(refused.contains("data.reset_positions"), "{refused}");
+        assert_eq!(known.rules(&data).unwrap().unwrap().end, 7);
     }
 }

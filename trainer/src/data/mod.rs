@@ -1,7 +1,10 @@
 //! Samples of training data as tensors.
 
+pub(crate) mod bits_per_byte;
 pub(crate) mod eod_token;
 pub(crate) mod fingerprints;
+pub(crate) mod recorded;
+pub(crate) mod records;
 pub(crate) mod report;
 pub(crate) mod validation;
 
@@ -27,20 +30,29 @@ impl Source {
     fn open(config: &SourceConfig) -> Result<Source, Error> {
         let tokens = TokenFile::open_path(&config.tokens())?;
         let mask = config.mask.as_deref().map(TokenFile::open).transpose()?;
-        if let Some(mask) = &mask
-            && mask.len() != tokens.len()
-        {
-            return Err(Error::Data(format!(
-                "the mask {} has {} values, but {} has {} tokens: a mask has one value per token \
-                 of its source",
-                mask.path().display(),
-                mask.len(),
-                tokens.path().display(),
-                tokens.len()
-            )));
+        if let Some(mask) = &mask {
+            check_mask(mask, &tokens)?;
         }
         Ok(Source { tokens, mask })
     }
+}
+
+/// Refuses a mask that has another length than its source.
+///
+/// # Errors
+/// If it has.
+pub fn check_mask(mask: &TokenFile, tokens: &TokenFile) -> Result<(), Error> {
+    if mask.len() == tokens.len() {
+        return Ok(());
+    }
+    Err(Error::Data(format!(
+        "the mask {} has {} values, but {} has {} tokens: a mask has one value per token of its \
+         source",
+        mask.path().display(),
+        mask.len(),
+        tokens.path().display(),
+        tokens.len()
+    )))
 }
 
 /// Several token files, read as samples of `sequence_length + 1` tokens.
@@ -100,8 +112,13 @@ impl Dataset {
 
     /// Returns the same data, whose labels after the token `end` are ignored.
     pub fn masked_after(mut self, end: Option<u32>) -> Dataset {
-        self.masked_after = end.map(i64::from);
+        self.mask_after(end);
         self
+    }
+
+    /// Ignores labels after the token `end` from now on.
+    pub(crate) fn mask_after(&mut self, end: Option<u32>) {
+        self.masked_after = end.map(i64::from);
     }
 
     /// Draws samples in the order of this version from now on.

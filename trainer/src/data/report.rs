@@ -12,7 +12,8 @@ const LISTED: usize = 32;
 pub struct DataReport {
     /// One line per source.
     pub lines: Vec<String>,
-    /// Sources that are repeated more often than `data.max_epochs`.
+    /// Sources that are repeated more often than `data.max_epochs` or lack sequences, and records
+    /// that differ from the configuration.
     pub warnings: Vec<String>,
 }
 

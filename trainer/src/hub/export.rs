@@ -95,7 +95,15 @@ pub fn export(options: &ExportOptions, progress: &ByteProgress) -> Result<Export
     let source = source.transpose()?;
     let form = match &source {
         Some(source) => Form::of_source(source, options.dtype),
-        None => Form::of_family(&config, options.dtype, &path, &mut notes)?,
+        None => {
+            let documents = DocumentTokens::of_run(state.document_tokens.as_ref(), &config);
+            let run = ExportedRun {
+                config: &config,
+                documents: &documents,
+                checkpoint: &path,
+            };
+            Form::of_family(&run, options.dtype, &mut notes)?
+        }
     };
     let mut report = write_folder(
         options,
@@ -126,6 +134,13 @@ fn open_source(from: &Path, model: &ModelConfig) -> Result<ModelFolder, Error> {
         )));
     }
     Ok(source)
+}
+
+/// The run whose model is exported.
+struct ExportedRun<'a> {
+    config: &'a Config,
+    documents: &'a DocumentTokens,
+    checkpoint: &'a Path,
 }
 
 /// Everything of the folder but the values.
@@ -208,19 +223,18 @@ impl Form {
     }
 
     fn of_family(
-        run: &Config,
+        run: &ExportedRun,
         dtype: Option<Dtype>,
-        checkpoint: &Path,
         notes: &mut Vec<String>,
     ) -> Result<Form, Error> {
-        let dtype = stored_dtype(dtype.unwrap_or(run.train.dtype));
-        let (family, mut config) = express(&run.model)?;
+        let dtype = stored_dtype(dtype.unwrap_or(run.config.train.dtype));
+        let (family, mut config) = express(&run.config.model)?;
         // Some models depend on it.
         if !config.has("max_position_embeddings") {
-            config.set("max_position_embeddings", run.data.sequence_length);
+            config.set("max_position_embeddings", run.config.data.sequence_length);
         }
         let mut form = Form::without_tokenizer(family, config, dtype);
-        match find_tokenizer(&tokenizers_of(run, checkpoint)) {
+        match find_tokenizer(&tokenizers_of(run.config, run.checkpoint)) {
             Ok(path) => form.add_tokenizer(path, run)?,
             Err(error) => notes.push(format!("the folder has no tokenizer: {error}")),
         }
@@ -229,14 +243,14 @@ impl Form {
 
     /// Adds a tokenizer that moerun trained or was given, and the configuration that transformers
     /// needs with it.
-    fn add_tokenizer(&mut self, path: PathBuf, run: &Config) -> Result<(), Error> {
+    fn add_tokenizer(&mut self, path: PathBuf, run: &ExportedRun) -> Result<(), Error> {
         let tokenizer = load_tokenizer(&path)?;
         let mut config = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": run.data.sequence_length,
+            "model_max_length": run.config.data.sequence_length,
             "clean_up_tokenization_spaces": false,
         });
-        let documents = DocumentTokens::of_run(run);
+        let documents = run.documents;
         let end = documents.end.or(tokenizer.token_to_id(END_OF_DOCUMENT));
         let begin = documents.begin.or(end);
         let mut generation = Map::new();

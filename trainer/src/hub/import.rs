@@ -152,6 +152,7 @@ fn state_of(source: &ModelFolder, folder: &Path, output: &Path) -> Result<RunSta
         state_starts: Default::default(),
         order: Some(OrderVersion::default()),
         data: None,
+        document_tokens: None,
         config,
     })
 }

@@ -1,10 +1,14 @@
 //! Losses of a trained model on token files, one per source.
 
-use super::loaded::{LoadedModel, TrainedBy};
+use super::loaded::LoadedModel;
 use crate::{
     Error,
     config::{DocumentRules, SourceConfig, source_names},
-    data::{Dataset, count_labels},
+    data::{
+        Dataset,
+        bits_per_byte::{bits_per_byte, bytes_per_token},
+        count_labels,
+    },
     hub::ByteProgress,
     model::Model,
 };
@@ -36,17 +40,19 @@ pub struct SourceLoss {
     pub loss: f64,
     /// Exponential of the loss.
     pub perplexity: f64,
-    /// Cross-entropy per byte of text, if `dataset.json` records bytes.
+    /// Estimated cross-entropy per byte of text in bits, if `dataset.json` records bytes: from the
+    /// mean bytes per token of the whole file. None if some tokens do not count.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bits_per_byte: Option<f64>,
 }
 
 /// Loads a model and passes its loss on each source to `write`, in order. Documents are kept apart
-/// and labels ignored as in training. `note` receives notes about the choice of the checkpoint.
+/// and labels ignored as in training, by the token that ended documents there. `note` receives
+/// notes about the choice of the checkpoint.
 ///
 /// # Errors
-/// If there is no usable model, or a source is missing, damaged, too short, or of another
-/// vocabulary.
+/// If there is no usable model, a source is missing, damaged, too short, or of another vocabulary,
+/// or a rule of the run needs the token that ends a document and it is not known.
 pub fn evaluate(
     model: &Path,
     options: &EvaluateOptions,
@@ -61,8 +67,9 @@ pub fn evaluate(
     let length = options.sequence_length.unwrap_or(loaded.context);
     if length == 0 || length > loaded.context {
         return Err(Error::Config(format!(
-            "sequences of {length} tokens do not fit the model, whose context has {}",
-            loaded.context
+            "sequences of {length} tokens do not fit the model, whose context has {}: give a \
+             --sequence-length from 1 to {}",
+            loaded.context, loaded.context
         )));
     }
     // All are opened first, so that a wrong path is found before anything is computed.
@@ -100,16 +107,14 @@ impl Evaluated {
                 info.vocab_size
             )));
         }
-        let trained = model.run.as_ref().map(|run: &TrainedBy| &run.config.data);
-        let recorded = info.as_ref().and_then(|info| Some(info.eos.as_ref()?.id));
-        let end = trained.and_then(|data| data.eod_token.or(recorded));
-        let masked_after = end.filter(|_| trained.is_some_and(|data| data.eod_mask_loss));
+        let trained = model.run.as_ref();
+        let documents = trained.map(|run| run.documents.rules(&run.config.data));
+        let masking = trained.filter(|run| run.config.data.eod_mask_loss);
         let data = Dataset::open(std::slice::from_ref(source), length, vocab_size, 0)?;
-        let info = info.filter(|_| source.mask.is_none());
         Ok(Evaluated {
-            data: data.masked_after(masked_after),
-            bytes_per_token: info.and_then(|info| info.bytes_per_token(&source.path)),
-            documents: trained.and_then(|data| data.document_rules(end)),
+            documents: documents.transpose()?.flatten(),
+            data: data.masked_after(masking.and_then(|run| run.documents.end)),
+            bytes_per_token: bytes_per_token(source, info.as_ref(), masking.is_some()),
         })
     }
 
@@ -140,14 +145,13 @@ impl Evaluated {
             )));
         }
         let loss = sum / counted_tokens as f64;
-        let bits = |bytes: f64| loss / std::f64::consts::LN_2 / bytes;
         Ok(SourceLoss {
             source: name,
             sequences,
             counted_tokens,
             loss,
             perplexity: loss.exp(),
-            bits_per_byte: self.bytes_per_token.map(bits),
+            bits_per_byte: self.bytes_per_token.map(|bytes| bits_per_byte(loss, bytes)),
         })
     }
 }

@@ -43,6 +43,7 @@ pub fn generate(
         tokenizers,
         model,
         notes,
+        document_start,
         start_token,
         mut end_tokens,
         run,
@@ -62,7 +63,8 @@ pub fn generate(
     }
     // Most released models expect the tokens that their tokenizers put before a text.
     let prompt = tokenizer.encode(options.prompt.as_str(), run.is_none());
-    let mut tokens: Vec<u32> = prompt.map_err(failed)?.get_ids().to_vec();
+    let mut tokens: Vec<u32> = document_start.into_iter().collect();
+    tokens.extend(prompt.map_err(failed)?.get_ids());
     let size = model.config().vocab_size;
     if let Some(token) = tokens.iter().find(|&&token| token as usize >= size) {
         return Err(Error::Tokenizer(format!(

@@ -32,7 +32,9 @@ const MAX_CONTEXT: usize = 32_768;
 pub(crate) struct LoadedModel {
     /// Most tokens that the model sees at once.
     pub(crate) context: usize,
-    /// Token that begins a text, if a folder or the data of a run names one.
+    /// Token that comes before each text, as before the documents of a run's data.
+    pub(crate) document_start: Option<u32>,
+    /// Token that begins an empty text, if a folder or the data of a run names one.
     pub(crate) start_token: Option<u32>,
     /// Tokens that end a text, if a folder or the data of a run names any.
     pub(crate) end_tokens: Vec<u32>,
@@ -49,6 +51,8 @@ pub(crate) struct LoadedModel {
 pub(crate) struct TrainedBy {
     pub(crate) step: u64,
     pub(crate) config: Config,
+    /// Tokens at the ends of the documents that it was trained on.
+    pub(crate) documents: DocumentTokens,
 }
 
 impl LoadedModel {
@@ -90,6 +94,8 @@ impl LoadedModel {
         folder.load(&model, progress)?;
         Ok(LoadedModel {
             context,
+            // The tokenizer of a folder knows what comes before a text.
+            document_start: None,
             start_token: folder.start_token()?,
             end_tokens: folder.end_tokens()?,
             tokenizers: vec![path.join(TOKENIZER_FILE)],
@@ -117,15 +123,17 @@ impl LoadedModel {
         };
         let model = Model::new(&config.model, ModelPart::whole(config.model.layers), &ctx);
         restore_model(&mut checkpoint, &model)?;
-        let documents = DocumentTokens::of_run(&config);
+        let documents = DocumentTokens::of_run(state.document_tokens.as_ref(), &config);
         Ok(LoadedModel {
             context: sequence_length,
+            document_start: documents.begin,
             start_token: documents.begin.or(documents.end),
             end_tokens: documents.end.into_iter().collect(),
             tokenizers: tokenizers_of(&config, &path),
             run: Some(TrainedBy {
                 step: state.step,
                 config,
+                documents,
             }),
             model,
             notes,

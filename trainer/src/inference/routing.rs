@@ -25,15 +25,24 @@ pub struct RoutingSample {
 }
 
 /// Runs the newest checkpoint of the run in `folder` over about `tokens` tokens of its validation
-/// data, or of its training data if it has no validation data.
+/// data, or of its training data if it has no validation data. Documents are kept apart as in
+/// training.
 ///
 /// # Errors
 /// If there is no usable checkpoint or no data, or the model has no MoE layers.
 pub fn sample_routing(folder: &Path, tokens: usize) -> Result<RoutingSample, Error> {
     let LoadedModel {
-        run, model, notes, ..
+        run,
+        mut model,
+        notes,
+        ..
     } = LoadedModel::of_run(folder)?;
-    let TrainedBy { step, config } = run.expect("the model is of a run");
+    let TrainedBy {
+        step,
+        config,
+        documents,
+    } = run.expect("the model is of a run");
+    model.set_documents(documents.rules(&config.data)?);
     let moe = config.model.moe.as_ref();
     let moe = moe.ok_or_else(|| Error::Config("the model has no MoE layers".into()))?;
     let sequence = config.data.sequence_length;

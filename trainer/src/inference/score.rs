@@ -33,8 +33,8 @@ pub struct Score {
 /// Loads a model and passes the score of each request to `write`, in order.
 ///
 /// Context and continuation are tokenized together, and the continuation has the tokens after those
-/// of the context alone, as in lm-evaluation-harness. Longer texts than the model's context lose
-/// their beginning.
+/// of the context alone, as in lm-evaluation-harness. The token that began the documents of a run's
+/// data comes before each text. Longer texts than the model's context lose their beginning.
 ///
 /// # Errors
 /// If there is no usable model or tokenizer, or a continuation has no tokens or does not fit.
@@ -48,6 +48,7 @@ pub fn score(
 ) -> Result<(), Error> {
     let LoadedModel {
         context,
+        document_start,
         start_token,
         tokenizers,
         model,
@@ -75,10 +76,11 @@ pub fn score(
         let kept = before.trim_end();
         let whole = encode(&format!("{before}{continuation}"))?;
         // Something has to come before the first token.
-        let mut tokens = match kept {
-            "" => vec![i64::from(start_token)],
-            _ => Vec::new(),
+        let first = match kept {
+            "" => Some(start_token),
+            _ => document_start,
         };
+        let mut tokens: Vec<i64> = first.map(i64::from).into_iter().collect();
         let start = tokens.len() + encode(kept)?.len();
         tokens.extend(whole);
         let size = model.config().vocab_size as i64;

@@ -10,7 +10,7 @@ use super::{
     resume_rules::{AllowedChanges, ResumeRules, mismatch_error},
     run_state::RunState,
     save_plan::{Coverage, savers},
-    saved_config::{generator_name, has_kind, kind, read_run_state, saved_config},
+    saved_config::{comparable, generator_name, has_kind, kind, read_run_state, saved_config},
 };
 use crate::{
     Error,
@@ -339,6 +339,7 @@ pub(super) fn restore(
     let compared = opened.and_then(|checkpoint| {
         let state = read_run_state(&checkpoint)?;
         let saved = saved_config(&checkpoint, &state)?;
+        let saved = comparable(saved, &state, rules.config);
         let changes = rules.check_keys(checkpoint.path(), &saved)?;
         Ok((checkpoint, state, saved, changes))
     });

@@ -394,7 +394,8 @@ impl Trainer {
             counted_from: Some(position.counted_from),
             state_starts: self.optimizer.state_starts().clone(),
             order: Some(self.data.order),
-            data: Some(self.data.fingerprints.clone()),
+            data: Some(self.data.recorded.fingerprints.clone()),
+            document_tokens: Some(self.data.recorded.tokens.clone()),
             config: serde_json::to_value(&self.config).expect("plain data"),
         }
     }

@@ -24,7 +24,8 @@ pub(super) fn is_due(config: &Config, step: u64, is_last: bool) -> bool {
 }
 
 /// True if a run that resumes from the state after step `step` begins with the validation of that
-/// step, and replaces the line that it may have. `saved` is the configuration of the state.
+/// step, and replaces the line that it may have. `saved` is the configuration of the state, and
+/// `changes` are the reported differences from it: not those that only move data.
 ///
 /// The state does not tell whether there is a line: an orderly stop omits the validation, a disk
 /// may not have taken the line when the run was killed, and the run may have moved to another
@@ -32,9 +33,8 @@ pub(super) fn is_due(config: &Config, step: u64, is_last: bool) -> bool {
 /// and the configurations decides, so that all ranks agree without the file, which only rank 0 has.
 ///
 /// A run that validates in another way keeps the line instead: its own value would not be that of
-/// the run that trained up to `step`.
-pub(super) fn is_repeated(config: &Config, saved: &Config, step: u64) -> bool {
-    let changes = config.changes_from(saved);
+/// the run that trained up to `step`. The caller compares the contents of the data.
+pub(super) fn is_repeated(saved: &Config, changes: &[KeyChange], step: u64) -> bool {
     step > 0 && is_due(saved, step, false) && !changes.iter().any(changes_value)
 }
 
@@ -184,19 +184,23 @@ mod tests {
         config
     }
 
+    fn repeated_from(now: &Config, saved: &Config, step: u64) -> bool {
+        is_repeated(saved, &now.changes_from(saved), step)
+    }
+
     #[test]
     fn the_saved_configuration_decides_what_is_repeated() {
         let saved = validating(10);
-        let repeated = |step| is_repeated(&saved, &saved, step);
+        let repeated = |step| repeated_from(&saved, &saved, step);
         assert!(repeated(10) && repeated(90));
         assert!(!repeated(0) && !repeated(15));
         // The last step of a shorter run is validated whatever its number is: no stop omits that.
         let mut shorter = saved.clone();
         shorter.train.steps = 15;
-        assert!(is_due(&shorter, 15, true) && !is_repeated(&saved, &shorter, 15));
+        assert!(is_due(&shorter, 15, true) && !repeated_from(&saved, &shorter, 15));
         let more_often = validating(5);
-        assert!(!is_repeated(&more_often, &saved, 15));
-        assert!(is_repeated(&saved, &more_often, 15));
+        assert!(!repeated_from(&more_often, &saved, 15));
+        assert!(repeated_from(&saved, &more_often, 15));
     }
 
     #[test]
@@ -205,7 +209,7 @@ mod tests {
         let repeated_after = |change: &dyn Fn(&mut Config)| {
             let mut now = saved.clone();
             change(&mut now);
-            is_repeated(&now, &saved, 20)
+            repeated_from(&now, &saved, 20)
         };
         let other_data = |config: &mut Config| config.data.validation[0].weight = Some(2.0);
         let changes: [&dyn Fn(&mut Config); 5] = [

@@ -45,7 +45,8 @@ pub(super) fn rehearse(
     let mesh = config.mesh(world.rank(), world.size());
     let short = shortened(config, &mesh.map_err(Error::Config)?);
     let select = |part| few_layers(config, part);
-    let mut trainer = Trainer::assemble(short, &rehearsal, resources, select)?;
+    let all = rehearsal.all("world")?;
+    let mut trainer = Trainer::assemble(short, &rehearsal, all, resources, select)?;
     let outcome = trainer.run_each_operation();
     let resources = trainer.into_resources();
     let device = resources.device.as_ref();

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     Error,
     config::{Config, KeyChange},
-    data::{eod_token::recorded_eod_token, report::DataReport},
+    data::report::DataReport,
     hub::ByteProgress,
     optim::rate_jump::rate_jump,
 };
@@ -41,6 +41,17 @@ pub struct ResumeReport {
     pub changes: Vec<KeyChange>,
     /// Outcomes of state that only one of both has, one line each.
     pub notes: Vec<String>,
+    /// Rules of an earlier version by which the run reads its data, one line each. They are no
+    /// differences.
+    pub data_rules: Vec<String>,
+}
+
+/// Differences in the data after a resume.
+struct ResumedData {
+    /// True unless a validation has other data or other rules than before.
+    validates_the_same: bool,
+    /// Lines for the user about the rules of an earlier version.
+    rules: Vec<String>,
 }
 
 /// Rules for the start of a run, and its outcome.
@@ -105,7 +116,6 @@ impl Trainer {
         position.samples = state.samples;
         position.tokens = state.tokens;
         position.counted_from = counted_from;
-        let repeats_validation = evaluation::is_repeated(&self.config, &saved, state.step);
         // The value that was measured at the start of the run gives the same plans, and so the same
         // bits, as without an interruption.
         if let (Some(planner), Some(min_tokens)) = (&self.experts.planner, state.min_tokens)
@@ -123,46 +133,75 @@ impl Trainer {
                 self.step() + 1
             ));
         }
-        let notes = self.resume_data(&state, &mut changes, warn)?;
+        let resumed = self.resume_data(&state, &saved, &mut changes, warn)?;
         let starts = state.state_starts;
         self.optimizer
             .set_state_starts(starts, &self.model.parameters);
-        self.resumption.repeats_validation = repeats_validation;
+        self.resumption.repeats_validation = resumed.validates_the_same
+            && evaluation::is_repeated(&saved, &changes.reported, state.step);
         self.resumption.report = ResumeReport {
             changes: changes.reported,
-            notes: changes.notes.into_iter().chain(notes).collect(),
+            notes: changes.notes,
+            data_rules: resumed.rules,
         };
         Ok(source)
     }
 
-    /// Continues in the saved order of samples, and compares the contents of the data. Returns what
-    /// the user should know about the order.
+    /// Continues in the saved order of samples, and compares the contents of the data.
     fn resume_data(
         &mut self,
         state: &RunState,
+        saved_config: &Config,
         changes: &mut AllowedChanges,
         warn: &mut dyn FnMut(&str),
-    ) -> Result<Option<String>, Error> {
+    ) -> Result<ResumedData, Error> {
         let order = state.order();
         self.data.order = order;
         self.data.train.use_order(order)?;
+        let recorded = &mut self.data.recorded;
+        let mut validates_the_same = true;
         if let Some(saved) = &state.data {
-            let now = &self.data.fingerprints;
+            let now = &recorded.fingerprints;
             for warning in now.changes_since(saved, &self.config) {
                 warn(&warning);
             }
             changes
                 .reported
                 .retain(|change| !now.only_moved(saved, change));
+            validates_the_same = now.validates_as(saved);
         }
-        Ok((order != OrderVersion::default()).then(|| {
-            format!(
+        let saved_tokens = state.document_tokens.as_ref();
+        let change = saved_tokens.and_then(|saved| recorded.tokens.resume(saved));
+        // A change of a given token is one of the configuration.
+        let data = &self.config.data;
+        if let Some(change) = change.filter(|_| data.eod_token.is_none()) {
+            warn(&change);
+            validates_the_same &= data.key_that_needs_eod_token().is_none();
+        }
+        let mut rules = Vec::new();
+        if order != OrderVersion::default() {
+            rules.push(format!(
                 "samples are drawn in version {} of the order, with which the run began; new runs \
                  use version {}",
                 u32::from(order),
                 u32::from(OrderVersion::default())
-            )
-        }))
+            ));
+        }
+        // The version that kept no order read the list as one text, from its beginning.
+        let has_several =
+            |config: &Config| config.validation.is_some() && config.data.validation.len() > 1;
+        if state.order.is_none() && has_several(saved_config) && has_several(&self.config) {
+            validates_the_same = false;
+            rules.push(
+                "the validation loss is now one over all sources of data.validation, where the \
+                 version that began the run read the first sequences of the list only"
+                    .to_string(),
+            );
+        }
+        Ok(ResumedData {
+            validates_the_same,
+            rules,
+        })
     }
 
     /// Describes the sources of training data over the whole run, in the order that the run has
@@ -170,13 +209,12 @@ impl Trainer {
     pub fn data_report(&self) -> DataReport {
         let samples = self.data.position.samples_at_end(&self.config);
         let mut report = DataReport::new(&self.config, &self.data.train, samples);
-        // The records could be read when the data was opened.
-        if let Ok(Some(token)) = recorded_eod_token(&self.config) {
-            report.lines.push(format!(
-                "data.eod_token is {} ({}), as dataset.json records it",
-                token.id, token.text
-            ));
-        }
+        let recorded = &self.data.recorded;
+        report.lines.extend(recorded.lines.iter().cloned());
+        report.warnings.extend(recorded.warnings.iter().cloned());
+        let lacking = self.data.validation.iter();
+        let lacking = lacking.filter_map(|source| source.lacking_windows());
+        report.warnings.extend(lacking);
         report
     }
 
@@ -271,7 +309,7 @@ pub fn check_resume(config: &Config, accepted: &[String], root: &Path) -> Result
         prepare: &|_| {},
     };
     for path in checkpoint::list(root)? {
-        let Ok(saved) = config_in(&path) else {
+        let Ok(saved) = config_in(&path, config) else {
             continue;
         };
         let Err(refused) = rules.check_keys(&path, &saved) else {

@@ -2,8 +2,9 @@
 
 use super::run_state::CountedFrom;
 use crate::{
+    Error,
     config::Config,
-    data::{Dataset, fingerprints::DataFingerprints, validation::ValidationSource},
+    data::{Dataset, recorded::RecordedData, validation::ValidationSource},
     optim::schedule::Position,
 };
 use dataset::order::OrderVersion;
@@ -14,15 +15,42 @@ use std::collections::BTreeMap;
 pub(super) struct RunData {
     pub(super) train: Dataset,
     pub(super) validation: Vec<ValidationSource>,
-    /// Token that ends a document, given or recorded.
-    pub(super) eod_token: Option<u32>,
+    /// The records and fingerprints that rank 0 has read.
+    pub(super) recorded: RecordedData,
     pub(super) position: DataPosition,
     /// The version of the order in which `train` is drawn.
     pub(super) order: OrderVersion,
-    pub(super) fingerprints: DataFingerprints,
 }
 
 impl RunData {
+    /// Takes what is recorded of the data from here on.
+    ///
+    /// # Errors
+    /// If no token of a source of validation data counts, or a file cannot be read.
+    pub(super) fn use_recorded(
+        &mut self,
+        config: &Config,
+        recorded: RecordedData,
+    ) -> Result<(), Error> {
+        self.recorded = recorded;
+        self.mask_ends(config, self.recorded.tokens.end);
+        let bytes_per_token = &self.recorded.bytes_per_token;
+        for (source, bytes) in self.validation.iter_mut().zip(bytes_per_token) {
+            source.bytes_per_token = *bytes;
+            source.check_labels()?;
+        }
+        Ok(())
+    }
+
+    /// Leaves labels after the token `end` out if the configuration says so.
+    pub(super) fn mask_ends(&mut self, config: &Config, end: Option<u32>) {
+        let end = end.filter(|_| config.data.eod_mask_loss);
+        self.train.mask_after(end);
+        for source in &mut self.validation {
+            source.data.mask_after(end);
+        }
+    }
+
     /// Returns the epochs so far of the source that has most.
     pub(super) fn most_epochs(&self) -> f64 {
         let epochs = self.train.sampler().epochs(self.position.samples);

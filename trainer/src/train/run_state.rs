@@ -1,6 +1,10 @@
 //! The part of a run's state that is no tensor: a checkpoint's manifest contains it.
 
-use crate::{config::Config, data::fingerprints::DataFingerprints, optim::StateStarts};
+use crate::{
+    config::Config,
+    data::{eod_token::DocumentTokens, fingerprints::DataFingerprints},
+    optim::StateStarts,
+};
 use dataset::order::OrderVersion;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +36,9 @@ pub(crate) struct RunState {
     /// Fingerprints of the data. Earlier versions lack them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) data: Option<DataFingerprints>,
+    /// Tokens at the ends of documents. Earlier versions lack them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) document_tokens: Option<DocumentTokens>,
     pub(crate) config: serde_json::Value,
 }
 
@@ -146,6 +153,7 @@ mod tests {
             state_starts: StateStarts::new(),
             order: None,
             data: None,
+            document_tokens: None,
             config: serde_json::Value::Null,
         }
     }

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Error,
-    config::{Config, DataConfig, rename_old_keys},
+    config::{Config, rename_old_keys},
 };
 use checkpoint::Checkpoint;
 use std::path::{Path, PathBuf};
@@ -40,27 +40,31 @@ pub(super) fn has_kind(name: &str, kinds: &[&str]) -> bool {
     kind.is_some_and(|kind| kinds.contains(&kind))
 }
 
-/// Returns the newest checkpoint under `root` whose manifest can be read, and its configuration.
+/// Returns the newest checkpoint under `root` whose manifest can be read, and its configuration for
+/// a comparison with `now`.
 ///
 /// # Errors
 /// If the folder cannot be read.
-pub fn newest_config(root: &Path) -> Result<Option<(PathBuf, Config)>, Error> {
+pub fn newest_config(root: &Path, now: &Config) -> Result<Option<(PathBuf, Config)>, Error> {
     for path in checkpoint::list(root)? {
         // The resume itself reports a damaged checkpoint.
-        if let Ok(config) = config_in(&path) {
+        if let Ok(config) = config_in(&path, now) {
             return Ok(Some((path, config)));
         }
     }
     Ok(None)
 }
 
-/// Returns the configuration in the checkpoint `path`, of which it reads the manifest only.
+/// Returns the configuration in the checkpoint `path`, of which it reads the manifest only, for a
+/// comparison with `now`.
 ///
 /// # Errors
 /// If it cannot be read, or could not run.
-pub(crate) fn config_in(path: &Path) -> Result<Config, Error> {
+pub(crate) fn config_in(path: &Path, now: &Config) -> Result<Config, Error> {
     let checkpoint = Checkpoint::open(path)?;
-    saved_config(&checkpoint, &read_run_state(&checkpoint)?)
+    let state = read_run_state(&checkpoint)?;
+    let saved = saved_config(&checkpoint, &state)?;
+    Ok(comparable(saved, &state, now))
 }
 
 /// Returns the configuration in a checkpoint.
@@ -83,23 +87,29 @@ pub(crate) fn saved_config(checkpoint: &Checkpoint, state: &RunState) -> Result<
 /// # Errors
 /// If it cannot be read.
 pub(crate) fn parse_config(checkpoint: &Checkpoint, state: &RunState) -> Result<Config, Error> {
-    let mut config: Config = serde_json::from_value(state.config.clone())
-        .map_err(|error| unusable(checkpoint, &error.to_string()))?;
-    if state.order.is_none() {
-        forget_default_weights(&mut config.data);
-    }
-    Ok(config)
+    serde_json::from_value(state.config.clone())
+        .map_err(|error| unusable(checkpoint, &error.to_string()))
 }
 
-/// Removes the weights that earlier versions set by default, so that they are no change.
-fn forget_default_weights(data: &mut DataConfig) {
-    for sources in [&mut data.train, &mut data.validation] {
-        if sources.iter().all(|source| source.weight == Some(1.0)) {
-            for source in sources {
+/// Returns the configuration of a state for a comparison with `now`: without the weights that
+/// earlier versions set by default, if `now` has none either.
+pub(crate) fn comparable(mut saved: Config, state: &RunState, now: &Config) -> Config {
+    if state.order.is_some() {
+        return saved;
+    }
+    let lists = [
+        (&mut saved.data.train, &now.data.train),
+        (&mut saved.data.validation, &now.data.validation),
+    ];
+    for (saved, now) in lists {
+        let has_defaults = saved.iter().all(|source| source.weight == Some(1.0));
+        if has_defaults && now.iter().all(|source| source.weight.is_none()) {
+            for source in saved {
                 source.weight = None;
             }
         }
     }
+    saved
 }
 
 fn unusable(checkpoint: &Checkpoint, reason: &str) -> Error {
@@ -160,6 +170,7 @@ pub(crate) fn read_run_state(checkpoint: &Checkpoint) -> Result<RunState, Error>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::schedule::tests::config;
     use rand_chacha::{
         ChaCha8Rng,
         rand_core::{Rng, SeedableRng},
@@ -172,6 +183,48 @@ mod tests {
     fn fixture() -> PathBuf {
         let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests");
         tests.join("previous_version/run/checkpoints/step-00000002")
+    }
+
+    fn now() -> Config {
+        config("steps: 1, global_batch: 4 | constant: {lr: 1.0}")
+    }
+
+    #[test]
+    fn default_weights_of_earlier_versions_are_no_change() {
+        let checkpoint = Checkpoint::open(&fixture()).unwrap();
+        let mut state = read_run_state(&checkpoint).unwrap();
+        let mut saved = saved_config(&checkpoint, &state).unwrap();
+        for source in saved
+            .data
+            .train
+            .iter_mut()
+            .chain(&mut saved.data.validation)
+        {
+            source.weight = Some(1.0);
+        }
+        let with = |weight: Option<f64>| {
+            let mut now = saved.clone();
+            now.data.train[0].weight = weight;
+            for source in &mut now.data.validation {
+                source.weight = None;
+            }
+            now
+        };
+        let changes = |state: &RunState, now: Config| {
+            let changes = now.changes_from(&comparable(saved.clone(), state, &now));
+            changes
+                .into_iter()
+                .map(|change| change.key)
+                .collect::<Vec<_>>()
+        };
+        // Without weights, with the weight that was the default, and with another one.
+        assert_eq!(changes(&state, with(None)), [""; 0]);
+        assert_eq!(changes(&state, with(Some(1.0))), [""; 0]);
+        assert_eq!(changes(&state, with(Some(2.0))), ["data.train"]);
+        state.order = Some(Default::default());
+        let both = ["data.train", "data.validation"];
+        let expected = &both[..1 + usize::from(!saved.data.validation.is_empty())];
+        assert_eq!(changes(&state, with(None)), expected);
     }
 
     /// Collects the paths of all values inside of `value`.
@@ -263,7 +316,7 @@ mod tests {
             let mut changed = good.clone();
             *changed.pointer_mut(&format!("/state/{pointer}")).unwrap() = to;
             std::fs::write(&manifest, changed.to_string()).unwrap();
-            let refused = config_in(folder.path()).err();
+            let refused = config_in(folder.path(), &now()).err();
             let refused = refused.map_or("accepted".into(), |error| error.to_string());
             assert!(refused.contains(reason), "{pointer}: {refused}");
         }
@@ -281,6 +334,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let begun = Instant::now();
         let mut refused = 0;
+        let now = now();
         for _ in 0..MUTATIONS {
             let mut changed = good.clone();
             let target = changed.pointer_mut(&all[pick(all.len())]).unwrap();
@@ -301,7 +355,7 @@ mod tests {
                     .map_or(json!(true), |number| json!(number + 1)),
             };
             std::fs::write(folder.path().join("manifest.json"), changed.to_string()).unwrap();
-            refused += usize::from(config_in(folder.path()).is_err());
+            refused += usize::from(config_in(folder.path(), &now).is_err());
         }
         let seconds = begun.elapsed().as_secs_f64();
         println!("{MUTATIONS} changed states: {refused} refused, in {seconds:.1} s");

@@ -16,7 +16,7 @@ use crate::{
     Error,
     config::{Config, MinTokens, PipelinePlan, RecomputedPart},
     data::{
-        Dataset, eod_token::eod_token, fingerprints::DataFingerprints, validation::open_validation,
+        Dataset, eod_token::DocumentTokens, recorded::RecordedData, validation::open_validation,
     },
     join_groups::join_groups,
     model::{BuildContext, Model, ModelPart, PipelineSplit, parameters::Parameters},
@@ -43,8 +43,8 @@ impl Trainer {
     /// All ranks of `world`.
     ///
     /// # Errors
-    /// If data is missing, the device cannot be used or lacks what the configuration needs, or a
-    /// process group cannot be created.
+    /// If data is missing or does not fit the run, the device cannot be used or lacks what the
+    /// configuration needs, or a process group cannot be created.
     pub fn new(
         config: Config,
         world: &World,
@@ -58,13 +58,15 @@ impl Trainer {
         }
         let data = open_data(&config)?;
         let resources = Resources { device, data };
-        let resources = rehearse(&config, world, resources)?;
-        let mut trainer = Trainer::assemble(config, world, resources, |part| part)?;
-        trainer.data.fingerprints = read_fingerprints(&trainer.config, &trainer.rank.world)?;
-        Ok(trainer)
+        let mut resources = rehearse(&config, world, resources)?;
+        let all = world.all("world")?;
+        let recorded = read_recorded(&config, &all)?;
+        resources.data.use_recorded(&config, recorded)?;
+        Trainer::assemble(config, world, all, resources, |part| part)
     }
 
-    /// Creates the process groups, and of the model what `select` leaves of this rank's part.
+    /// Creates the process groups besides `all`, that of all ranks, and of the model what `select`
+    /// leaves of this rank's part.
     ///
     /// # Collective
     /// All ranks of `world`.
@@ -74,6 +76,7 @@ impl Trainer {
     pub(super) fn assemble(
         config: Config,
         world: &World,
+        all: Arc<dyn Communicator>,
         resources: Resources,
         select: impl FnOnce(ModelPart) -> ModelPart,
     ) -> Result<Trainer, Error> {
@@ -81,7 +84,6 @@ impl Trainer {
         let mesh = config
             .mesh(world.rank(), world.size())
             .map_err(Error::Config)?;
-        let all = world.all("world")?;
         let plans = step_plans(&config, &mesh)?;
         // Batch sizes have no effect on the layers and groups of a rank.
         let plan = &plans[0].plan;
@@ -92,7 +94,7 @@ impl Trainer {
         let lanes = vocabulary_groups(world, &mesh, plan.schedule.order.vocabulary)?;
         let stages = world.p2p_group("pipeline", &mesh.group(GroupKind::Pipeline))?;
         let executor = Executor::new(stages, lanes, device.as_ref())?;
-        let ctx = build_context(&config, data.eod_token, device.as_ref(), &groups);
+        let ctx = build_context(&config, data.recorded.tokens.end, device.as_ref(), &groups);
         let model = Model::new(&config.model, select(part), &ctx);
         let gradients = gradient_buckets(&config, &model.parameters, device.as_ref())?;
         measure_min_tokens(&config, &mesh, &groups, &all, device.as_ref())?;
@@ -160,36 +162,38 @@ fn build_context<'a>(
     }
 }
 
+/// Opens the files of the data. Any token stands for the one that ends documents until the record
+/// is read: a rehearsal runs the same operations with it.
 fn open_data(config: &Config) -> Result<RunData, Error> {
     let length = config.data.sequence_length;
     let vocab_size = config.model.vocab_size;
-    let eod_token = eod_token(config)?;
-    let masked_after = eod_token.filter(|_| config.data.eod_mask_loss);
-    let train = Dataset::open(&config.data.train, length, vocab_size, config.run.seed)?;
-    Ok(RunData {
-        train: train.masked_after(masked_after),
+    let any_token = config.data.key_that_needs_eod_token().map(|_| 0);
+    let end = config.data.eod_token.or(any_token);
+    let mut data = RunData {
+        train: Dataset::open(&config.data.train, length, vocab_size, config.run.seed)?,
         validation: match &config.validation {
-            Some(section) => open_validation(config, section, masked_after)?,
+            Some(section) => open_validation(config, section)?,
             None => Vec::new(),
         },
-        eod_token,
+        recorded: RecordedData {
+            tokens: DocumentTokens { begin: None, end },
+            ..RecordedData::default()
+        },
         position: DataPosition::default(),
         order: OrderVersion::default(),
-        fingerprints: DataFingerprints::default(),
-    })
+    };
+    data.mask_ends(config, end);
+    Ok(data)
 }
 
-/// Reads parts of the data on rank 0, for all ranks.
-fn read_fingerprints(
-    config: &Config,
-    world: &Arc<dyn Communicator>,
-) -> Result<DataFingerprints, Error> {
+/// Reads the records and parts of the data on rank 0, for all ranks.
+fn read_recorded(config: &Config, world: &Arc<dyn Communicator>) -> Result<RecordedData, Error> {
     let read = || -> Result<Vec<u8>, Error> {
         if world.rank() != 0 {
             return Ok(Vec::new());
         }
-        let read = DataFingerprints::read(config)?;
-        Ok(serde_json::to_vec(&read).expect("fingerprints are plain data"))
+        let read = RecordedData::read(config)?;
+        Ok(serde_json::to_vec(&read).expect("records are plain data"))
     };
     let bytes = from_rank_0(world, agree(world, read())?)?;
     Ok(decode_peer_message(&bytes)?)

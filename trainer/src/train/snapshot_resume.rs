@@ -6,7 +6,7 @@
 use super::{
     checkpointing::{Restored, StateTensors, copy_state, key, restore},
     resume_rules::ResumeRules,
-    saved_config::{kind, parse_config, read_run_state},
+    saved_config::{comparable, kind, parse_config, read_run_state},
     snapshots::Snapshots,
 };
 use crate::Error;
@@ -76,6 +76,7 @@ fn resume_own_parts(
         let parts = OwnParts::read(&name_of(id), id.step, run.mesh.rank(), Box::new(source))?;
         let state = read_run_state(&parts.checkpoint)?;
         let saved = parse_config(&parts.checkpoint, &state)?;
+        let saved = comparable(saved, &state, rules.config);
         let changes = rules.check_keys(parts.checkpoint.path(), &saved)?;
         Ok((parts, state, saved, changes))
     });

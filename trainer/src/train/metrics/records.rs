@@ -245,7 +245,9 @@ pub struct ValidationMetrics {
     pub counted_tokens: u64,
     /// Mean cross-entropy of each source, by its name, in nats per token.
     pub validation: BTreeMap<String, f64>,
-    /// Cross-entropy per byte of text in bits, for sources whose `dataset.json` records bytes.
+    /// Estimated cross-entropy per byte of text in bits, for sources whose `dataset.json` records
+    /// bytes: from the mean bytes per token of the whole file. There is none with
+    /// `data.eod_mask_loss` or a mask.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub bits_per_byte: BTreeMap<String, f64>,
 }
