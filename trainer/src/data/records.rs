@@ -94,6 +94,12 @@ impl<'a> Records<'a> {
             check.problems.extend(self.recorded_end().err());
         }
         self.compare_tokenizers(&mut check);
+        let unread = self
+            .sources
+            .iter()
+            .filter(|source| source.source.mask.is_none());
+        let unread = unread.filter_map(|source| source.source.tokens().warning());
+        check.warnings.extend(unread);
         check
     }
 
