@@ -115,6 +115,16 @@ def gpt_oss(**more):
     return GptOssConfig(**{**SMALL, **values, **more})
 
 
+def olmo3(sliding, full):
+    """Returns a configuration of olmo3 with the rotary embedding of each kind of layer."""
+    return Olmo3Config(
+        **{**SMALL, "num_hidden_layers": 4},
+        intermediate_size=12,
+        sliding_window=4,
+        rope_parameters={"sliding_attention": sliding, "full_attention": full},
+    )
+
+
 def reach_the_limits(module):
     """Draws wide sinks, and experts whose values reach the limit of the clamped GLU."""
     for name, parameter in module.named_parameters():
@@ -405,36 +415,21 @@ FAMILIES = {
     ),
     "olmo2": Family(Olmo2Config(**SMALL, intermediate_size=20, rope_parameters=rope(5e5))),
     # Three of four layers slide.
-    "olmo3-same": Family(
-        Olmo3Config(
-            **{**SMALL, "num_hidden_layers": 4},
-            intermediate_size=12,
-            sliding_window=4,
-            rope_parameters={
-                "sliding_attention": rope(1e4),
-                "full_attention": rope(1e4),
-            },
-        ),
-    ),
+    "olmo3-same": Family(olmo3(rope(1e4), rope(1e4))),
     # Three of four layers slide, and YaRN is for the others alone.
     "olmo3": Family(
-        Olmo3Config(
-            **{**SMALL, "num_hidden_layers": 4},
-            intermediate_size=12,
-            sliding_window=4,
-            rope_parameters={
-                "sliding_attention": rope(5e5),
-                "full_attention": rope(
-                    5e5,
-                    rope_type="yarn",
-                    factor=8.0,
-                    original_max_position_embeddings=8,
-                    beta_fast=32.0,
-                    beta_slow=1.0,
-                    attention_factor=1.2,
-                ),
-            },
-        ),
+        olmo3(
+            rope(5e5),
+            rope(
+                5e5,
+                rope_type="yarn",
+                factor=8.0,
+                original_max_position_embeddings=8,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                attention_factor=1.2,
+            ),
+        )
     ),
 }
 

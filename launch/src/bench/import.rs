@@ -5,8 +5,12 @@ use super::{
     figures::{mib, round},
     runner::{baseline_line, with_temp_dir},
 };
-use crate::cli::{ImportArgs, WeightDtype};
+use crate::{
+    cli::{ImportArgs, WeightDtype},
+    model::dtype,
+};
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde_json::{Value, json};
 use std::{
@@ -15,7 +19,6 @@ use std::{
     process::{Child, Command, ExitCode, Stdio},
     time::Instant,
 };
-use tch::Kind;
 use trainer::{PartAction, ReadPart, read_part, rewrite_folder, write_synthetic_folder};
 
 /// Ranks that divide the experts.
@@ -31,10 +34,6 @@ pub(crate) fn run(args: &ImportArgs) -> Result<ExitCode> {
 
 /// Reads one rank's part, or fills its memory, and returns the figures.
 fn line_of_rank(args: &ImportArgs, folder: &Path, rank: usize) -> Result<Value> {
-    let kind = match args.dtype {
-        WeightDtype::Bf16 => Kind::BFloat16,
-        WeightDtype::Fp32 => Kind::Float,
-    };
     let action = if args.fill {
         PartAction::Fill
     } else {
@@ -45,7 +44,7 @@ fn line_of_rank(args: &ImportArgs, folder: &Path, rank: usize) -> Result<Value> 
         seconds,
         peak_resident,
         weights,
-    } = read_part(folder, rank, RANKS, kind, action)?;
+    } = read_part(folder, rank, RANKS, dtype(args.dtype), action)?;
     Ok(json!({
         "bytes": bytes, "seconds": seconds, "peak_resident": peak_resident, "weights": weights,
     }))
@@ -192,14 +191,11 @@ fn longest(ranks: &[Value]) -> f64 {
 /// line of each.
 fn run_ranks(folder: &Path, dtype: WeightDtype, action: PartAction) -> Result<Vec<Value>> {
     let this = std::env::current_exe().context("cannot find this program's file")?;
-    let dtype = match dtype {
-        WeightDtype::Bf16 => "bf16",
-        WeightDtype::Fp32 => "fp32",
-    };
+    let dtype = dtype.to_possible_value().expect("no dtype is hidden");
     let start = |rank: usize| -> Result<Child> {
         let mut command = Command::new(&this);
         command
-            .args(["bench", "import", "--dtype", dtype])
+            .args(["bench", "import", "--dtype", dtype.get_name()])
             .args(["--rank", &rank.to_string(), "--folder"])
             .arg(folder)
             .args((action == PartAction::Fill).then_some("--fill"))

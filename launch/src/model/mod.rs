@@ -9,7 +9,8 @@ use crate::{cli::WeightDtype, hint::printable};
 use std::path::Path;
 use trainer::{ExportReport, config::Dtype};
 
-fn dtype(dtype: WeightDtype) -> Dtype {
+/// Returns the dtype that a command names.
+pub(crate) fn dtype(dtype: WeightDtype) -> Dtype {
     match dtype {
         WeightDtype::Fp32 => Dtype::Fp32,
         WeightDtype::Bf16 => Dtype::Bf16,

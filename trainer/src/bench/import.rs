@@ -96,7 +96,7 @@ pub enum PartAction {
 }
 
 /// Reads what rank `rank` of `ranks` reads of a folder if they divide the experts: its experts, and
-/// its share of all other rows. The values become those of `kind`.
+/// its share of all other rows. The values become those of `dtype`.
 ///
 /// # Errors
 /// If the folder is damaged.
@@ -104,9 +104,10 @@ pub fn read_part(
     folder: &Path,
     rank: usize,
     ranks: usize,
-    kind: Kind,
+    dtype: Dtype,
     action: PartAction,
 ) -> Result<ReadPart, Error> {
+    let kind = dtype.kind();
     let started = Instant::now();
     let folder = ModelFolder::open(folder)?;
     let mut position = ShardPosition::alone();
@@ -198,8 +199,8 @@ mod tests {
         let written = folder.path().join("written");
         // One layer is the smallest model.
         let bytes = write_synthetic_folder(&written, 1).unwrap();
-        let parts = [0, 1]
-            .map(|rank| read_part(&written, rank, 2, Kind::BFloat16, PartAction::Read).unwrap());
+        let parts =
+            [0, 1].map(|rank| read_part(&written, rank, 2, Dtype::Bf16, PartAction::Read).unwrap());
         let read: u64 = parts.iter().map(|part| part.bytes).sum();
         let headers = bytes - read;
         assert!(headers < 1 << 20, "{read} of {bytes} bytes");

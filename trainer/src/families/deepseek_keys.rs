@@ -3,7 +3,7 @@
 
 use super::{
     decoder_keys::{self, Defaults},
-    layer_lists::{moe_layers, set_moe_layers},
+    layer_lists::set_moe_layers,
     moe_keys::{self, Sizes},
     rope_keys::RopeRules,
 };
@@ -66,6 +66,17 @@ pub(super) struct RouterDefaults {
     pub(super) groups: usize,
     /// Groups from which a token may choose.
     pub(super) top_groups: usize,
+}
+
+impl Default for RouterDefaults {
+    fn default() -> RouterDefaults {
+        RouterDefaults {
+            normalize: true,
+            scale: 1.0,
+            groups: 1,
+            top_groups: 1,
+        }
+    }
 }
 
 /// Values of absent keys about kinds of experts.
@@ -143,8 +154,7 @@ pub(super) fn write_experts(model: &ModelConfig, config: &mut ConfigJson) {
     let Some(moe) = &model.moe else {
         return;
     };
-    let layers = moe_layers(model);
-    let dense = layers.iter().take_while(|is_moe| !**is_moe).count();
+    let dense = moe_keys::leading_dense_layers(model);
     config.set("n_routed_experts", moe.experts);
     config.set(
         "n_shared_experts",

@@ -28,10 +28,10 @@ impl FamilyRules for DeepseekV3 {
         config.expect("topk_method", &[json!("noaux_tc")])?;
         let mut model = deepseek_keys::read_latent(config, 1536)?;
         let defaults = RouterDefaults {
-            normalize: true,
             scale: 2.5,
             groups: 8,
             top_groups: 4,
+            ..RouterDefaults::default()
         };
         let experts = ExpertDefaults {
             dense: 3,

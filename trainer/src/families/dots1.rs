@@ -42,9 +42,7 @@ impl FamilyRules for Dots1 {
         }
         let defaults = RouterDefaults {
             normalize: false,
-            scale: 1.0,
-            groups: 1,
-            top_groups: 1,
+            ..RouterDefaults::default()
         };
         let experts = ExpertDefaults {
             dense: 0,

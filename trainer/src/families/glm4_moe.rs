@@ -38,12 +38,7 @@ impl FamilyRules for Glm4Moe {
         if config.get_or("use_qk_norm", false)? {
             model.qk_norm = QkNorm::Head;
         }
-        let defaults = RouterDefaults {
-            normalize: true,
-            scale: 1.0,
-            groups: 1,
-            top_groups: 1,
-        };
+        let defaults = RouterDefaults::default();
         let experts = ExpertDefaults {
             dense: 1,
             shared: Some(1),

@@ -31,10 +31,8 @@ impl FamilyRules for Glm4MoeLite {
     fn read(&self, config: &ConfigJson) -> Result<ModelConfig, Error> {
         let mut model = deepseek_keys::read_latent(config, 768)?;
         let defaults = RouterDefaults {
-            normalize: true,
             scale: 1.8,
-            groups: 1,
-            top_groups: 1,
+            ..RouterDefaults::default()
         };
         let experts = ExpertDefaults {
             dense: 1,

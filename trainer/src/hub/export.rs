@@ -339,7 +339,8 @@ fn new_tensors(
     tensors.sort_by_key(|(_, tensor)| table.position(tensor));
     let tensors = tensors.into_iter().map(|(name, tensor)| {
         let stored = tensor.plain_dtype();
-        // Those of multi-token prediction can be thousands, so the list is not searched.
+        // There can be thousands of carried tensors (multi-token prediction), so that list is not
+        // searched.
         let is_repeated = source.account.repeated.contains(name);
         let is_carried = !is_repeated && !mapping.theirs.contains_key(name);
         NewTensor {
@@ -708,7 +709,7 @@ mod tests {
             refused.contains("has files already: name a new folder"),
             "{refused}"
         );
-        // What would only fail when it is renamed is refused before anything is written.
+        // The rename at the end would fail at these, after everything was written.
         let file = folder.path().join("notes.txt");
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(folder.path().join("nowhere"), &link).unwrap();
