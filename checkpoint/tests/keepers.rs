@@ -153,7 +153,7 @@ impl Rank {
     fn new(cluster: &Cluster, topology: &Topology, rank: usize, slots: usize) -> Rank {
         let socket = &cluster.sockets[topology.node_of(rank).unwrap()];
         let mut client = KeeperClient::connect(socket, &cluster.secret, rank).unwrap();
-        let reporter = FillReporter::connect(socket, &cluster.secret, rank).unwrap();
+        let reporter = FillReporter::connect(socket, &cluster.secret, &client).unwrap();
         let slots = client.allocate(1 << 16, slots).unwrap();
         Rank {
             rank,
@@ -405,7 +405,13 @@ fn a_rank_without_a_free_slot_skips_and_one_that_dies_leaves_nothing_half_writte
     // The second snapshot is not committed, so the slot of the first is not free.
     assert!(ranks[0].take(id(2)));
     assert!(!ranks[0].take(id(3)));
+    assert!(ranks[0].reporter.is_complete(id(2)).unwrap());
     cluster.peer(0).abandon(id(2)).unwrap();
+    // A report about an abandoned part does not answer a later question.
+    assert!(!ranks[0].reporter.is_complete(id(2)).unwrap());
+    ranks[0].reporter.filled(1, 5000, vec![0]).unwrap();
+    assert!(ranks[0].reporter.is_complete(id(1)).unwrap());
+    assert!(!ranks[0].reporter.is_complete(id(2)).unwrap());
     // The rank dies in the middle of a copy.
     let slot = ranks[0]
         .client

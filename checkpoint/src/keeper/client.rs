@@ -8,7 +8,15 @@ use crate::{
     memory::{Region, receive_file},
     secure::{Connection, Error, Purpose, Secret, connect_local},
 };
-use std::{fs::File, os::unix::net::UnixStream, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 /// Limit of a rank's waiting for a reply while it trains.
 const REPLY_TIMEOUT: Duration = Duration::from_millis(500);
@@ -17,9 +25,17 @@ const STARTUP_TIMEOUT: Duration = Duration::from_secs(120);
 /// Limit of connecting: a keeper whose places are taken turns a client away at first.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<Connection<UnixStream>, Error> {
+/// Number of this process's last session with a keeper.
+static LAST_SESSION: AtomicU64 = AtomicU64::new(0);
+
+fn connect(
+    socket: &str,
+    secret: &Secret,
+    rank: usize,
+    session: u64,
+) -> Result<Connection<UnixStream>, Error> {
     let mut connection = connect_local(socket, secret, Purpose::RANK, CONNECT_TIMEOUT)?;
-    connection.send(&RankRequest::Hello { rank })?;
+    connection.send(&RankRequest::Hello { rank, session })?;
     match connection.receive(Some(CONNECT_TIMEOUT))? {
         RankReply::Ack => Ok(connection),
         other => Err(unexpected(other)),
@@ -36,9 +52,12 @@ fn unexpected(reply: RankReply) -> Error {
 /// The memory of a slot, mapped into this process.
 pub type SlotMemory = Arc<Region>;
 
-/// The connection of a rank's training thread.
+/// The connection of a rank's training thread, which begins a session of the rank. The keeper drops
+/// what an earlier session left half-written, and ignores its messages from then on.
 pub struct KeeperClient {
     connection: Connection<UnixStream>,
+    rank: usize,
+    session: u64,
 }
 
 impl KeeperClient {
@@ -47,8 +66,12 @@ impl KeeperClient {
     /// # Errors
     /// If no keeper of this run listens there.
     pub fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<KeeperClient, Error> {
-        let connection = connect(socket, secret, rank)?;
-        Ok(KeeperClient { connection })
+        let session = LAST_SESSION.fetch_add(1, Ordering::Relaxed) + 1;
+        Ok(KeeperClient {
+            connection: connect(socket, secret, rank, session)?,
+            rank,
+            session,
+        })
     }
 
     fn ask(&mut self, request: &RankRequest, timeout: Duration) -> Result<RankReply, Error> {
@@ -146,12 +169,16 @@ pub struct FillReporter {
 }
 
 impl FillReporter {
-    /// Connects as [`KeeperClient::connect`] does.
+    /// Connects as [`KeeperClient::connect`] does, in the session of `client`.
     ///
     /// # Errors
     /// As [`KeeperClient::connect`].
-    pub fn connect(socket: &str, secret: &Secret, rank: usize) -> Result<FillReporter, Error> {
-        let connection = connect(socket, secret, rank)?;
+    pub fn connect(
+        socket: &str,
+        secret: &Secret,
+        client: &KeeperClient,
+    ) -> Result<FillReporter, Error> {
+        let connection = connect(socket, secret, client.rank, client.session)?;
         Ok(FillReporter { connection })
     }
 
@@ -173,14 +200,16 @@ impl FillReporter {
         self.send(&report)
     }
 
-    /// Waits until the keeper has processed all earlier reports.
+    /// Waits until the keeper has processed all earlier reports. Returns true if it has the whole
+    /// part of snapshot `id`, which it may have dropped because another rank left its own
+    /// unfinished.
     ///
     /// # Errors
     /// If the keeper is gone, or does not reply in time.
-    pub fn sync(&mut self) -> Result<(), Error> {
-        self.send(&RankRequest::Sync)?;
+    pub fn is_complete(&mut self, id: SnapshotId) -> Result<bool, Error> {
+        self.send(&RankRequest::IsComplete { id })?;
         match self.connection.receive(Some(STARTUP_TIMEOUT))? {
-            RankReply::Ack => Ok(()),
+            RankReply::Complete(is_complete) => Ok(is_complete),
             other => Err(unexpected(other)),
         }
     }

@@ -155,7 +155,10 @@ fn requests() -> Vec<Request> {
 fn rank_requests() -> Vec<RankRequest> {
     let id = snapshot(2).id;
     vec![
-        RankRequest::Hello { rank: 0 },
+        RankRequest::Hello {
+            rank: 0,
+            session: 1,
+        },
         RankRequest::Allocate {
             bytes: 3000,
             slots: 2,
@@ -175,7 +178,7 @@ fn rank_requests() -> Vec<RankRequest> {
             step: 3,
             progress: 9,
         },
-        RankRequest::Sync,
+        RankRequest::IsComplete { id },
         RankRequest::Header { rank: 0 },
         RankRequest::Open { rank: 1 },
     ]

@@ -112,8 +112,8 @@ pub(super) enum Reply {
 /// A message of a rank to the keeper of its node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum RankRequest {
-    /// Names the rank; the first message of a connection.
-    Hello { rank: usize },
+    /// Names the rank and its session; the first message of a connection.
+    Hello { rank: usize, session: u64 },
     /// Allocates slots of this size: [`RankReply::Slots`], then a file for each.
     Allocate { bytes: u64, slots: usize },
     /// Reserves a slot for a snapshot: [`RankReply::Slot`].
@@ -132,12 +132,31 @@ pub(super) enum RankRequest {
     },
     /// Reports the steps done and a counter of progress. No reply.
     Heartbeat { step: u64, progress: u64 },
-    /// Flushes: [`RankReply::Ack`] once earlier messages are processed.
-    Sync,
+    /// Asks whether the rank's part of a snapshot is complete, after the earlier messages of this
+    /// connection: [`RankReply::Complete`].
+    IsComplete { id: SnapshotId },
     /// Returns the first bytes of a part of the snapshot to restore: [`RankReply::Bytes`].
     Header { rank: usize },
     /// Opens such a part: [`RankReply::Part`], then a file.
     Open { rank: usize },
+}
+
+impl RankRequest {
+    /// True if the sender waits for a reply. A refusal of another request would be taken for the
+    /// reply to a later one.
+    pub(super) fn has_reply(&self) -> bool {
+        match self {
+            RankRequest::Release { .. }
+            | RankRequest::Filled { .. }
+            | RankRequest::Heartbeat { .. } => false,
+            RankRequest::Hello { .. }
+            | RankRequest::Allocate { .. }
+            | RankRequest::Reserve { .. }
+            | RankRequest::IsComplete { .. }
+            | RankRequest::Header { .. }
+            | RankRequest::Open { .. } => true,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -145,6 +164,7 @@ pub(super) enum RankReply {
     Ack,
     Slots(usize),
     Slot(Option<usize>),
+    Complete(bool),
     Bytes(#[serde(with = "serde_bytes")] Vec<u8>),
     Part,
     Refused(String),

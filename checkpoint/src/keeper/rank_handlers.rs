@@ -2,7 +2,7 @@
 
 use super::{
     daemon::Keeper,
-    decide::{RankDecision, RankJob},
+    decide::{RankDecision, RankJob, RankSession},
     protocol::{RankReply, RankRequest},
     restore,
 };
@@ -39,13 +39,18 @@ impl Answer {
     }
 }
 
-/// Handles a request of rank `rank`.
+/// Handles a request of a rank.
 ///
 /// # Errors
 /// If the keeper cannot do what was requested.
-pub(super) fn handle(keeper: &Keeper, rank: usize, request: RankRequest) -> Result<Answer, Error> {
+pub(super) fn handle(
+    keeper: &Keeper,
+    session: RankSession,
+    request: RankRequest,
+) -> Result<Answer, Error> {
     let now = Instant::now();
-    match keeper.apply(|state| state.decide_for_rank(rank, request, now))? {
+    let rank = session.rank;
+    match keeper.apply(|state| state.decide_for_rank(session, request, now))? {
         RankDecision::Silent => Ok(Answer::new(None)),
         RankDecision::Reply(reply) => Ok(Answer::new(Some(reply))),
         RankDecision::Job(RankJob::Allocate { bytes, missing }) => {

@@ -3,7 +3,7 @@
 use super::{
     connection::PeerPool,
     daemon::{Keeper, PortRefusals},
-    decide::{End, Lifetime, State},
+    decide::{End, Lifetime, RankSession, State},
     handlers,
     identity::Identity,
     protect,
@@ -222,23 +222,33 @@ fn serve_rank(keeper: &Keeper, admitted: Admitted<UnixStream>) {
         return;
     };
     let pid = credentials.pid();
-    let Ok(RankRequest::Hello { rank }) = connection.receive(None) else {
+    let Ok(RankRequest::Hello {
+        rank,
+        session: number,
+    }) = connection.receive(None)
+    else {
         return;
     };
-    keeper.apply(|state| state.connect_rank(rank, pid, Instant::now()));
+    let session = RankSession { rank, pid, number };
+    keeper.apply(|state| state.connect_rank(session, Instant::now()));
     if connection.send(&RankReply::Ack).is_ok() {
-        answer_rank(keeper, &mut connection, rank);
+        answer_rank(keeper, &mut connection, session);
     }
-    keeper.apply(|state| state.disconnect_rank(rank, pid));
+    keeper.apply(|state| state.disconnect_rank(session));
 }
 
 /// Answers the requests of a rank until its connection is closed.
-fn answer_rank(keeper: &Keeper, connection: &mut Connection<UnixStream>, rank: usize) {
+fn answer_rank(keeper: &Keeper, connection: &mut Connection<UnixStream>, session: RankSession) {
+    let rank = session.rank;
     while let Ok(request) = connection.receive::<RankRequest>(None) {
-        let answer = rank_handlers::handle(keeper, rank, request);
+        let has_reply = request.has_reply();
+        let answer = rank_handlers::handle(keeper, session, request);
         let sent = answer.and_then(|answer| answer.send(connection));
         if let Err(error) = sent {
             tracing::warn!("rank {rank}: {error}");
+            if !has_reply {
+                continue;
+            }
             let reply = RankReply::Refused(error.to_string());
             if connection.send(&reply).is_err() {
                 return;

@@ -41,7 +41,7 @@ impl CopyTimer {
             ..
         } = &access;
         let mut client = KeeperClient::connect(socket, secret, 0).map_err(keeper_error)?;
-        let writer = SlotWriter::connect(socket, secret, 0, *chunk, device)?;
+        let writer = SlotWriter::connect(socket, secret, &client, *chunk, device)?;
         let bytes = (mib as i64) << 20;
         let slots = client.allocate(bytes as u64, SLOTS).map_err(keeper_error)?;
         let values = bytes / (TENSORS * FP32_BYTES);
@@ -85,7 +85,8 @@ impl CopyTimer {
         let begun = Instant::now();
         self.writer.fill(slot, &self.slots[slot], &content)?;
         let seconds = begun.elapsed().as_secs_f64();
-        self.writer.sync().map_err(keeper_error)?;
+        // The next copy begins when the keeper knows all of this one.
+        self.writer.is_complete(id).map_err(keeper_error)?;
         self.client.release(slot).map_err(keeper_error)?;
         Ok(seconds)
     }

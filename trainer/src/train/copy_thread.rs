@@ -6,7 +6,10 @@ use super::{
     slot_writer::{FlatTensor, ImageContent, SlotWriter},
 };
 use crate::{Error, lines::WrittenLines};
-use checkpoint::{ImageLayout, keeper::SlotMemory};
+use checkpoint::{
+    ImageLayout,
+    keeper::{SlotMemory, SnapshotId},
+};
 use parking_lot::{Condvar, Mutex};
 use std::{
     collections::VecDeque,
@@ -59,8 +62,8 @@ pub(crate) enum CopyCommand {
     Copy(Box<CopyRequest>),
     /// Copies other tensors from now on.
     Plan(Arc<Mutex<CopyPlan>>),
-    /// Answers once the keeper knows all that was copied before.
-    Sync(Sender<()>),
+    /// Answers whether the keeper has this rank's part of a snapshot, after all copies so far.
+    IsComplete(SnapshotId, Sender<bool>),
 }
 
 /// A snapshot to copy.
@@ -99,12 +102,12 @@ impl CopyThread {
             let was_busy = command.is_some();
             match command {
                 Some(CopyCommand::Plan(plan)) => self.plan = plan,
-                Some(CopyCommand::Sync(synced)) => {
-                    if self.writer.sync().is_err() {
+                Some(CopyCommand::IsComplete(id, answer)) => {
+                    let Ok(is_complete) = self.writer.is_complete(id) else {
                         return;
-                    }
+                    };
                     // The receiver may have given up.
-                    let _ = synced.send(());
+                    let _ = answer.send(is_complete);
                 }
                 Some(CopyCommand::Copy(request)) => {
                     let copied = self.copy(&request);

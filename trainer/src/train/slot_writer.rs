@@ -1,7 +1,7 @@
 //! Copy of a rank's tensors into a slot of the keeper's memory, chunk by chunk.
 
 use crate::Error;
-use checkpoint::keeper::{self, FillReporter, Secret, SlotMemory};
+use checkpoint::keeper::{self, FillReporter, KeeperClient, Secret, SlotMemory, SnapshotId};
 use parallel::{Accelerator, Copier};
 use tch::Tensor;
 
@@ -57,18 +57,18 @@ pub(crate) struct ImageContent<'a> {
 }
 
 impl SlotWriter {
-    /// Connects to the keeper behind `socket` as rank `rank`.
+    /// Connects to the keeper behind `socket` in the session of `client`.
     ///
     /// # Errors
     /// If the keeper cannot be reached, or the device has no memory for a copier.
     pub(crate) fn connect(
         socket: &str,
         secret: &Secret,
-        rank: usize,
+        client: &KeeperClient,
         chunk_bytes: usize,
         device: &dyn Accelerator,
     ) -> Result<SlotWriter, Error> {
-        let reporter = FillReporter::connect(socket, secret, rank).map_err(keeper_failed)?;
+        let reporter = FillReporter::connect(socket, secret, client).map_err(keeper_failed)?;
         Ok(SlotWriter {
             reporter,
             copier: device.copier()?,
@@ -76,9 +76,10 @@ impl SlotWriter {
         })
     }
 
-    /// Waits until the keeper knows all that was written before.
-    pub(crate) fn sync(&mut self) -> Result<(), keeper::Error> {
-        self.reporter.sync()
+    /// Waits until the keeper knows all that was written before. Returns true if it has this rank's
+    /// part of snapshot `id`.
+    pub(crate) fn is_complete(&mut self, id: SnapshotId) -> Result<bool, keeper::Error> {
+        self.reporter.is_complete(id)
     }
 
     pub(crate) fn heartbeat(&mut self, step: u64, ticks: u64) -> Result<(), keeper::Error> {

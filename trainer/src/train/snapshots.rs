@@ -321,7 +321,7 @@ impl Snapshots {
             chunk,
             ..
         } = &self.access;
-        let writer = SlotWriter::connect(socket, secret, self.rank, *chunk, device)?;
+        let writer = SlotWriter::connect(socket, secret, &client, *chunk, device)?;
         let slots = client.allocate(bytes, SLOTS).map_err(keeper_failed)?;
         let mailbox = Arc::new(Mailbox::default());
         let thread = CopyThread {
@@ -351,6 +351,14 @@ impl Snapshots {
         checkpoint || self.overdue_steps.is_some() || is_due
     }
 
+    /// Returns the name of this generation's snapshot of step `step`.
+    fn id(&self, step: u64) -> SnapshotId {
+        SnapshotId {
+            generation: self.access.generation,
+            step,
+        }
+    }
+
     /// Reserves a slot for the snapshot of step `step`, if one is free.
     pub(crate) fn reserve(
         &mut self,
@@ -364,10 +372,7 @@ impl Snapshots {
             // A later snapshot tries again.
             tracing::warn!("{error}");
         }
-        let id = SnapshotId {
-            generation: self.access.generation,
-            step,
-        };
+        let id = self.id(step);
         let bytes = self.bytes?;
         let durable = durable || self.overdue_steps.is_some();
         match self.keeper.as_mut()?.client.reserve(id, bytes, durable) {
@@ -394,22 +399,23 @@ impl Snapshots {
         }
     }
 
-    /// Waits until the keeper knows the snapshot of step `step`. Returns false if it does not
-    /// exist.
+    /// Waits until the keeper knows the snapshot of step `step`. Returns false if the keeper does
+    /// not have it.
     pub(crate) fn wait_until_stored(&mut self, step: u64) -> bool {
         if self.last != Some(step) || !(self.wait() || self.copied) {
             return false;
         }
+        let id = self.id(step);
         let Some(keeper) = &mut self.keeper else {
             return false;
         };
-        // The keeper answers the thread's sync after all that the thread has reported.
-        let (sender, synced) = channel();
-        Mailbox::put(&keeper.mailbox, CopyCommand::Sync(sender));
+        // The keeper answers after all that the thread has reported.
+        let (sender, answer) = channel();
+        Mailbox::put(&keeper.mailbox, CopyCommand::IsComplete(id, sender));
         keeper.mailbox.wake();
         loop {
-            match synced.recv_timeout(HEARTBEAT_INTERVAL) {
-                Ok(()) => return true,
+            match answer.recv_timeout(HEARTBEAT_INTERVAL) {
+                Ok(is_complete) => return is_complete,
                 // A thread that has exited leaves the command, and its sender, in the mailbox.
                 Err(RecvTimeoutError::Timeout) if Mailbox::is_shared(&keeper.mailbox) => {}
                 Err(_) => return false,

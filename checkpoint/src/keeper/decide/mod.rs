@@ -37,6 +37,7 @@ pub(crate) use allocation::Grant;
 pub(crate) use lifetime::{End, Life, Lifetime};
 pub(crate) use parity_store::StripeId;
 pub(crate) use rank_requests::{RankDecision, RankJob};
+pub(crate) use rank_table::RankSession;
 pub(crate) use reads::{PartRead, ReadStep, ReadablePart, RestoreSource};
 pub(crate) use requests::{Decision, Job};
 pub(crate) use state::{Effect, Membership, State};

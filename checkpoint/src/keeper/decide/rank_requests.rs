@@ -1,6 +1,10 @@
 //! Decisions about the requests of ranks, which number their own slots from 0.
 
-use super::state::{Effect, State};
+use super::{
+    rank_table::RankSession,
+    slots::Part,
+    state::{Effect, State},
+};
 use crate::{
     keeper::{
         layout::num_chunks,
@@ -41,34 +45,49 @@ struct FillReport {
 }
 
 impl State {
-    /// Records a connection of a rank.
-    pub(crate) fn connect_rank(&mut self, rank: usize, pid: i32, now: Instant) {
-        self.ranks.connect(rank, pid, now);
-    }
-
-    /// Removes a connection of a rank, and drops what it left half-written. Those snapshots cannot
-    /// be complete any more: the launcher abandons them, so that no keeper waits for the parts.
-    pub(crate) fn disconnect_rank(&mut self, rank: usize, pid: i32) {
-        if self.ranks.disconnect(rank, pid) {
-            for id in self.slots.drop_unfinished(rank) {
-                let reason = format!("rank {rank} left its part unfinished");
-                self.send(Event::Unprotected { id, reason });
-            }
-            self.free_memory();
-            self.wake();
+    /// Records a connection of a rank, and drops what its earlier session left half-written.
+    pub(crate) fn connect_rank(&mut self, session: RankSession, now: Instant) {
+        if self.ranks.connect(session, now) {
+            self.drop_unfinished(session.rank);
         }
     }
 
-    /// Decides about a request of `rank`.
+    /// Removes a connection of a rank, and drops what it left half-written.
+    pub(crate) fn disconnect_rank(&mut self, session: RankSession) {
+        if self.ranks.disconnect(session) {
+            self.drop_unfinished(session.rank);
+        }
+    }
+
+    /// Drops what a rank has not finished and will not. Those snapshots cannot be complete any
+    /// more: the launcher abandons them, so that no keeper waits for the parts.
+    fn drop_unfinished(&mut self, rank: usize) {
+        for id in self.slots.drop_unfinished(rank) {
+            let reason = format!("rank {rank} left its part unfinished");
+            self.send(Event::Unprotected { id, reason });
+        }
+        self.free_memory();
+        self.wake();
+    }
+
+    /// Decides about a request of a rank. Those of an earlier session come too late to change
+    /// anything: its numbers of slots may mean others now.
     ///
     /// # Errors
     /// If it is not possible.
     pub(crate) fn decide_for_rank(
         &mut self,
-        rank: usize,
+        session: RankSession,
         request: RankRequest,
         now: Instant,
     ) -> Result<RankDecision, Error> {
+        let rank = session.rank;
+        if self.ranks.is_outdated(session) {
+            if request.has_reply() {
+                return Err(Error::Protocol("the rank has connected again".into()));
+            }
+            return Ok(RankDecision::Silent);
+        }
         self.ranks.record_message(rank, now);
         match request {
             RankRequest::Hello { .. } => Err(Error::Protocol("a second hello".into())),
@@ -102,7 +121,12 @@ impl State {
                 self.ranks.record_progress(rank, step, progress);
                 Ok(RankDecision::Silent)
             }
-            RankRequest::Sync => Ok(RankDecision::Reply(RankReply::Ack)),
+            RankRequest::IsComplete { id } => {
+                let slot = self.slots.find(id, rank);
+                let part = slot.and_then(|slot| self.slots.part(slot));
+                let is_complete = part.is_some_and(Part::is_complete);
+                Ok(RankDecision::Reply(RankReply::Complete(is_complete)))
+            }
             RankRequest::Header { rank } => {
                 self.header_requests += 1;
                 Ok(RankDecision::Job(RankJob::Header { rank }))

@@ -3,10 +3,21 @@
 use crate::keeper::report::RankStatus;
 use std::{collections::BTreeMap, time::Instant};
 
+/// Connections that a process made as one rank, one after the other: the training thread's and that
+/// of the thread that copies for it. A rank that connects again begins another session, whose
+/// messages may overtake the last ones of the earlier session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RankSession {
+    pub(crate) rank: usize,
+    pub(crate) pid: i32,
+    /// Increases with each session of a process.
+    pub(crate) number: u64,
+}
+
 /// The messages of a connected rank, summed up.
 #[derive(Debug)]
 struct RankRecord {
-    pid: i32,
+    session: RankSession,
     step: u64,
     progress: u64,
     last_heard: Instant,
@@ -20,35 +31,50 @@ pub(crate) struct RankTable {
 }
 
 impl RankTable {
-    /// Adds a connection of a rank. Another process replaces the record of an earlier one.
-    pub(crate) fn connect(&mut self, rank: usize, pid: i32, now: Instant) {
-        let new_record = || RankRecord {
-            pid,
+    /// Adds a connection. Returns true if it begins a session after another one of the rank.
+    pub(crate) fn connect(&mut self, session: RankSession, now: Instant) -> bool {
+        let new_record = RankRecord {
+            session,
             step: 0,
             progress: 0,
             last_heard: now,
-            connections: 0,
+            connections: 1,
         };
-        let record = self.ranks.entry(rank).or_insert_with(new_record);
-        if record.pid != pid {
-            *record = new_record();
+        let Some(record) = self.ranks.get_mut(&session.rank) else {
+            self.ranks.insert(session.rank, new_record);
+            return false;
+        };
+        let is_same_process = record.session.pid == session.pid;
+        if record.session == session {
+            record.connections += 1;
+        } else if !is_same_process {
+            *record = new_record;
+            return true;
+        } else if record.session.number < session.number {
+            record.session = session;
+            record.connections = 1;
+            return true;
         }
-        record.connections += 1;
+        false
     }
 
-    /// Removes a connection and returns true, unless another process has become this rank.
-    pub(crate) fn disconnect(&mut self, rank: usize, pid: i32) -> bool {
-        let Some(record) = self.ranks.get_mut(&rank) else {
+    /// Removes a connection and returns true, unless its session is not the rank's last one.
+    pub(crate) fn disconnect(&mut self, session: RankSession) -> bool {
+        let is_current = |record: &&mut RankRecord| record.session == session;
+        let Some(record) = self.ranks.get_mut(&session.rank).filter(is_current) else {
             return false;
         };
-        if record.pid != pid {
-            return false;
-        }
         record.connections = record.connections.saturating_sub(1);
         if record.connections == 0 {
-            self.ranks.remove(&rank);
+            self.ranks.remove(&session.rank);
         }
         true
+    }
+
+    /// True if the rank has begun another session since.
+    pub(crate) fn is_outdated(&self, session: RankSession) -> bool {
+        let record = self.ranks.get(&session.rank);
+        record.is_some_and(|record| record.session != session)
     }
 
     pub(crate) fn record_message(&mut self, rank: usize, now: Instant) {
@@ -66,11 +92,11 @@ impl RankTable {
     }
 
     pub(crate) fn pid(&self, rank: usize) -> Option<i32> {
-        self.ranks.get(&rank).map(|record| record.pid)
+        self.ranks.get(&rank).map(|record| record.session.pid)
     }
 
     pub(crate) fn pids(&self) -> impl Iterator<Item = i32> + '_ {
-        self.ranks.values().map(|record| record.pid)
+        self.ranks.values().map(|record| record.session.pid)
     }
 
     pub(crate) fn statuses(&self, now: Instant) -> Vec<RankStatus> {
@@ -79,7 +105,7 @@ impl RankTable {
             let silence = now.saturating_duration_since(record.last_heard);
             statuses.push(RankStatus {
                 rank,
-                pid: record.pid,
+                pid: record.session.pid,
                 step: record.step,
                 progress: record.progress,
                 silent_ms: silence.as_millis() as u64,
@@ -94,27 +120,38 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
+    fn session(rank: usize, pid: i32, number: u64) -> RankSession {
+        RankSession { rank, pid, number }
+    }
+
     #[test]
-    fn a_rank_is_there_while_its_process_has_a_connection() {
+    fn a_rank_is_there_while_its_session_has_a_connection() {
         let mut table = RankTable::default();
         let now = Instant::now();
-        table.connect(3, 100, now);
-        table.connect(3, 100, now);
-        assert!(table.disconnect(3, 100));
+        let [first, second] = [session(3, 100, 1), session(3, 100, 2)];
+        let restarted = session(3, 200, 1);
+        assert!(!table.connect(first, now) && !table.connect(first, now));
+        assert!(table.disconnect(first));
         assert_eq!(table.pid(3), Some(100));
-        // A restarted rank connects before the old process's last connection is closed.
-        table.connect(3, 200, now);
-        assert!(!table.disconnect(3, 100));
-        assert_eq!(table.pid(3), Some(200));
-        assert!(table.disconnect(3, 200));
+        // A rank connects again before the last connection of its earlier session is closed.
+        for (next, earlier) in [(second, first), (restarted, second)] {
+            assert!(table.connect(next, now));
+            assert!(table.is_outdated(earlier) && !table.is_outdated(next));
+            assert!(!table.disconnect(earlier));
+            assert_eq!(table.pid(3), Some(next.pid));
+        }
+        assert!(table.disconnect(restarted));
         assert_eq!(table.pid(3), None);
+        // A connection that was made late belongs to an earlier session still.
+        table.connect(second, now);
+        assert!(!table.connect(first, now) && table.is_outdated(first));
     }
 
     #[test]
     fn statuses_show_the_most_progress_and_the_silence() {
         let mut table = RankTable::default();
         let start = Instant::now();
-        table.connect(0, 100, start);
+        table.connect(session(0, 100, 1), start);
         table.record_message(0, start + Duration::from_millis(5));
         table.record_progress(0, 7, 30);
         table.record_progress(0, 6, 31);

@@ -1,8 +1,8 @@
 //! Tests of the keeper's decisions: single situations, and invariants over random sequences.
 
 use super::{
-    Decision, Effect, End, Grant, Life, Lifetime, PartRead, RankDecision, RankJob, ReadStep, State,
-    StripeId,
+    Decision, Effect, End, Grant, Life, Lifetime, PartRead, RankDecision, RankJob, RankSession,
+    ReadStep, State, StripeId,
 };
 use crate::{
     keeper::{
@@ -60,6 +60,15 @@ fn snapshot(id: SnapshotId) -> Snapshot {
     })
 }
 
+/// The only session of a process.
+fn session(rank: usize, pid: i32) -> RankSession {
+    RankSession {
+        rank,
+        pid,
+        number: 1,
+    }
+}
+
 /// A keeper's state at a time that the test sets.
 struct Keeper {
     state: State,
@@ -97,7 +106,15 @@ impl Keeper {
     }
 
     fn rank(&mut self, request: RankRequest) -> Result<RankDecision, Error> {
-        self.state.decide_for_rank(0, request, self.now)
+        self.rank_in(session(0, 100), request)
+    }
+
+    fn rank_in(
+        &mut self,
+        session: RankSession,
+        request: RankRequest,
+    ) -> Result<RankDecision, Error> {
+        self.state.decide_for_rank(session, request, self.now)
     }
 
     fn set_up(&mut self, topology: Topology) {
@@ -253,18 +270,77 @@ fn parts_too_large_for_the_slots_are_skipped() {
 #[test]
 fn a_rank_that_leaves_ends_the_wait_for_its_part() {
     let mut keeper = Keeper::new();
-    keeper.state.connect_rank(0, 100, keeper.now);
+    keeper.state.connect_rank(session(0, 100), keeper.now);
     keeper.take(id(1, 1));
     let slot = keeper.reserve(id(1, 2), 8).unwrap();
     keeper.fill(slot, 4, vec![]).unwrap();
     keeper.events();
-    keeper.state.disconnect_rank(0, 100);
+    keeper.state.disconnect_rank(session(0, 100));
     let left = Event::Unprotected {
         id: id(1, 2),
         reason: "rank 0 left its part unfinished".into(),
     };
     assert_eq!(keeper.events(), [left]);
     assert!(keeper.is_here(id(1, 1), 0));
+}
+
+#[test]
+fn what_is_left_of_an_earlier_session_changes_nothing() {
+    let mut keeper = Keeper::new();
+    let [earlier, later] = [1, 2].map(|number| RankSession {
+        number,
+        ..session(0, 100)
+    });
+    keeper.state.connect_rank(earlier, keeper.now);
+    keeper.state.connect_rank(earlier, keeper.now);
+    keeper.reserve(id(1, 1), 8).unwrap();
+    keeper.events();
+    // A rank that needs larger slots connects again. What it had reserved is dropped once.
+    keeper.state.connect_rank(later, keeper.now);
+    let left = Event::Unprotected {
+        id: id(1, 1),
+        reason: "rank 0 left its part unfinished".into(),
+    };
+    assert_eq!(keeper.events(), [left]);
+    let reserve = RankRequest::Reserve {
+        id: id(1, 2),
+        bytes: 8,
+        durable: false,
+    };
+    let reserved = keeper.rank_in(later, reserve.clone());
+    let Ok(RankDecision::Reply(RankReply::Slot(Some(slot)))) = reserved else {
+        panic!("{reserved:?}");
+    };
+    // The last messages of the earlier session arrive, then its connections close.
+    let release = RankRequest::Release { slot };
+    let fill = RankRequest::Filled {
+        slot,
+        filled_to: 8,
+        crcs: vec![7],
+    };
+    for request in [release, fill.clone()] {
+        let decision = keeper.rank_in(earlier, request);
+        assert!(matches!(decision, Ok(RankDecision::Silent)), "{decision:?}");
+    }
+    let refused = message(keeper.rank_in(earlier, reserve).map(drop));
+    assert_eq!(refused, "the rank has connected again");
+    keeper.state.disconnect_rank(earlier);
+    keeper.state.disconnect_rank(earlier);
+    assert!(keeper.events().is_empty());
+    let is_complete = |keeper: &mut Keeper, step| {
+        let request = RankRequest::IsComplete { id: id(1, step) };
+        match keeper.rank_in(later, request) {
+            Ok(RankDecision::Reply(RankReply::Complete(is_complete))) => is_complete,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(!is_complete(&mut keeper, 2));
+    assert!(keeper.rank_in(later, fill).is_ok());
+    assert!(is_complete(&mut keeper, 2) && !is_complete(&mut keeper, 1));
+    // The rank leaves nothing half-written.
+    keeper.events();
+    keeper.state.disconnect_rank(later);
+    assert!(keeper.events().is_empty() && keeper.is_here(id(1, 2), 0));
 }
 
 #[test]
@@ -485,7 +561,7 @@ fn a_wait_for_a_part_ends_with_it_or_with_the_reason() {
 #[test]
 fn heartbeats_are_sent_at_intervals() {
     let mut keeper = Keeper::new();
-    keeper.state.connect_rank(0, 77, keeper.now);
+    keeper.state.connect_rank(session(0, 77), keeper.now);
     keeper.events();
     let Life::Until(time) = keeper.tick(1) else {
         panic!("it ended");
@@ -703,7 +779,11 @@ impl World {
 
     fn ask_as(&mut self, rank: usize, request: RankRequest) -> Option<RankDecision> {
         let now = self.keeper.now;
-        self.keeper.state.decide_for_rank(rank, request, now).ok()
+        let session = session(rank, 100);
+        self.keeper
+            .state
+            .decide_for_rank(session, request, now)
+            .ok()
     }
 
     fn is_complete(&self, id: SnapshotId) -> bool {
@@ -863,13 +943,13 @@ impl World {
 
     fn connect(&mut self, rank: usize) {
         let now = self.keeper.now;
-        self.keeper.state.connect_rank(rank, 100, now);
+        self.keeper.state.connect_rank(session(rank, 100), now);
         self.connections[rank] += 1;
     }
 
     fn die(&mut self, rank: usize) {
         for _ in 0..std::mem::take(&mut self.connections[rank]) {
-            self.keeper.state.disconnect_rank(rank, 100);
+            self.keeper.state.disconnect_rank(session(rank, 100));
         }
     }
 
