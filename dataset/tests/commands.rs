@@ -585,8 +585,8 @@ fn options_without_effect_are_named() {
         ),
         (
             &["a.jsonl"],
-            &["--separator", "--"],
-            Some(no_text("--separator \"--\"")),
+            &["--separator", "%%"],
+            Some(no_text("--separator \"%%\"")),
         ),
         (&["a.jsonl", "in"], &["--split", "line"], None),
         (&["a.txt"], &["--hidden"], Some(no_folder.into())),
