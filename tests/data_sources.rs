@@ -297,8 +297,10 @@ fn a_given_token_that_is_not_the_recorded_one_is_a_warning() {
         command.args(["small.yaml", "-n", "2", "--set", "train.steps=1"]);
         let token = if is_warned { 5 } else { 0 };
         command.args(["--set", &format!("data.eod_token={token}")]);
-        let said = text(&finish(&mut command));
+        let output = finish(&mut command);
+        let said = text(&output);
         assert_eq!(said.contains(warning), is_warned, "{said}");
+        assert!(output.status.success(), "{said}");
     }
 }
 
@@ -562,15 +564,44 @@ fn changed_contents_are_reported_and_a_moved_folder_is_not() {
     assert!(!said.contains("data.validation"), "{said}");
 
     // Other contents of the same size in the same place.
-    let path = experiment.path("moved/train.bin");
-    let mut bytes = std::fs::read(&path).unwrap();
-    bytes.rotate_left(2);
-    std::fs::write(&path, bytes).unwrap();
+    let rotate = |name: &str| {
+        let path = experiment.path("moved").join(name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.rotate_left(4);
+        std::fs::write(&path, bytes).unwrap();
+    };
+    rotate("train.bin");
     let said = train(&[&moved[..], &["train.steps=15"]].concat());
     assert!(
         said.contains("the contents of data.train[0] (moved/train) are not those of the saved"),
         "{said}"
     );
+    assert!(!said.contains("the contents of data.validation"), "{said}");
+    rotate("valid.bin");
+    let said = train(&[&moved[..], &["train.steps=16"]].concat());
+    assert!(
+        said.contains("the contents of data.validation[0] (moved/valid) are not those of the"),
+        "{said}"
+    );
+    assert!(!said.contains("the contents of data.train"), "{said}");
+
+    // A mask is part of the contents as well.
+    let tokens = dataset::tokens::TokenFile::open(&experiment.path("moved/train")).unwrap();
+    let mask: Vec<u32> = (0..tokens.len())
+        .map(|token| u32::from(token % 3 > 0))
+        .collect();
+    write(&experiment.path("moved/mask"), &mask);
+    let masked = [
+        "run.dir=masked",
+        "data.train=[{path: moved/train, mask: moved/mask}]",
+        "data.validation=[{path: moved/valid}]",
+    ];
+    train(&[&masked[..], &["train.steps=2"]].concat());
+    rotate("mask.bin");
+    let said = train(&[&masked[..], &["train.steps=4"]].concat());
+    let expected = "the mask of data.train[0] (moved/train) is not that of the saved state";
+    assert!(said.contains(expected), "{said}");
+    assert!(!said.contains("the contents of data."), "{said}");
 }
 
 #[test]
@@ -655,36 +686,137 @@ fn sources_are_described_and_validated_from_the_start() {
 #[test]
 fn doctor_compares_checksums() {
     let experiment = Experiment::new();
-    let doctor = || {
+    let tokens = dataset::tokens::TokenFile::open(&experiment.path("data/train")).unwrap();
+    write(
+        &experiment.path("data/mask"),
+        &vec![1; tokens.len() as usize],
+    );
+    let masked = "data.train=[{path: data/train, mask: data/mask}]";
+    // Prints all `parts`. Only a failed check is a failure of the command.
+    let doctor = |fails: bool, parts: &[&str]| {
         let mut command = experiment.moerun(&["doctor", "small.yaml", "--verify-data"]);
-        finish(command.args(["-n", "1", "--set", "parallel.expert=1"]))
+        command.args(["-n", "1", "--set", "parallel.expert=1"]);
+        let output = finish(command.args(["--set", masked]));
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(i32::from(fails)), "{said}");
+        for part in parts {
+            assert!(said.contains(part), "{part}: {said}");
+        }
     };
-    let bin = experiment.path("data/train.bin");
     let record = experiment.path("data/dataset.json");
-    let mut info: Value = serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
-    let mut files = serde_json::Map::new();
-    for name in ["train", "valid"] {
-        let hash = |extension: &str| {
-            let path = experiment.path("data").join(format!("{name}.{extension}"));
-            dataset::checksum(&path).unwrap()
-        };
-        let file = json!({"documents": 1, "tokens": 1, "bytes": 1,
-            "bin": hash("bin"), "idx": hash("idx")});
-        files.insert(name.to_string(), file);
+    let info: Value = serde_json::from_slice(&std::fs::read(&record).unwrap()).unwrap();
+    let write_record = |names: &[&str]| {
+        let mut info = info.clone();
+        let mut files = serde_json::Map::new();
+        for name in names {
+            let hash = |extension: &str| {
+                let path = experiment.path("data").join(format!("{name}.{extension}"));
+                dataset::checksum(&path).unwrap()
+            };
+            let file = json!({"documents": 1, "tokens": 1, "bytes": 1,
+                "bin": hash("bin"), "idx": hash("idx")});
+            files.insert(name.to_string(), file);
+        }
+        info["files"] = files.into();
+        std::fs::write(&record, info.to_string()).unwrap();
+    };
+    write_record(&["train", "valid", "mask"]);
+    doctor(
+        false,
+        &["3 token files are the recorded ones", "no problems found"],
+    );
+    for (file, at, key) in [
+        ("train.bin", 10, "data.train[0]"),
+        ("mask.bin", 12, "data.train[0].mask"),
+        ("valid.bin", 10, "data.validation[0]"),
+    ] {
+        let path = experiment.path("data").join(file);
+        let whole = std::fs::read(&path).unwrap();
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        let failed = format!("fail checksums: {key}: ");
+        let cause = format!("{file} is not the file that dataset.json records");
+        doctor(
+            true,
+            &[&failed, &cause, "fix: restore the files", "1 problem found"],
+        );
+        std::fs::write(&path, whole).unwrap();
     }
-    info["files"] = files.into();
-    std::fs::write(&record, info.to_string()).unwrap();
-    let said = text(&doctor());
-    assert!(
-        said.contains("2 token files are the recorded ones"),
-        "{said}"
+    write_record(&["train", "valid"]);
+    doctor(
+        false,
+        &[
+            "warn checksums: 2 token files are the recorded ones; no dataset.json records those \
+             of data.train[0].mask",
+            "no problems found",
+        ],
     );
-    let mut bytes = std::fs::read(&bin).unwrap();
-    bytes[10] ^= 1;
-    std::fs::write(&bin, bytes).unwrap();
-    let said = text(&doctor());
-    assert!(
-        said.contains("train.bin is not the file that dataset.json records"),
-        "{said}"
-    );
+}
+
+/// Before the first step greedy sampling of a model with large values depends on every token, so
+/// that a missing one is noticed.
+#[test]
+fn recorded_tokens_begin_and_end_generated_texts() {
+    let folder = tempfile::tempdir().unwrap();
+    let words: serde_json::Map<String, Value> =
+        (0..VOCAB).map(|id| (format!("w{id}"), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    });
+    let save = |name: &str, tokens: Value| {
+        let own = folder.path().join(name);
+        write(&own.join("train"), &easy(4000));
+        std::fs::write(own.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        let mut record = json!({
+            "documents": 1, "bytes": 1, "train_tokens": 4000, "validation_tokens": 0,
+            "vocab_size": VOCAB, "unigram_entropy": 1.0,
+        });
+        record
+            .as_object_mut()
+            .unwrap()
+            .extend(tokens.as_object().unwrap().clone());
+        std::fs::write(own.join("dataset.json"), record.to_string()).unwrap();
+        let data = json!({"train": [{"path": own.join("train")}], "sequence_length": LENGTH});
+        let mut config = run(&own, data, Value::Null);
+        config.model.init_std = 0.5;
+        tch::set_num_threads(1);
+        run_on_threads(1, TIMEOUT, move |world| {
+            trainer_on(world, config.clone()).save().unwrap();
+        });
+        // The checkpoint keeps the tokens.
+        std::fs::remove_file(own.join("dataset.json")).unwrap();
+    };
+    let generate = |name: &str, prompt: &str| -> Vec<String> {
+        let options = trainer::GenerateOptions {
+            checkpoint: folder.path().join(name).join("run"),
+            prompt: prompt.into(),
+            max_tokens: 8,
+            temperature: 0.0,
+            top_k: 0,
+            seed: 0,
+            tokenizer: None,
+        };
+        let mut text = String::new();
+        let mut warn = |warning: &str| panic!("{warning}");
+        trainer::generate(&options, &|_, _| (), &mut warn, &mut |part| text += part).unwrap();
+        let added = text.strip_prefix(prompt).unwrap();
+        added.split_whitespace().map(String::from).collect()
+    };
+    let token = |id: usize| json!({"id": id, "text": format!("w{id}")});
+    save("plain", json!({}));
+    save("begun", json!({"bos": token(7)}));
+    let plain = generate("plain", "w3 w4");
+    let after_beginning = generate("plain", "w7 w3 w4");
+    assert_eq!(plain.len(), 8);
+    assert_ne!(plain, after_beginning, "the first token matters");
+    assert_eq!(generate("begun", "w3 w4"), after_beginning);
+    assert_eq!(generate("begun", ""), generate("plain", "w7"));
+    // A text ends before the first token that ends documents, wherever it comes.
+    let is_new = |&at: &usize| !plain[..at].contains(&plain[at]);
+    let end = (1..plain.len()).rev().find(is_new).expect("several tokens");
+    let id = plain[end].strip_prefix('w').unwrap().parse().unwrap();
+    save("ended", json!({"eos": token(id)}));
+    assert_eq!(generate("ended", "w3 w4"), plain[..end]);
 }

@@ -7,7 +7,8 @@ use crate::{
     info::DatasetInfo,
     input::{InputOptions, Split, TextKey},
     prepare::{
-        self, MAX_PARTS, MAX_SHOWN, Part, PrepareOptions, Selection, Shards, Shown, prepare,
+        self, MAX_PARTS, MAX_SHOWN, Merged, MergedPair, Part, PrepareOptions, Selection, Shards,
+        Shown, prepare,
     },
     printable::printable,
     progress::ProgressView,
@@ -128,7 +129,7 @@ pub struct MergeArgs {
     /// Folder of the new data set, or path of the new pair without ending
     #[arg(value_name = "OUT")]
     pub output: PathBuf,
-    /// Folders of data sets, or paths of pairs without ending, in order
+    /// Folders of data sets, or paths of pairs, in order
     #[arg(required = true, value_name = "IN")]
     pub inputs: Vec<PathBuf>,
     /// Replace the data set or the pair OUT
@@ -138,14 +139,14 @@ pub struct MergeArgs {
 
 #[derive(Args)]
 pub struct VerifyArgs {
-    /// Folder of a data set, or path of a pair without ending
+    /// Folder of a data set, or path of a pair
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
 }
 
 #[derive(Args)]
 pub struct ShowArgs {
-    /// Folder of a data set, or path of a pair without ending
+    /// Folder of a data set, or path of a pair
     #[arg(value_name = "PATH")]
     pub path: PathBuf,
     /// Number of the window, from 0 on
@@ -203,8 +204,10 @@ pub fn run(command: DataCommand) -> Result<(), Error> {
         DataCommand::Merge(args) => {
             let view = &mut ProgressView::new();
             let report = &mut |event: prepare::Event| view.show(event);
-            let info = prepare::merge(&args.output, &args.inputs, args.force, report)?;
-            print(&summary(&args.output, &info))
+            match prepare::merge(&args.output, &args.inputs, args.force, report)? {
+                Merged::DataSet(info) => print(&summary(&args.output, &info)),
+                Merged::Pair(pair) => print(&describe_pair(&args.output, &pair)),
+            }
         }
         DataCommand::Verify(args) => {
             for pair in prepare::verify(&args.path)? {
@@ -341,6 +344,26 @@ fn summary(output: &Path, info: &DatasetInfo) -> String {
         let _ = writeln!(text, "  {line}");
     }
     text
+}
+
+/// Returns the result of merging pairs in words.
+fn describe_pair(output: &Path, pair: &MergedPair) -> String {
+    let text = match pair.bytes_of_text {
+        Some(bytes) => format!("{:.1} MB of text", bytes as f64 / 1e6),
+        None => "text of unknown size".into(),
+    };
+    let vocabulary = match pair.vocab_size {
+        Some(size) => format!("vocabulary {size}"),
+        None => "vocabulary unknown".into(),
+    };
+    format!(
+        "{}: {} documents, {text} -> {} tokens; {vocabulary}; unigram entropy {:.3} nats per \
+         token\n",
+        output.display(),
+        pair.documents,
+        pair.tokens,
+        pair.unigram_entropy
+    )
 }
 
 /// Returns documents as text, each between two lines that tell where it begins and ends.

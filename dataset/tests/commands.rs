@@ -106,13 +106,24 @@ fn pairs_are_merged_by_their_records() {
         "0",
     ];
     folder.prepare(&["b.jsonl"], "b", &[&same[..], &["--force"]].concat());
-    folder.succeed(&["data", "merge", "all", "a/train", "b/train"]);
+    let said = stdout(&folder.succeed(&["data", "merge", "all", "a/train", "b/train"]));
+    assert!(
+        said.starts_with("all: 100 documents, 0.0 MB of text -> ")
+            && said.contains(" tokens; vocabulary 400; "),
+        "{said}"
+    );
     let verified = stdout(&folder.succeed(&["data", "verify", "all"]));
     assert!(verified.contains("all: 100 documents"), "{verified}");
+    for file in ["all.bin", "all.idx"] {
+        let named = stdout(&folder.succeed(&["data", "verify", file]));
+        assert_eq!(named, verified);
+    }
+    let shown = |path| stdout(&folder.succeed(&["data", "show", path, "--document", "3"]));
+    assert_eq!(shown("a/train.bin"), shown("a/train"));
     let first = std::fs::read(folder.path("all.bin")).unwrap();
     let refused = folder.fail(&["data", "merge", "all", "b/train", "a/train"]);
     assert!(refused.contains("all.bin exists"), "{refused}");
-    let twice = folder.fail(&["data", "merge", "more", "a/train", "a/../a/train"]);
+    let twice = folder.fail(&["data", "merge", "more", "a/train", "a/../a/train.bin"]);
     assert!(twice.contains("is named twice"), "{twice}");
     let own = folder.fail(&["data", "merge", "--force", "a/train", "b/train"]);
     assert!(own.contains("a/train belongs to a data set"), "{own}");
@@ -129,8 +140,15 @@ fn pairs_are_merged_by_their_records() {
     folder.succeed(&["data", "merge", "--force", "all", "b/train", "a/train"]);
     assert_ne!(std::fs::read(folder.path("all.bin")).unwrap(), first);
     // Pairs without a record are merged with a note.
-    let note = stderr(&folder.succeed(&["data", "merge", "again", "all", "a/train"]));
+    let merged = folder.succeed(&["data", "merge", "again", "all", "a/train.bin"]);
+    let note = stderr(&merged);
     assert!(note.contains("all: no dataset.json lists it"), "{note}");
+    let said = stdout(&merged);
+    assert!(
+        said.starts_with("again: 150 documents, text of unknown size -> ")
+            && said.contains(" tokens; vocabulary unknown; unigram entropy "),
+        "{said}"
+    );
 }
 
 #[test]
@@ -532,6 +550,102 @@ fn options_that_cannot_be_met_are_refused_at_once() {
     let refused = folder.fail(&["data", "prepare", "empty.jsonl", "-o", "out"]);
     assert!(refused.contains("empty.jsonl: no text"), "{refused}");
     assert!(!folder.path("out").exists());
+}
+
+#[test]
+fn options_without_effect_are_named() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("a.jsonl"), "{\"text\": \"a row\"}\n").unwrap();
+    std::fs::write(folder.path("a.txt"), "some text\n").unwrap();
+    std::fs::write(folder.path("a.odd"), "other text\n").unwrap();
+    std::fs::create_dir(folder.path("in")).unwrap();
+    std::fs::write(folder.path("in/b.txt"), "more text\n").unwrap();
+    let no_rows = "--text-key body has no effect: no input is JSON or Parquet";
+    let no_text = |option: &str| format!("{option} has no effect: no input is a text file");
+    let no_folder = "--hidden has no effect: no input is a folder or a pattern";
+    let no_file =
+        |list: &str| format!("--extensions {list} has no effect: no folder has files that end so");
+    for (inputs, options, expected) in [
+        (
+            &["a.txt"][..],
+            &["--text-key", "body"][..],
+            Some(no_rows.to_string()),
+        ),
+        (&["in"], &["--text-key", "body"], Some(no_rows.into())),
+        (&["a.txt", "a.jsonl"], &["--text-key", "text,body"], None),
+        (
+            &["a.jsonl"],
+            &["--split", "line"],
+            Some(no_text("--split line")),
+        ),
+        (
+            &["a.jsonl"],
+            &["--split", "blank-line"],
+            Some(no_text("--split blank-line")),
+        ),
+        (
+            &["a.jsonl"],
+            &["--separator", "%%"],
+            Some(no_text("--separator \"%%\"")),
+        ),
+        (&["a.jsonl", "in"], &["--split", "line"], None),
+        (&["a.txt"], &["--hidden"], Some(no_folder.into())),
+        (&["in"], &["--hidden"], None),
+        (&["*.txt"], &["--hidden"], None),
+        (&["a.txt"], &["--extensions", "txt"], Some(no_file("txt"))),
+        (&["in"], &["--extensions", ".TXT,rs"], Some(no_file("rs"))),
+        (&["in"], &["--extensions", "txt"], None),
+        (&["a.odd"], &["--extensions", "odd"], None),
+        (
+            &["a.jsonl"],
+            &["--split", "file", "--text-key", "text", "--strict"],
+            None,
+        ),
+    ] {
+        let common = [
+            "--vocab-size",
+            "300",
+            "--validation-fraction",
+            "0",
+            "--force",
+        ];
+        let said = stderr(&folder.prepare(inputs, "out", &[&common[..], options].concat()));
+        let warnings = said
+            .lines()
+            .filter_map(|line| line.strip_prefix("warning: "));
+        let warnings: Vec<&str> = warnings.collect();
+        let expected: Vec<String> = expected.into_iter().collect();
+        assert_eq!(warnings, expected, "{inputs:?} {options:?}");
+    }
+    // Pairs of options of which one would have no effect.
+    let tokenizer = ["--tokenizer", "out/tokenizer.json"];
+    for (options, expected) in [
+        (
+            &["--separator", "x", "--split", "line"][..],
+            "cannot be used with",
+        ),
+        (
+            &["--shards", "2", "--shard-per-input"],
+            "cannot be used with",
+        ),
+        (
+            &[&tokenizer[..], &["--vocab-size", "300"]].concat(),
+            "cannot be used with",
+        ),
+        (&["--bos", "x"], "--tokenizer"),
+    ] {
+        let prepare = ["data", "prepare", "a.txt", "-o", "other"];
+        let refused = folder.fail(&[&prepare[..], options].concat());
+        assert!(refused.contains(expected), "{options:?}: {refused}");
+    }
+    for options in [&["--window", "1"][..], &["--length", "2"]] {
+        let show = ["data", "show", "out", "--document", "0"];
+        let refused = folder.fail(&[&show[..], options].concat());
+        assert!(
+            refused.contains("cannot be used with"),
+            "{options:?}: {refused}"
+        );
+    }
 }
 
 #[test]

@@ -83,6 +83,9 @@ counts! {
     transcoded: "files in UTF-16 or UTF-32, which were decoded",
     /// Text files that look like JSON Lines, read as text.
     json_as_text: "text files that look like JSON but were read as text, as their suffix says",
+    /// Documents with more than 2 MiB of white space before their text, of which the rest was left
+    /// out.
+    leading_space: "documents of which white space at the start was left out, beyond 2 MiB",
     /// Hidden files and folders, left out.
     hidden: "hidden files and folders that were left out",
     /// Paths that name a file or folder again, left out.

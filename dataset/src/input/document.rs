@@ -63,10 +63,11 @@ pub(super) enum Odd {
     Transcoded,
     MissingPart,
     JsonAsText,
+    LeadingSpace,
 }
 
 impl Odd {
-    const NUMBER: usize = 9;
+    const NUMBER: usize = 10;
 
     fn count(self, counts: &mut InputCounts) -> &mut u64 {
         match self {
@@ -79,6 +80,7 @@ impl Odd {
             Self::Transcoded => &mut counts.transcoded,
             Self::MissingPart => &mut counts.missing_parts,
             Self::JsonAsText => &mut counts.json_as_text,
+            Self::LeadingSpace => &mut counts.leading_space,
         }
     }
 
@@ -103,6 +105,10 @@ impl Odd {
                 "the text looks like JSON: with the suffix .jsonl, its fields are \
                  read (read as text without --strict)"
             }
+            Self::LeadingSpace => {
+                "more than 2 MiB of white space before the text (without --strict, the rest of it \
+                 is left out)"
+            }
         }
     }
 }
@@ -111,7 +117,11 @@ impl Odd {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Fault {
     NotJson(String),
-    NoKey(String),
+    /// No text under the key; these are the fields that the row has.
+    NoKey {
+        key: String,
+        fields: String,
+    },
     Null,
     WrongType(&'static str),
     NotObject,
@@ -123,7 +133,7 @@ impl Fault {
     fn count<'c>(&self, counts: &'c mut InputCounts) -> &'c mut u64 {
         match self {
             Self::NotJson(_) => &mut counts.not_json,
-            Self::NoKey(_) => &mut counts.no_key,
+            Self::NoKey { .. } => &mut counts.no_key,
             Self::Null => &mut counts.nulls,
             Self::WrongType(_) | Self::NotObject => &mut counts.wrong_type,
             Self::NotText => &mut counts.not_text,
@@ -136,10 +146,10 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotJson(cause) => write!(f, "not JSON: {cause}"),
-            Self::NoKey(key) => {
+            Self::NoKey { key, fields } => {
                 write!(
                     f,
-                    "no text under the key {key:?} (choose another with --text-key)"
+                    "no text under the key {key:?}: {fields} (choose another with --text-key)"
                 )
             }
             Self::Null => f.write_str("the text is null"),
@@ -184,6 +194,10 @@ pub(super) struct Documents<'a> {
     start_checked: bool,
     /// True once a piece of the document was passed on.
     started: bool,
+    /// Bytes of white space at the start of `text`, as far as they were searched for.
+    blank: usize,
+    /// If white space at the start of the document was left out: the bytes of it that stay.
+    kept_space: Option<usize>,
     noticed: [bool; Odd::NUMBER],
     /// Line ends of the document's earlier pieces.
     lines_before: u64,
@@ -211,6 +225,8 @@ impl<'a> Documents<'a> {
             ends_in_cr: false,
             start_checked: false,
             started: false,
+            blank: 0,
+            kept_space: None,
             noticed: [false; Odd::NUMBER],
             lines_before: 0,
             rows: 0,
@@ -241,6 +257,8 @@ impl<'a> Documents<'a> {
         self.ends_in_cr = false;
         self.start_checked = false;
         self.started = false;
+        self.blank = 0;
+        self.kept_space = None;
         self.noticed = [false; Odd::NUMBER];
         self.lines_before = 0;
         self.rows += 1;
@@ -404,7 +422,11 @@ impl<'a> Documents<'a> {
             text = &text[head..];
             while self.text.len() > self.max_piece {
                 self.check_start()?;
-                self.pass_piece()?;
+                self.limit_space();
+                if !self.is_blank() {
+                    self.note_lost_space()?;
+                    self.pass_piece()?;
+                }
             }
         }
         Ok(())
@@ -420,6 +442,47 @@ impl<'a> Documents<'a> {
             }
         }
         Ok(())
+    }
+
+    /// True if the document has been nothing but white space.
+    fn is_blank(&mut self) -> bool {
+        self.find_blank();
+        !self.started && self.blank == self.text.len()
+    }
+
+    /// Finds the end of the white space at the document's start.
+    fn find_blank(&mut self) {
+        if !self.started {
+            self.blank = self.text.len() - self.text[self.blank..].trim_start().len();
+        }
+    }
+
+    /// Leaves out white space at the document's start that is more than a piece. Only the text
+    /// after it tells that the document is not empty. Nothing is passed on before that is known.
+    fn limit_space(&mut self) {
+        self.find_blank();
+        let longest = || floor_char_boundary(&self.text, self.max_piece);
+        let end = self.kept_space.unwrap_or_else(longest);
+        if self.started || self.blank <= end {
+            return;
+        }
+        let lost = &self.text.as_bytes()[end..self.blank];
+        self.lines_before += memchr_iter(b'\n', lost).count() as u64;
+        self.text.drain(end..self.blank);
+        self.blank = end;
+        self.kept_space = Some(end);
+    }
+
+    /// Counts white space that was left out of a document with text.
+    fn note_lost_space(&mut self) -> Result<(), Error> {
+        if self.kept_space.take().is_none() {
+            return Ok(());
+        }
+        if self.strict {
+            // The error names the line at which the text begins.
+            self.text.truncate(self.blank);
+        }
+        self.notice(Odd::LeadingSpace)
     }
 
     /// Passes on a piece of a document that continues, if there is more than one piece of text.
@@ -448,10 +511,12 @@ impl<'a> Documents<'a> {
     pub(super) fn end(&mut self) -> Result<(), Error> {
         self.end_character()?;
         self.check_start()?;
-        if !self.started && self.text.trim_start().is_empty() {
+        self.limit_space();
+        if self.is_blank() {
             self.counts.empty += 1;
             return Ok(());
         }
+        self.note_lost_space()?;
         self.counts.documents += 1;
         self.counts.bytes += self.text.len() as u64;
         (self.take)(Piece {

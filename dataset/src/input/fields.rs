@@ -1,9 +1,6 @@
 //! A document from the fields of a row, for all formats that have rows.
 
-use super::{
-    document::{Documents, Fault, Odd, Place, is_mostly_invalid},
-    options::TextKey,
-};
+use super::document::{Documents, Fault, Odd, Place, is_mostly_invalid};
 use crate::Error;
 
 /// The contents of a field.
@@ -20,7 +17,7 @@ pub(super) enum Value<'r> {
 /// A row and the properties that are counted.
 #[derive(Debug)]
 pub(super) struct Row<'r> {
-    /// The values of the keys, in their order.
+    /// The values of the keys, in their order. One at least is not missing.
     pub(super) values: Vec<Value<'r>>,
     /// True if there is a NaN or an infinity somewhere.
     pub(super) non_finite: bool,
@@ -31,10 +28,9 @@ pub(super) fn take_row(
     documents: &mut Documents,
     place: Place,
     row: &Row,
-    key: &TextKey,
     push: fn(&mut Documents, &[u8]) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    if let Some(fault) = find_fault(row, key) {
+    if let Some(fault) = find_fault(row) {
         return documents.leave_out(place, &fault);
     }
     documents.begin(place);
@@ -58,7 +54,7 @@ pub(super) fn take_row(
     documents.end()
 }
 
-fn find_fault(row: &Row, key: &TextKey) -> Option<Fault> {
+fn find_fault(row: &Row) -> Option<Fault> {
     let mut texts = 0;
     for value in &row.values {
         match value {
@@ -68,9 +64,5 @@ fn find_fault(row: &Row, key: &TextKey) -> Option<Fault> {
             Value::Missing | Value::Null => {}
         }
     }
-    match (texts, row.values.contains(&Value::Null)) {
-        (0, true) => Some(Fault::Null),
-        (0, false) => Some(Fault::NoKey(key.to_string())),
-        _ => None,
-    }
+    (texts == 0).then_some(Fault::Null)
 }

@@ -10,6 +10,7 @@ use super::{
     options::{InputOptions, Split},
     parquet_rows,
     recognize::{Format, format_of_extension},
+    unused::Uses,
 };
 use crate::Error;
 use std::{
@@ -45,6 +46,8 @@ pub struct Found {
     pub files: Vec<InputFile>,
     /// Lines for the user about everything that was left out.
     pub notes: Vec<String>,
+    /// Lines for the user about options that have no effect.
+    pub warnings: Vec<String>,
     /// Counts of what was left out.
     pub counts: InputCounts,
 }
@@ -69,6 +72,7 @@ pub fn find(inputs: &[String], options: &InputOptions) -> Result<Found, Error> {
         found: Found {
             files: Vec::new(),
             notes: Vec::new(),
+            warnings: Vec::new(),
             counts: InputCounts::default(),
         },
         seen_files: HashSet::new(),
@@ -78,6 +82,7 @@ pub fn find(inputs: &[String], options: &InputOptions) -> Result<Found, Error> {
         repeated: Vec::new(),
         unknown: Vec::new(),
         hidden: Vec::new(),
+        uses: Uses::default(),
     };
     for input in inputs {
         finder.add_input(input)?;
@@ -103,6 +108,7 @@ struct Finder<'o> {
     repeated: Vec<String>,
     unknown: Vec<String>,
     hidden: Vec<String>,
+    uses: Uses,
 }
 
 impl Finder<'_> {
@@ -112,7 +118,7 @@ impl Finder<'_> {
             if self.found.files.contains(&file) {
                 self.repeated.push(file.to_string());
             } else {
-                self.found.files.push(file);
+                self.add_stream(file);
             }
             return Ok(());
         }
@@ -136,6 +142,7 @@ impl Finder<'_> {
         if path.symlink_metadata().is_ok() || !pattern.contains(['*', '?', '[']) {
             return self.add_path(path);
         }
+        self.uses.has_folders = true;
         let matching = glob::MatchOptions {
             case_sensitive: true,
             require_literal_separator: true,
@@ -164,6 +171,7 @@ impl Finder<'_> {
         if !metadata.is_dir() {
             return self.add_file(path, &metadata, false);
         }
+        self.uses.has_folders = true;
         let mut files = Vec::new();
         self.walk(path, &metadata, &mut files)?;
         let has_tables = self.options.extensions.is_none()
@@ -229,6 +237,12 @@ impl Finder<'_> {
         Ok(())
     }
 
+    fn add_stream(&mut self, file: InputFile) {
+        self.found.files.push(file);
+        self.uses.has_text = true;
+        self.uses.has_rows = true;
+    }
+
     fn add_file(&mut self, path: &Path, metadata: &Metadata, in_folder: bool) -> Result<(), Error> {
         let file = InputFile::new(path.to_owned());
         if !metadata.is_file() {
@@ -236,7 +250,7 @@ impl Finder<'_> {
             if in_folder {
                 self.unknown.push(format!("{file} (it is no regular file)"));
             } else {
-                self.found.files.push(file);
+                self.add_stream(file);
             }
             return Ok(());
         }
@@ -252,6 +266,7 @@ impl Finder<'_> {
                         .push(format!("{file} (it has no row with the key {key})"));
                     return Ok(());
                 }
+                self.note_uses(path, &contents, in_folder);
                 if let Contents::Parquet(table) = contents {
                     parquet_rows::check(table, &self.options.text_key)
                         .map_err(|cause| Error::Data(format!("{file}: {cause}")))?;
@@ -265,6 +280,23 @@ impl Finder<'_> {
             Err(error) => return Err(file.name_error(error)),
         }
         Ok(())
+    }
+
+    fn note_uses(&mut self, path: &Path, contents: &Contents, in_folder: bool) {
+        let is_text = matches!(
+            contents,
+            Contents::Rows {
+                format: Format::Text,
+                ..
+            }
+        );
+        self.uses.has_text |= is_text;
+        self.uses.has_rows |= !is_text;
+        let Suffixes { last, inner, .. } = Suffixes::of(path);
+        let is_known = inner.as_deref().and_then(format_of_extension).is_some();
+        if in_folder || (is_text && !is_known) {
+            self.uses.extensions.extend(last.into_iter().chain(inner));
+        }
     }
 
     /// True for a `.json` file of a folder without any document, such as a `package.json`. With
@@ -354,6 +386,7 @@ impl Finder<'_> {
             reasons.append(&mut self.found.notes);
             return Err(Error::Data(reasons.join("; ")));
         }
+        self.found.warnings = self.uses.unused(self.options);
         Ok(self.found)
     }
 }

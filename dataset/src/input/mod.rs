@@ -8,6 +8,8 @@
 //! - NUL and CR LF stay. NaN and Infinity in other fields of JSON are accepted.
 //! - A row that is not JSON, or is no text, is left out. So are nulls and empty documents. A file
 //!   of which more than half of the rows cannot be used is an error.
+//! - A document is empty if it has nothing but white space, however much. White space at the start
+//!   of a document with text stays, up to [`MAX_PIECE`]; the rest of it is left out.
 //!
 //! [`InputCounts`] counts every case. [`InputOptions::strict`] turns each into an error, except
 //! empty documents.
@@ -27,6 +29,7 @@ mod options;
 mod parquet_rows;
 mod recognize;
 mod text;
+mod unused;
 
 pub use self::{
     counts::InputCounts,

@@ -24,7 +24,7 @@ pub struct InputOptions {
 impl Default for InputOptions {
     fn default() -> Self {
         Self {
-            text_key: TextKey(vec!["text".into()]),
+            text_key: TextKey::default(),
             split: Split::File,
             extensions: None,
             strict: false,
@@ -49,6 +49,12 @@ impl InputOptions {
 /// separated by commas: their texts are joined by blank lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TextKey(Vec<String>);
+
+impl Default for TextKey {
+    fn default() -> Self {
+        Self(vec!["text".into()])
+    }
+}
 
 impl TextKey {
     /// Returns the paths, at least one.

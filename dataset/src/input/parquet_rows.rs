@@ -121,7 +121,7 @@ pub(super) fn read(file: File, key: &TextKey, documents: &mut Documents) -> Resu
                 values: readers.iter().map(Cells::value).collect(),
                 non_finite: false,
             };
-            take_row(documents, Place::Row(number), &row, key, push_bytes)?;
+            take_row(documents, Place::Row(number), &row, push_bytes)?;
         }
     }
     Ok(())

@@ -10,12 +10,30 @@ use super::{
 use crate::{
     Error,
     info::{DatasetInfo, FileInfo, INFO_FILE, INFO_VERSION, InputInfo, OptionsInfo},
-    tokens::{TokenPair, WrittenPair},
+    tokens::{TokenPair, WrittenPair, pair_prefix},
 };
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
 };
+
+/// A result of [`merge`].
+pub enum Merged {
+    /// A data set, with its new record.
+    DataSet(Box<DatasetInfo>),
+    /// A pair, which has no record.
+    Pair(MergedPair),
+}
+
+/// Facts about a pair that was made of others. Some are known only if all have a record.
+pub struct MergedPair {
+    pub documents: u64,
+    pub tokens: u64,
+    pub bytes_of_text: Option<u64>,
+    pub vocab_size: Option<usize>,
+    /// Entropy of the frequencies of the tokens, in nats.
+    pub unigram_entropy: f64,
+}
 
 /// Joins data sets into the folder `output`, or pairs of token files into the pair `output`, in the
 /// order of `inputs`. Every input is checked as it is read.
@@ -32,11 +50,13 @@ pub fn merge(
     inputs: &[PathBuf],
     force: bool,
     report: &mut dyn FnMut(Event),
-) -> Result<DatasetInfo, Error> {
+) -> Result<Merged, Error> {
+    let inputs: Vec<PathBuf> = inputs.iter().map(|input| pair_prefix(input)).collect();
+    let inputs = &inputs[..];
     check_repeated(inputs)?;
     let are_folders = inputs.iter().filter(|input| input.is_dir()).count();
     if are_folders == 0 {
-        return merge_pairs(output, inputs, force, report);
+        return merge_pairs(output, inputs, force, report).map(Merged::Pair);
     }
     if are_folders < inputs.len() {
         return Err(Error::Options(
@@ -61,12 +81,12 @@ pub fn merge(
         .to_string();
     let target = Target::DataSet(output.to_path_buf());
     let Begun::Open { staging, .. } = Staging::begin::<()>(target, &command, force, true)? else {
-        return read_info(output);
+        return Ok(Merged::DataSet(Box::new(read_info(output)?)));
     };
     match merge_sets(&sets, &staging) {
         Ok(info) => {
             staging.complete(&super::preparation_files(&info))?;
-            Ok(info)
+            Ok(Merged::DataSet(Box::new(info)))
         }
         Err(error) => {
             staging.discard();
@@ -358,7 +378,7 @@ fn merge_pairs(
     inputs: &[PathBuf],
     force: bool,
     report: &mut dyn FnMut(Event),
-) -> Result<DatasetInfo, Error> {
+) -> Result<MergedPair, Error> {
     let of_own = DatasetInfo::of_tokens(output)?;
     if of_own.is_some_and(|info| info.file(output).is_some()) {
         return Err(Error::Options(format!(
@@ -398,14 +418,15 @@ fn merge_pairs(
         }
     };
     staging.complete(&[format!("{name}.bin"), format!("{name}.idx")])?;
-    let first = records.first().and_then(Option::as_ref);
-    Ok(DatasetInfo {
+    let all_known = known.len() == inputs.len();
+    Ok(MergedPair {
         documents: merged.documents,
-        bytes: merged.bytes,
-        train_tokens: merged.tokens,
-        vocab_size: first.map_or(0, |info| info.vocab_size),
+        tokens: merged.tokens,
+        bytes_of_text: all_known.then_some(merged.bytes),
+        vocab_size: known
+            .first()
+            .filter(|_| all_known)
+            .map(|(_, info)| info.vocab_size),
         unigram_entropy: counts.entropy(),
-        version: INFO_VERSION,
-        ..DatasetInfo::default()
     })
 }

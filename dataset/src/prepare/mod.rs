@@ -21,7 +21,7 @@ mod staging;
 mod token_counts;
 mod verify;
 
-pub use merge::merge;
+pub use merge::{Merged, MergedPair, merge};
 pub use plan::{MAX_PARTS, Part, Shards};
 pub use show::{MAX_SHOWN, Selection, Shown, ShownDocument, show};
 pub use staging::TOKENIZER_FILE;
@@ -158,6 +158,9 @@ pub fn prepare(
     let found = find(&options.inputs, &input)?;
     for note in &found.notes {
         report(Event::Note(note));
+    }
+    for warning in &found.warnings {
+        report(Event::Warning(warning));
     }
     check_streams(options, &found.files)?;
     plan::check_part(found.files.len(), options.shards, options.part)?;

@@ -5,7 +5,7 @@ use crate::{
     Error,
     info::INFO_FILE,
     tokenizer::load_tokenizer,
-    tokens::{TokenFile, TokenPair},
+    tokens::{TokenFile, TokenPair, pair_prefix},
 };
 use std::path::{Path, PathBuf};
 
@@ -58,7 +58,7 @@ pub fn show(path: &Path, selection: Selection, tokenizer: Option<&Path>) -> Resu
         let info = has_info.then(|| read_info(path)).transpose()?;
         pairs(path, info.as_ref())?.swap_remove(0)
     } else {
-        path.to_path_buf()
+        pair_prefix(path)
     };
     let folder = prefix.parent().unwrap_or(Path::new(""));
     let own = folder.join(TOKENIZER_FILE);

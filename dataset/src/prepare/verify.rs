@@ -9,7 +9,7 @@ use crate::{
     Error,
     info::{DatasetInfo, FileInfo, INFO_FILE},
     tokenizer::load_tokenizer,
-    tokens::{TokenPair, TokenPart, hash_file},
+    tokens::{TokenPair, TokenPart, hash_file, pair_prefix},
 };
 use std::path::{Path, PathBuf};
 
@@ -24,13 +24,14 @@ pub struct Verified {
     pub unchecked: Vec<String>,
 }
 
-/// Checks a data set's folder or a pair: index pointers, document boundaries, token ids, and,
-/// as far as `dataset.json` has them, counts, ends of documents and checksums. In a folder, also
-/// the sums of `dataset.json` and the tokenizer.
+/// Checks a data set's folder, or a pair that is named without ending or by one of its files: index
+/// pointers, document boundaries, token ids, and, as far as `dataset.json` has them, counts, ends
+/// of documents and checksums. In a folder, also the sums of `dataset.json` and the tokenizer.
 ///
 /// # Errors
 /// If a file is missing or damaged; the message names the first damaged place.
 pub fn verify(path: &Path) -> Result<Vec<Verified>, Error> {
+    let path = &*pair_prefix(path);
     let folder = if path.is_dir() {
         path
     } else {

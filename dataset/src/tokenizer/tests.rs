@@ -319,7 +319,7 @@ fn saved_truncation_padding_and_post_processor_are_reset() {
     let folder = tempfile::tempdir().unwrap();
     let [original, written] = ["original.json", "saved.json"].map(|name| folder.path().join(name));
     std::fs::write(&original, file.to_string()).unwrap();
-    loaded.0.save(&written).unwrap();
+    std::fs::write(&written, loaded.0.json()).unwrap();
     let hash = loaded.0.hash();
     for path in [&original, &written] {
         assert!(tokenizer_has_hash(path, &hash).unwrap());

@@ -95,6 +95,19 @@ impl Width {
     }
 }
 
+/// Returns the path without ending of the pair that a path stands for: the path itself, or that of
+/// one of its files.
+pub fn pair_prefix(path: &Path) -> PathBuf {
+    let is_ending = path
+        .extension()
+        .is_some_and(|ending| ending == "bin" || ending == "idx");
+    if is_ending && path.is_file() {
+        path.with_extension("")
+    } else {
+        path.to_path_buf()
+    }
+}
+
 pub(super) fn with_extension(prefix: &Path, extension: &str) -> PathBuf {
     let mut path = prefix.as_os_str().to_owned();
     path.push(".");

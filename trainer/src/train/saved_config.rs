@@ -227,6 +227,46 @@ mod tests {
         assert_eq!(changes(&state, with(None)), expected);
     }
 
+    #[test]
+    fn weights_of_several_sources_are_compared_together() {
+        let checkpoint = Checkpoint::open(&fixture()).unwrap();
+        let mut state = read_run_state(&checkpoint).unwrap();
+        let base = saved_config(&checkpoint, &state).unwrap();
+        let with = |weights: [Option<f64>; 2]| {
+            let mut config = base.clone();
+            let first = config.data.train[0].clone();
+            let sources = weights.into_iter().enumerate().map(|(number, weight)| {
+                let mut source = first.clone();
+                source.path = format!("data/{number}").into();
+                source.weight = weight;
+                source
+            });
+            config.data.train = sources.collect();
+            config
+        };
+        let is_change = |state: &RunState, saved: [Option<f64>; 2], now: [Option<f64>; 2]| {
+            let now = with(now);
+            let changes = now.changes_from(&comparable(with(saved), state, &now));
+            changes.iter().any(|change| change.key == "data.train")
+        };
+        let none = [None; 2];
+        let defaults = [Some(1.0); 2];
+        let mixed = [Some(2.0), Some(1.0)];
+        assert!(!is_change(&state, defaults, none));
+        // A weight of 1 that the user gives now is the default of then.
+        assert!(!is_change(&state, defaults, defaults));
+        assert!(is_change(&state, defaults, mixed));
+        // One of these weights was given, so that none was a default.
+        assert!(is_change(&state, mixed, none));
+        assert!(is_change(&state, [Some(1.0), Some(2.0)], none));
+        assert!(is_change(&state, mixed, defaults));
+        assert!(!is_change(&state, mixed, mixed));
+        // Without weights, this version draws by the sizes of the sources.
+        state.order = Some(Default::default());
+        assert!(is_change(&state, defaults, none));
+        assert!(!is_change(&state, none, none));
+    }
+
     /// Collects the paths of all values inside of `value`.
     fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
         found.push(at.to_string());

@@ -133,7 +133,7 @@ fn read_array(
 
 fn take(row: &[u8], place: Place, key: &TextKey, documents: &mut Documents) -> Result<(), Error> {
     match row::parse(row, key) {
-        Ok(row) => take_row(documents, place, &row, key, row::push_string),
+        Ok(row) => take_row(documents, place, &row, row::push_string),
         Err(fault) => documents.leave_out(place, &fault),
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::{
     Error,
+    char_boundary::floor_char_boundary,
     input::{
         document::{Documents, Fault, Odd},
         fields::{Row, Value},
@@ -13,6 +14,12 @@ use crate::{
 };
 use memchr::{memchr, memchr2};
 use std::borrow::Cow;
+
+/// Most fields that a message names.
+const MAX_NAMES: usize = 20;
+
+/// Most bytes of a field's name in a message.
+const MAX_NAME: usize = 40;
 
 /// Parses a row. Of a key that occurs again, the last value counts.
 pub(super) fn parse<'r>(row: &'r [u8], key: &TextKey) -> Result<Row<'r>, Fault> {
@@ -37,10 +44,34 @@ pub(super) fn parse<'r>(row: &'r [u8], key: &TextKey) -> Result<Row<'r>, Fault> 
     if first != Some(b'{') {
         return Err(Fault::NotObject);
     }
+    if values.iter().all(|&value| value == Value::Missing) {
+        return Err(Fault::NoKey {
+            key: key.to_string(),
+            fields: fields(row),
+        });
+    }
     Ok(Row {
         values,
         non_finite: parser.non_finite,
     })
+}
+
+/// Names the fields of an object that was parsed, and those of the objects in it.
+fn fields(row: &[u8]) -> String {
+    let mut parser = Parser {
+        bytes: row,
+        at: 0,
+        non_finite: false,
+    };
+    let mut names = Vec::new();
+    parser.skip_space();
+    // The row has been parsed, so nothing can fail.
+    let more = parser.names("", &mut names).unwrap_or_default();
+    match (names.is_empty(), more) {
+        (true, _) => "the row has no field".into(),
+        (false, 0) => format!("the row has {}", names.join(", ")),
+        (false, more) => format!("the row has {} and {more} more", names.join(", ")),
+    }
 }
 
 /// Appends a string with its escapes to the current document.
@@ -153,6 +184,36 @@ impl<'r> Parser<'r> {
             self.member(&name, wanted, values)?;
             if self.take(b'}') {
                 return Ok(());
+            }
+            self.expect(b',', "a comma or brace is missing")?;
+        }
+    }
+
+    /// Takes an object and adds the names of its fields, each after `prefix`, while there is room.
+    /// Instead of the field of an object that is in it, the object's own fields are added. Returns
+    /// the number of fields without room.
+    fn names(&mut self, prefix: &str, names: &mut Vec<String>) -> Result<u64, Fault> {
+        let mut more = 0;
+        self.take(b'{');
+        if self.take(b'}') {
+            return Ok(0);
+        }
+        loop {
+            let name = unescape(self.string()?);
+            let shown = format!("{prefix}{}", &name[..floor_char_boundary(&name, MAX_NAME)]);
+            self.expect(b':', "a colon is missing")?;
+            if prefix.is_empty() && self.peek() == Some(b'{') {
+                more += self.names(&format!("{shown}."), names)?;
+            } else {
+                self.skip_value()?;
+                if names.len() < MAX_NAMES {
+                    names.push(shown);
+                } else {
+                    more += 1;
+                }
+            }
+            if self.take(b'}') {
+                return Ok(more);
             }
             self.expect(b',', "a comma or brace is missing")?;
         }

@@ -2,6 +2,7 @@
 
 use crate::{
     Error,
+    char_boundary::floor_char_boundary,
     input::{
         InputCounts, Piece, Split,
         document::{Documents, Place},
@@ -131,9 +132,28 @@ proptest! {
     }
 
     #[test]
-    fn pieces_make_the_text(text in "[a-z\n é😀]{0,60}x", max_piece in 8usize..30) {
+    fn pieces_make_the_text(text in "x[a-z\n é😀]{0,60}x", max_piece in 8usize..30) {
         let found = read_text(text.as_bytes(), &Split::File, 7, max_piece);
         prop_assert_eq!(found, [text]);
+    }
+
+    #[test]
+    fn white_space_at_the_start_is_limited_and_alone_is_empty(
+        space in "[ \n\t\u{3000}]{0,60}",
+        text in "([a-z][a-z \n]{0,40})?",
+        block in 1usize..50,
+        max_piece in 8usize..20,
+    ) {
+        let bytes = format!("{space}{text}");
+        let (found, counts) = read(bytes.as_bytes(), block, max_piece, |reader, documents| {
+            text::read(reader, &Split::File, documents)
+        });
+        let kept = &space[..floor_char_boundary(&space, max_piece)];
+        let is_lost = !text.is_empty() && kept != space;
+        let expected = (!text.is_empty()).then(|| format!("{kept}{text}"));
+        prop_assert_eq!(found, Vec::from_iter(expected));
+        prop_assert_eq!(counts.leading_space, u64::from(is_lost));
+        prop_assert_eq!(counts.empty, u64::from(text.is_empty()));
     }
 
     #[test]

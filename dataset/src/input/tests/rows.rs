@@ -181,7 +181,7 @@ fn bad_rows_are_left_out_and_named() {
     );
     let parts = [
         "a.jsonl:2: not JSON: a comma or brace is missing at byte 12",
-        "a.jsonl:3: no text under the key \"text\"",
+        "a.jsonl:3: no text under the key \"text\": the row has body (choose another",
         "a.jsonl:4: the text is an array",
         "a.jsonl:5: the row is not a JSON object",
     ];
@@ -287,10 +287,27 @@ fn keys_are_paths_and_there_may_be_several() {
     );
     assert_refused(
         read("missing,content.missing"),
-        &["\"missing,content.missing\""],
+        &[
+            "no text under the key \"missing,content.missing\": the row has content.text, \
+             content.n, title, x.y (",
+        ],
     );
     assert_refused(read("content"), &["the text is an object"]);
     assert_refused(read("title.text"), &["no text under the key"]);
+    assert_refused(
+        read_one("a.jsonl", b"{}\n", &with_key("a")),
+        &["the row has no field"],
+    );
+    let long = format!("\"{}\": 1", "é".repeat(1000));
+    let many = (0..1000).map(|number| format!("\"f{number}\": {{\"x\": 1}}"));
+    let members: Vec<String> = std::iter::once(long).chain(many).collect();
+    let row = format!("{{{}}}", members.join(", "));
+    let refused = read_one("a.jsonl", row.as_bytes(), &with_key("a")).unwrap_err();
+    let refused = refused.to_string();
+    let names = format!("the row has {}, f0.x, f1.x, ", "é".repeat(20));
+    assert!(refused.contains(&names), "{refused}");
+    assert!(refused.contains(", f18.x and 981 more ("), "{refused}");
+    assert!(refused.len() < 1000, "{refused}");
     assert!("a,,b".parse::<crate::input::TextKey>().is_err());
     // The fields of an object that is null are null.
     let null = b"{\"doc\":null}\n{\"doc\":{\"text\":\"one\"}}\n";

@@ -102,6 +102,40 @@ fn a_long_document_comes_in_pieces() {
 }
 
 #[test]
+fn white_space_alone_is_empty_whatever_its_size() {
+    let space = " ".repeat(5 << 20);
+    let row = |text: &str| format!("{{\"text\":\"{text}\"}}\n");
+    for (name, blank, written) in [
+        ("a.txt", space.clone(), format!("{space}x")),
+        ("a.jsonl", row(&space), row(&format!("{space}x"))),
+    ] {
+        let options = InputOptions {
+            strict: true,
+            ..InputOptions::default()
+        };
+        let read = read_one(name, blank.as_bytes(), &options).unwrap();
+        assert_eq!((read.texts.len(), read.counts.empty), (0, 1), "{name}");
+        let read = read_one(name, written.as_bytes(), &InputOptions::default()).unwrap();
+        assert_eq!(read.texts, [format!("{}x", &space[..MAX_PIECE])], "{name}");
+        assert_eq!((read.counts.empty, read.counts.leading_space), (0, 1));
+        let parts = [":1: more than 2 MiB of white space before the text"];
+        assert_refused(read_one(name, written.as_bytes(), &options), &parts);
+    }
+    // As much as fits in a piece stays.
+    let whole = format!("{}x", &space[..MAX_PIECE]);
+    let read = read_one("a.txt", whole.as_bytes(), &InputOptions::default()).unwrap();
+    assert_eq!((read.texts, read.counts.leading_space), (vec![whole], 0));
+    let lines = format!("{}x", "\n".repeat(5 << 20));
+    let place = format!("a.txt:{}: more than 2 MiB", (5 << 20) + 1);
+    assert_strict(
+        "a.txt",
+        lines.as_bytes(),
+        &InputOptions::default(),
+        &[&place],
+    );
+}
+
+#[test]
 fn other_encodings_are_decoded_by_their_mark() {
     let text = "grüße \u{1F600}\nzwei";
     let utf16 = |bytes: fn(u16) -> [u8; 2]| {
