@@ -160,6 +160,80 @@ fn microbatches_of_unequal_counts_add_up_to_the_batch() {
     }
 }
 
+/// Writes documents of four random tokens and token 3.
+fn write_short_documents(path: &Path, count: u32, seed: u64) {
+    let mut state = seed;
+    let next = |position: u32| {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        let token = (state >> 33) as u32 % VOCAB as u32;
+        if position % 5 == 4 { 3 } else { token }
+    };
+    write(path, &(0..count).map(next).collect::<Vec<_>>());
+}
+
+/// Returns the configuration of [`masked`] with masked validation and documents that token 3 ends.
+fn masked_by_both(folder: &Path, parallel: Value, micro_batch: usize) -> Config {
+    let mut config = masked(folder, parallel, micro_batch);
+    let validation = json!([
+        {"path": folder.join("tokens"), "mask": folder.join("mask"), "weight": 2},
+        {"path": folder.join("others"), "mask": folder.join("mask-others"), "weight": 1},
+    ]);
+    config.data.validation = serde_json::from_value(validation).unwrap();
+    config.validation = serde_json::from_value(json!({"every": 1000, "sequences": 7})).unwrap();
+    config.data.eod_token = Some(3);
+    config.data.eod_mask_loss = true;
+    config
+}
+
+#[test]
+fn masked_labels_give_the_losses_of_one_rank_in_every_layout() {
+    let folder = tempfile::tempdir().unwrap();
+    write_short_documents(&folder.path().join("tokens"), TOKENS, 1);
+    write_short_documents(&folder.path().join("others"), TOKENS / 8, 99);
+    // Sequences have 24 tokens: some count hardly any of them, so that ranks differ.
+    let counts = |token: u32| u32::from(token % 48 > 40 || token % 7 < 2);
+    for (name, tokens) in [("mask", TOKENS), ("mask-others", TOKENS / 8)] {
+        let mask: Vec<u32> = (0..tokens).map(counts).collect();
+        write(&folder.path().join(name), &mask);
+    }
+    let single = trace_of(1, masked_by_both(folder.path(), json!({}), 3));
+    assert_eq!(single.validation.len(), 2);
+    for without in [
+        |config: &mut Config| config.data.eod_mask_loss = false,
+        |config: &mut Config| {
+            let sources = config.data.train.iter_mut();
+            for source in sources.chain(&mut config.data.validation) {
+                source.mask = None;
+            }
+        },
+    ] {
+        let mut config = masked_by_both(folder.path(), json!({}), 3);
+        without(&mut config);
+        let other = trace_of(1, config);
+        let far = (other.steps[0][0] - single.steps[0][0]).abs();
+        assert!(far > 1e-4, "the labels of training differ: {far}");
+        for (source, loss) in &single.validation {
+            let far = (other.validation[source] - loss).abs();
+            assert!(far > 1e-4, "the labels of {source} differ: {far}");
+        }
+    }
+    for parallel in [
+        json!({"data": 4}),
+        json!({"data": 2, "tensor": 2}),
+        json!({"expert": 2, "zero": 3}),
+        json!({"context": 2, "expert": 2}),
+        json!({"context": 4, "context_attention": "ulysses"}),
+        json!({"pipeline": 2, "context": 2, "vocabulary": "vocab-1"}),
+        json!({"pipeline": 2, "data": 2, "vocabulary": "naive"}),
+        json!({"pipeline": 2, "tensor": 2, "schedule": "zb-h1", "vocabulary": "vocab-2"}),
+    ] {
+        let ours = trace_of(4, masked_by_both(folder.path(), parallel.clone(), 3));
+        assert_same(&parallel.to_string(), &ours, &single);
+    }
+}
+
 #[test]
 fn a_batch_without_counted_tokens_has_loss_0() {
     let folder = tempfile::tempdir().unwrap();

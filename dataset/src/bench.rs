@@ -16,6 +16,7 @@ use std::{
     process::{Command, Stdio},
     time::Instant,
 };
+use tokenizers::Tokenizer;
 
 /// Documents of a batch for Hugging Face's tokenizer.
 const LIBRARY_BATCH: usize = 1000;
@@ -172,7 +173,8 @@ fn read_whole(
     })
 }
 
-/// Prepares the corpus with Hugging Face's fastest call, which uses all threads.
+/// Prepares the corpus with Hugging Face's fastest call, which uses all threads. Like the other
+/// sides, it loads the tokenizer first.
 fn prepare_with_library(
     tokenizer: &DocumentTokenizer,
     corpus: &Path,
@@ -183,8 +185,11 @@ fn prepare_with_library(
     let ends = [tokenizer.bos(), Some(tokenizer.eos())];
     let [bos, eos] = ends.map(|token| token.map(|token| token.id));
     let mut batch: Vec<String> = Vec::new();
+    let loaded = Tokenizer::from_bytes(tokenizer.json());
+    let mut library = loaded.map_err(|error| Error::Tokenizer(error.to_string()))?;
+    library.set_encode_special_tokens(true);
     let mut encode = |batch: Vec<String>| {
-        let encodings = tokenizer.library().encode_batch_fast(batch, false);
+        let encodings = library.encode_batch_fast(batch, false);
         let encodings = encodings.map_err(|error| Error::Tokenizer(error.to_string()))?;
         for encoding in encodings {
             writer.append(bos.as_slice())?;

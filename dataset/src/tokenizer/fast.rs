@@ -141,11 +141,14 @@ enum Part<'a> {
 }
 
 impl FastEncoder {
-    /// Makes the encoder from a loaded tokenizer and the model of its file.
+    /// Makes the encoder from a loaded tokenizer and the vocabulary of its file.
     ///
     /// # Errors
     /// The reason for which this encoder does not fit, such as `the model is Unigram`.
-    pub(super) fn new(tokenizer: &Tokenizer, model: &ModelPart) -> Result<FastEncoder, String> {
+    pub(super) fn new(
+        tokenizer: &Tokenizer,
+        vocabulary: Result<Vocabulary, String>,
+    ) -> Result<FastEncoder, String> {
         let value = |part: Result<Value, serde_json::Error>| part.map_err(|e| e.to_string());
         let normalizer = value(serde_json::to_value(tokenizer.get_normalizer()))?;
         let normalizer = Normalizer::of(&normalizer)?;
@@ -154,7 +157,7 @@ impl FastEncoder {
         if !patterns.iter().any(|pattern| pattern.splits_words()) {
             return Err("words are not split, so long documents cannot be cut safely".into());
         }
-        let vocabulary = vocabulary_of(model)?;
+        let vocabulary = vocabulary?;
         let as_text = tokenizer.get_encode_special_tokens();
         let mut raw = Vec::new();
         let mut normalized = Vec::new();
@@ -344,7 +347,11 @@ fn pattern_of(step: &Value) -> Result<Pattern, String> {
     }
 }
 
-fn vocabulary_of(model: &ModelPart) -> Result<Vocabulary, String> {
+/// Returns the vocabulary of a byte-level BPE.
+///
+/// # Errors
+/// The reason for which the model is none that the fast encoder reproduces.
+pub(super) fn vocabulary_of(model: &ModelPart) -> Result<Vocabulary, String> {
     let kind = model.kind.as_deref().unwrap_or("BPE");
     let parts = model.vocab.as_ref().zip(model.merges.as_ref());
     let Some((Ids(ids), merges)) = parts.filter(|_| kind == "BPE") else {

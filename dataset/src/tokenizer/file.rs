@@ -8,21 +8,23 @@ use serde::{
     de::{Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 use serde_json::Value;
-use std::{collections::HashMap, fmt};
+use std::{borrow::Cow, collections::HashMap, fmt};
 
 /// Ids must be less than this. Vocabularies of published models are an order of magnitude smaller.
 pub const MAX_VOCABULARY: u64 = 1 << 22;
 
-/// The parts of a `tokenizer.json` that need checks.
+/// The parts of a `tokenizer.json` that need checks. Tokens are parts of the file's text, of which
+/// large vocabularies have a million.
 #[derive(Deserialize)]
-pub(super) struct TokenizerFile {
+pub(super) struct TokenizerFile<'a> {
     #[serde(default)]
     pub(super) added_tokens: Vec<AddedTokenId>,
     pub(super) truncation: Option<IgnoredAny>,
     pub(super) padding: Option<IgnoredAny>,
     #[serde(default)]
     pub(super) post_processor: Value,
-    pub(super) model: ModelPart,
+    #[serde(borrow)]
+    pub(super) model: ModelPart<'a>,
 }
 
 /// An added token and its id in the file.
@@ -34,12 +36,13 @@ pub(super) struct AddedTokenId {
 
 /// The model of a `tokenizer.json`. Fields other than `vocab` are those of BPE.
 #[derive(Deserialize)]
-pub(super) struct ModelPart {
+pub(super) struct ModelPart<'a> {
     #[serde(rename = "type")]
     pub(super) kind: Option<String>,
-    pub(super) vocab: Option<Ids>,
-    #[serde(default)]
-    pub(super) merges: Option<Vec<MergeText>>,
+    #[serde(borrow)]
+    pub(super) vocab: Option<Ids<'a>>,
+    #[serde(borrow, default)]
+    pub(super) merges: Option<Vec<MergeText<'a>>>,
     pub(super) dropout: Option<f32>,
     pub(super) unk_token: Option<String>,
     pub(super) continuing_subword_prefix: Option<String>,
@@ -48,15 +51,75 @@ pub(super) struct ModelPart {
     pub(super) ignore_merges: Option<bool>,
 }
 
-/// Two tokens that merge, in either of the forms of files.
-#[derive(Deserialize)]
-#[serde(untagged)]
-pub(super) enum MergeText {
-    Pair([String; 2]),
-    Text(String),
+/// The text of a token.
+#[derive(PartialEq, Eq, Hash)]
+struct Token<'a>(Cow<'a, str>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Token<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Token<'a>, D::Error> {
+        deserializer.deserialize_str(TokenVisitor)
+    }
 }
 
-impl MergeText {
+struct TokenVisitor;
+
+impl<'de> Visitor<'de> for TokenVisitor {
+    type Value = Token<'de>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("a token")
+    }
+
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Token<'de>, E> {
+        Ok(Token(text.into()))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Token<'de>, E> {
+        Ok(Token(text.to_owned().into()))
+    }
+}
+
+/// Two tokens that merge, in either of the forms of files.
+pub(super) enum MergeText<'a> {
+    Pair([Cow<'a, str>; 2]),
+    Text(Cow<'a, str>),
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for MergeText<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<MergeText<'a>, D::Error> {
+        deserializer.deserialize_any(MergeVisitor)
+    }
+}
+
+struct MergeVisitor;
+
+impl<'de> Visitor<'de> for MergeVisitor {
+    type Value = MergeText<'de>;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+        formatter.write_str("two tokens that merge")
+    }
+
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<MergeText<'de>, E> {
+        Ok(MergeText::Text(text.into()))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<MergeText<'de>, E> {
+        Ok(MergeText::Text(text.to_owned().into()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<MergeText<'de>, A::Error> {
+        let lacks = |position| A::Error::invalid_length(position, &"two tokens");
+        let Token(left) = list.next_element()?.ok_or_else(|| lacks(0))?;
+        let Token(right) = list.next_element()?.ok_or_else(|| lacks(1))?;
+        match list.next_element::<IgnoredAny>()? {
+            None => Ok(MergeText::Pair([left, right])),
+            Some(_) => Err(lacks(3)),
+        }
+    }
+}
+
+impl MergeText<'_> {
     /// Returns both tokens, or `None` for a comment or an error that the library reports.
     pub(super) fn tokens(&self) -> Option<[&str; 2]> {
         match self {
@@ -68,10 +131,10 @@ impl MergeText {
 }
 
 /// Tokens and their ids, of which each is below [`MAX_VOCABULARY`].
-pub(super) struct Ids(pub(super) HashMap<String, u32>);
+pub(super) struct Ids<'a>(pub(super) HashMap<Cow<'a, str>, u32>);
 
-impl<'de> Deserialize<'de> for Ids {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Ids, D::Error> {
+impl<'de: 'a, 'a> Deserialize<'de> for Ids<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Ids<'a>, D::Error> {
         deserializer.deserialize_any(IdsVisitor)
     }
 }
@@ -79,25 +142,25 @@ impl<'de> Deserialize<'de> for Ids {
 struct IdsVisitor;
 
 impl<'de> Visitor<'de> for IdsVisitor {
-    type Value = Ids;
+    type Value = Ids<'de>;
 
     fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         formatter.write_str("tokens with their ids, or a list of tokens with their scores")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ids, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Ids<'de>, A::Error> {
         let mut ids = HashMap::new();
-        while let Some((token, id)) = map.next_entry::<String, u64>()? {
+        while let Some((Token(token), id)) = map.next_entry::<Token, u64>()? {
             let id = check_id(&token, id).map_err(A::Error::custom)?;
             ids.insert(token, id);
         }
         Ok(Ids(ids))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Ids, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Ids<'de>, A::Error> {
         let mut ids = HashMap::new();
         let mut next = 0;
-        while let Some((token, _)) = list.next_element::<(String, f64)>()? {
+        while let Some((Token(token), _)) = list.next_element::<(Token, f64)>()? {
             let id = check_id(&token, next).map_err(A::Error::custom)?;
             ids.insert(token, id);
             next += 1;
@@ -115,29 +178,42 @@ fn check_id(token: &str, id: u64) -> Result<u32, String> {
     ))
 }
 
-impl TokenizerFile {
+impl Ids<'_> {
+    /// Checks that no two tokens have one id.
+    fn check(&self) -> Result<(), String> {
+        let mut seen = vec![false; self.end()];
+        let mut ids = self.0.values();
+        let twice = ids.find(|id| std::mem::replace(&mut seen[**id as usize], true));
+        let Some(&id) = twice else {
+            return Ok(());
+        };
+        let mut both: Vec<_> = self.0.iter().filter(|(_, other)| **other == id).collect();
+        both.sort();
+        let [(first, _), (second, _), ..] = both[..] else {
+            unreachable!("two tokens have the id {id}")
+        };
+        Err(format!(
+            "the tokens {first:?} and {second:?} both have the id {id}"
+        ))
+    }
+
+    /// Returns the largest id plus one.
+    pub(super) fn end(&self) -> usize {
+        self.0.values().max().map_or(0, |&id| id as usize + 1)
+    }
+}
+
+impl TokenizerFile<'_> {
     /// Reads and checks the text of a `tokenizer.json`.
     ///
     /// # Errors
     /// If the text is not JSON of this form, an id is too large, or two tokens have one id.
-    pub(super) fn parse(text: &str) -> Result<TokenizerFile, String> {
+    pub(super) fn parse(text: &str) -> Result<TokenizerFile<'_>, String> {
         let file: TokenizerFile = serde_json::from_str(text).map_err(|error| error.to_string())?;
         for token in &file.added_tokens {
             check_id(&token.content, token.id)?;
         }
-        if let Some(Ids(ids)) = &file.model.vocab {
-            let mut tokens = HashMap::new();
-            for (token, id) in ids {
-                if let Some(other) = tokens.insert(*id, token) {
-                    let mut both = [token, other];
-                    both.sort();
-                    return Err(format!(
-                        "the tokens {:?} and {:?} both have the id {id}",
-                        both[0], both[1]
-                    ));
-                }
-            }
-        }
+        file.model.vocab.as_ref().map_or(Ok(()), Ids::check)?;
         Ok(file)
     }
 }

@@ -184,7 +184,7 @@ fn loses_unknown(model: &ModelPart, byte_level: bool) -> bool {
     };
     let has_bytes = (0..=255u8)
         .filter(|&byte| occurs(byte))
-        .all(|byte| ids.contains_key(&format!("<{byte:#04X}>")));
+        .all(|byte| ids.contains_key(&*format!("<{byte:#04X}>")));
     let has_alphabet = alphabet()
         .iter()
         .filter(|(_, byte)| occurs(**byte))

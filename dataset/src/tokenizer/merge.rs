@@ -141,13 +141,7 @@ impl Vocabulary {
         cache: &mut Cache,
         into: &mut Vec<u32>,
     ) -> Result<(), MissingByte> {
-        let key = ShortKey::of(piece);
-        if let Some(key) = key
-            && cache.append_short(key, into)
-        {
-            return Ok(());
-        }
-        if key.is_none() && cache.append_long(piece, into) {
+        if cache.append(piece, into) {
             return Ok(());
         }
         let start = into.len();
@@ -155,10 +149,7 @@ impl Vocabulary {
             Some(&id) => into.push(id),
             None => self.merge(piece, &mut cache.work, into)?,
         }
-        match key {
-            Some(key) => cache.insert_short(key, &into[start..]),
-            None => cache.insert_long(piece, &into[start..]),
-        }
+        cache.insert(piece, &into[start..]);
         Ok(())
     }
 
@@ -273,70 +264,66 @@ struct Work {
     heap: BinaryHeap<Reverse<[u32; 2]>>,
 }
 
-/// Piece of at most 15 bytes, with its length in the last byte.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
-struct ShortKey([u64; 2]);
+/// A piece of less than 8 * `WORDS` bytes, with its length in the last byte.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key<const WORDS: usize>([[u8; 8]; WORDS]);
 
-impl ShortKey {
-    fn of(piece: &[u8]) -> Option<ShortKey> {
-        if piece.len() > 15 {
+impl<const WORDS: usize> Key<WORDS> {
+    #[inline(always)]
+    fn of(piece: &[u8]) -> Option<Key<WORDS>> {
+        if piece.len() >= 8 * WORDS {
             return None;
         }
-        let mut key = [0u8; 16];
-        key[..piece.len()].copy_from_slice(piece);
-        key[15] = piece.len() as u8;
-        let half = |start: usize| {
-            u64::from_le_bytes(key[start..start + 8].try_into().expect("eight bytes"))
-        };
-        Some(ShortKey([half(0), half(8)]))
-    }
-
-    fn set(self) -> usize {
-        let product = u128::from(self.0[0] ^ 0x9e37_79b9_7f4a_7c15)
-            * u128::from(self.0[1] ^ 0xd1b5_4a32_d192_ed03);
-        let hash = product as u64 ^ (product >> 64) as u64;
-        hash as usize & (SETS - 1)
-    }
-}
-
-/// Largest number of ids of a short piece in the cache.
-const INLINE_IDS: usize = 3;
-
-/// Sets of two entries in the cache of short pieces: 2 MiB.
-const SETS: usize = 1 << 15;
-
-/// Longest piece in bytes that the cache of long pieces keeps.
-const LONG: usize = 128;
-
-/// Pieces in the cache of long pieces, before it is emptied: at most 16 MiB.
-const LONG_PIECES: usize = 1 << 14;
-
-#[derive(Clone, Copy, Default)]
-struct Entry {
-    key: ShortKey,
-    ids: [u32; INLINE_IDS],
-    len: u32,
-}
-
-/// Ids of pieces that were encoded before, for one thread at a time. Memory is bounded.
-pub(super) struct Cache {
-    short: Vec<[Entry; 2]>,
-    long: HashMap<Box<[u8]>, Box<[u32]>>,
-    work: Work,
-}
-
-impl Cache {
-    pub(super) fn new() -> Cache {
-        Cache {
-            short: vec![Default::default(); SETS],
-            long: HashMap::new(),
-            work: Work::default(),
-        }
+        let mut words = [[0; 8]; WORDS];
+        let bytes = words.as_flattened_mut();
+        bytes[..piece.len()].copy_from_slice(piece);
+        bytes[8 * WORDS - 1] = piece.len() as u8;
+        Some(Key(words))
     }
 
     #[inline(always)]
-    fn append_short(&mut self, key: ShortKey, into: &mut Vec<u32>) -> bool {
-        let set = &mut self.short[key.set()];
+    fn hash(self) -> u64 {
+        let mut hash = 0;
+        for two in self.0.chunks_exact(2) {
+            let [left, right] = [two[0], two[1]].map(u64::from_le_bytes);
+            let product = u128::from(left ^ hash ^ 0x9e37_79b9_7f4a_7c15)
+                * u128::from(right ^ 0xd1b5_4a32_d192_ed03);
+            hash = product as u64 ^ (product >> 64) as u64;
+        }
+        hash
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Entry<const WORDS: usize, const IDS: usize> {
+    key: Key<WORDS>,
+    ids: [u32; IDS],
+    len: u32,
+}
+
+/// A cache of fixed size in sets of two entries, of pieces with at most `IDS` ids.
+struct SetCache<const WORDS: usize, const IDS: usize>(Box<[[Entry<WORDS, IDS>; 2]]>);
+
+impl<const WORDS: usize, const IDS: usize> SetCache<WORDS, IDS> {
+    /// Makes an empty cache of `sets` sets, a power of two.
+    fn new(sets: usize) -> Self {
+        let empty = Entry {
+            key: Key([[0; 8]; WORDS]),
+            ids: [0; IDS],
+            len: 0,
+        };
+        SetCache(vec![[empty; 2]; sets].into())
+    }
+
+    #[inline(always)]
+    fn set(&mut self, key: Key<WORDS>) -> &mut [Entry<WORDS, IDS>; 2] {
+        let set = key.hash() as usize & (self.0.len() - 1);
+        &mut self.0[set]
+    }
+
+    #[inline(always)]
+    fn append(&mut self, key: Key<WORDS>, into: &mut Vec<u32>) -> bool {
+        let set = self.set(key);
         if set[0].key != key {
             if set[1].key != key {
                 return false;
@@ -353,15 +340,76 @@ impl Cache {
         true
     }
 
-    fn insert_short(&mut self, key: ShortKey, ids: &[u32]) {
-        if ids.len() > INLINE_IDS {
-            return;
-        }
-        let set = &mut self.short[key.set()];
+    fn insert(&mut self, key: Key<WORDS>, ids: &[u32]) {
+        let set = self.set(key);
         set.swap(0, 1);
         set[0].key = key;
         set[0].len = ids.len() as u32;
         set[0].ids[..ids.len()].copy_from_slice(ids);
+    }
+}
+
+/// Sets in the cache of short pieces: 2 MiB.
+const SHORT_SETS: usize = 1 << 15;
+
+/// Largest number of ids of a piece in the cache of short pieces.
+const SHORT_IDS: usize = 3;
+
+/// Sets in the cache of longer pieces, such as words of two bytes per letter: 2 MiB.
+const MEDIUM_SETS: usize = 1 << 14;
+
+/// Largest number of ids of a piece in the cache of longer pieces.
+const MEDIUM_IDS: usize = 7;
+
+/// Longest piece in bytes that the cache of long pieces keeps.
+const LONG: usize = 128;
+
+/// Pieces in the cache of long pieces, before it is emptied: at most 16 MiB.
+const LONG_PIECES: usize = 1 << 14;
+
+/// Ids of pieces that were encoded before, for one thread at a time. Memory is bounded.
+pub(super) struct Cache {
+    /// Pieces of at most 15 bytes and 3 ids.
+    short: SetCache<2, SHORT_IDS>,
+    /// Other pieces of at most 31 bytes and 7 ids.
+    medium: SetCache<4, MEDIUM_IDS>,
+    long: HashMap<Box<[u8]>, Box<[u32]>>,
+    work: Work,
+}
+
+impl Cache {
+    pub(super) fn new() -> Cache {
+        Cache {
+            short: SetCache::new(SHORT_SETS),
+            medium: SetCache::new(MEDIUM_SETS),
+            long: HashMap::new(),
+            work: Work::default(),
+        }
+    }
+
+    /// Appends the ids of a piece. Returns false if they are not here.
+    #[inline(always)]
+    fn append(&mut self, piece: &[u8], into: &mut Vec<u32>) -> bool {
+        if let Some(key) = Key::of(piece)
+            && self.short.append(key, into)
+        {
+            return true;
+        }
+        match Key::of(piece) {
+            Some(key) => self.medium.append(key, into),
+            None => self.append_long(piece, into),
+        }
+    }
+
+    fn insert(&mut self, piece: &[u8], ids: &[u32]) {
+        let short = Key::of(piece).filter(|_| ids.len() <= SHORT_IDS);
+        match (short, Key::of(piece)) {
+            (Some(key), _) => self.short.insert(key, ids),
+            (None, Some(key)) if ids.len() <= MEDIUM_IDS => self.medium.insert(key, ids),
+            // Rare: most of its bytes are tokens of their own.
+            (None, Some(_)) => (),
+            (None, None) => self.insert_long(piece, ids),
+        }
     }
 
     fn append_long(&self, piece: &[u8], into: &mut Vec<u32>) -> bool {
@@ -458,7 +506,11 @@ mod tests {
         let vocabulary = vocabulary(&[]);
         let mut cache = Cache::new();
         for number in 0..2 * LONG_PIECES {
-            for piece in [format!("{number}"), format!("a long piece {number}")] {
+            for piece in [
+                format!("{number}"),
+                format!("a longer piece {number}"),
+                format!("{number:>40}"),
+            ] {
                 let mut ids = Vec::new();
                 vocabulary
                     .encode(piece.as_bytes(), &mut cache, &mut ids)

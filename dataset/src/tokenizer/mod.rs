@@ -23,8 +23,8 @@ use crate::{
     info::{DatasetInfo, INFO_FILE, SpecialToken},
     quiet_panic::without_panic,
 };
-use fast::FastEncoder;
-use file::{AddedTokenId, TokenizerFile};
+use fast::{FastEncoder, vocabulary_of};
+use file::{AddedTokenId, Ids, TokenizerFile};
 use library::Library;
 use serde_json::Value;
 use special::{NameOrId, Named, StartRules, Tokens, choose_end, choose_start, listed};
@@ -109,8 +109,15 @@ impl DocumentTokenizer {
     ) -> Result<(DocumentTokenizer, Vec<String>), String> {
         let file = TokenizerFile::parse(text)?;
         let mut notes = Vec::new();
-        let mut tokenizer = load_checked(text, &file)?;
-        reset(&mut tokenizer, &file, &mut notes)?;
+        let load = || -> Result<(Tokenizer, String), String> {
+            let mut tokenizer = load_checked(text, &file)?;
+            reset(&mut tokenizer, &file, &mut notes)?;
+            let json = canonical_json(&tokenizer)?;
+            Ok((tokenizer, json))
+        };
+        // Both take a good part of a second for a large vocabulary.
+        let (loaded, vocabulary) = rayon::join(load, || vocabulary_of(&file.model));
+        let (mut tokenizer, json) = loaded?;
         tokenizer.set_encode_special_tokens(!options.special_tokens_in_text);
         let tokens = LoadedTokens(&tokenizer);
         let eos = options.eos.as_deref();
@@ -135,9 +142,10 @@ impl DocumentTokenizer {
                 ordinary.len()
             ));
         }
-        let largest = tokenizer.get_vocab(true).into_values().max();
-        let json = canonical_json(&tokenizer)?;
-        let fast = FastEncoder::new(&tokenizer, &file.model);
+        let added = tokenizer.get_added_tokens_decoder().into_keys().max();
+        let added = added.map_or(0, |id| id as usize + 1);
+        let vocab_size = file.model.vocab.as_ref().map_or(0, Ids::end).max(added);
+        let fast = FastEncoder::new(&tokenizer, vocabulary);
         let library = Library::new(tokenizer, &file.model);
         let mut loaded = DocumentTokenizer {
             library,
@@ -145,7 +153,7 @@ impl DocumentTokenizer {
             encoder: String::new(),
             eos,
             bos,
-            vocab_size: largest.map_or(0, |id| id as usize + 1),
+            vocab_size,
             json,
         };
         match fast {
