@@ -52,32 +52,8 @@ pub(super) struct ModelPart<'a> {
 }
 
 /// The text of a token.
-#[derive(PartialEq, Eq, Hash)]
-struct Token<'a>(Cow<'a, str>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Token<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Token<'a>, D::Error> {
-        deserializer.deserialize_str(TokenVisitor)
-    }
-}
-
-struct TokenVisitor;
-
-impl<'de> Visitor<'de> for TokenVisitor {
-    type Value = Token<'de>;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
-        formatter.write_str("a token")
-    }
-
-    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Token<'de>, E> {
-        Ok(Token(text.into()))
-    }
-
-    fn visit_str<E>(self, text: &str) -> Result<Token<'de>, E> {
-        Ok(Token(text.to_owned().into()))
-    }
-}
+#[derive(Deserialize)]
+struct Token<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Two tokens that merge, in either of the forms of files.
 pub(super) enum MergeText<'a> {
@@ -98,10 +74,6 @@ impl<'de> Visitor<'de> for MergeVisitor {
 
     fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
         formatter.write_str("two tokens that merge")
-    }
-
-    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<MergeText<'de>, E> {
-        Ok(MergeText::Text(text.into()))
     }
 
     fn visit_str<E>(self, text: &str) -> Result<MergeText<'de>, E> {
