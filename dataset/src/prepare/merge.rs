@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Error,
     info::{DatasetInfo, FileInfo, INFO_FILE, INFO_VERSION, InputInfo, OptionsInfo},
-    tokens::{TokenPair, WrittenPair, pair_prefix},
+    tokens::{TokenPair, WrittenPair, pair_prefix, with_extension},
 };
 use std::{
     collections::HashSet,
@@ -132,13 +132,6 @@ impl Set {
     }
 }
 
-/// Returns a path with something appended to its name.
-fn with_ending(prefix: &Path, ending: &str) -> PathBuf {
-    let mut path = prefix.as_os_str().to_owned();
-    path.push(ending);
-    PathBuf::from(path)
-}
-
 /// Checks that no input is named twice, by whatever path.
 fn check_repeated(inputs: &[PathBuf]) -> Result<(), Error> {
     let mut seen = HashSet::new();
@@ -146,7 +139,7 @@ fn check_repeated(inputs: &[PathBuf]) -> Result<(), Error> {
         let path = if input.is_dir() {
             input.clone()
         } else {
-            with_ending(input, ".idx")
+            with_extension(input, "idx")
         };
         // A missing file is named when it is opened.
         let path = path.canonicalize().unwrap_or(path);

@@ -434,7 +434,7 @@ impl Preparation<'_> {
         let Some((file, _)) = files.find(|(file, state)| FileState::of(file) != **state) else {
             return Ok(());
         };
-        // What was made is of no use.
+        // The finished shards may hold text from before and after the change.
         self.state.shards.clear();
         Err(Error::Data(format!(
             "{file} changed while it was read: start again once nothing writes to it"

@@ -1,11 +1,11 @@
 //! The folder in which a data set is made before it takes its place.
 //!
 //! A data set is written to `OUT/.unfinished`, a single pair `OUT/NAME` to `OUT/.NAME.unfinished`.
-//! Once complete, the files are renamed into `OUT`. A
-//! process that is killed while it writes leaves the data set that was in `OUT` as it was. One that
-//! is killed while it renames leaves a list of the files, and the next command completes it.
+//! Once complete, the files are renamed into `OUT`. A process that is killed while it writes leaves
+//! the data set that was in `OUT` as it was. One that is killed while it renames leaves a list of
+//! the files, and the next command completes it.
 
-use crate::{Error, info::INFO_FILE};
+use crate::{Error, info::INFO_FILE, tokens::with_extension};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{
     fs::{File, TryLockError},
@@ -375,9 +375,7 @@ fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 
 /// Writes a file so that it is always whole: to a temporary path, which is synced and renamed.
 pub(super) fn replace_synced(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
+    let new = with_extension(path, "new");
     write_synced(&new, bytes)?;
     std::fs::rename(&new, path).map_err(Error::io("cannot rename", &new))
 }

@@ -108,7 +108,8 @@ pub fn pair_prefix(path: &Path) -> PathBuf {
     }
 }
 
-pub(super) fn with_extension(prefix: &Path, extension: &str) -> PathBuf {
+/// Returns a path with an extension after its name, which may have others.
+pub(crate) fn with_extension(prefix: &Path, extension: &str) -> PathBuf {
     let mut path = prefix.as_os_str().to_owned();
     path.push(".");
     path.push(extension);

@@ -29,5 +29,6 @@ mod writer;
 pub use file::TokenFile;
 pub use format::{TokenDtype, TokenFormat, TokenPath};
 pub use layout::pair_prefix;
+pub(crate) use layout::with_extension;
 pub use pair::{TokenPair, TokenPart, hash_file};
 pub use writer::{TokenWriter, WrittenPair};

@@ -44,18 +44,21 @@ impl RankTable {
             self.ranks.insert(session.rank, new_record);
             return false;
         };
-        let is_same_process = record.session.pid == session.pid;
-        if record.session == session {
+        let last = record.session;
+        if last == session {
             record.connections += 1;
-        } else if !is_same_process {
+            return false;
+        }
+        if last.pid != session.pid {
             *record = new_record;
             return true;
-        } else if record.session.number < session.number {
+        }
+        let is_newer = last.number < session.number;
+        if is_newer {
             record.session = session;
             record.connections = 1;
-            return true;
         }
-        false
+        is_newer
     }
 
     /// Removes a connection and returns true, unless its session is not the rank's last one.
